@@ -1,0 +1,95 @@
+//! IPv6 (RFC 8200).
+
+use super::{Be16, Be32, header};
+
+/// An address as two words whose memory is the wire order.
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Address6 {
+    pub high: u64,
+    pub low: u64,
+}
+
+impl Address6 {
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        let mut high = [0; 8];
+        let mut low = [0; 8];
+        let mut i = 0;
+        while i < 8 {
+            high[i] = bytes[i];
+            low[i] = bytes[i + 8];
+            i += 1;
+        }
+        Self { high: u64::from_ne_bytes(high), low: u64::from_ne_bytes(low) }
+    }
+
+    pub const fn bytes(self) -> [u8; 16] {
+        let high = self.high.to_ne_bytes();
+        let low = self.low.to_ne_bytes();
+        let mut bytes = [0; 16];
+        let mut i = 0;
+        while i < 8 {
+            bytes[i] = high[i];
+            bytes[i + 8] = low[i];
+            i += 1;
+        }
+        bytes
+    }
+}
+
+impl core::fmt::Debug for Address6 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{}", core::net::Ipv6Addr::from(self.bytes()))
+    }
+}
+
+/// The fixed header; extension headers follow it.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub struct Ipv6 {
+    /// Version (4 bits), traffic class (8), flow label (20).
+    pub version_class_flow: Be32,
+    /// Everything after this header, bytes.
+    pub payload_length: Be16,
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub source: Address6,
+    pub destination: Address6,
+}
+
+header!(Ipv6, 40);
+
+impl Ipv6 {
+    #[inline(always)]
+    pub const fn version(&self) -> u8 {
+        (self.version_class_flow.get() >> 28) as u8
+    }
+
+    /// DSCP and ECN (RFC 2474, RFC 3168).
+    #[inline(always)]
+    pub const fn traffic_class(&self) -> u8 {
+        (self.version_class_flow.get() >> 20) as u8
+    }
+
+    #[inline(always)]
+    pub const fn first_word(traffic_class: u8, flow_label: u32) -> Be32 {
+        Be32::new(6 << 28 | (traffic_class as u32) << 20 | (flow_label & 0xf_ffff))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_word_holds_version_class_and_label() {
+        let word = Ipv6::first_word(0xb9, 0xfff1_2345).get();
+        assert_eq!(word, 0x6b91_2345);
+    }
+
+    #[test]
+    fn address_bytes_round_trip() {
+        let bytes = core::array::from_fn(|i| i as u8);
+        assert_eq!(Address6::from_bytes(bytes).bytes(), bytes);
+    }
+}

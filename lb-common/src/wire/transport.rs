@@ -1,0 +1,30 @@
+//! The first four bytes that TCP (RFC 9293) and UDP (RFC 768) share.
+
+use super::header;
+
+/// Both ports as one word: the source port in the lower, the destination port in the upper half,
+/// each in network byte order.
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    pub both: u32,
+}
+
+header!(Ports, 4);
+
+impl Ports {
+    /// The shortest transport header that carries ports (UDP), bytes.
+    pub const SHORTEST_TRANSPORT: usize = 8;
+
+    pub const fn new(source: u16, destination: u16) -> Self {
+        Self { both: source.to_be() as u32 | (destination.to_be() as u32) << 16 }
+    }
+
+    pub const fn source(self) -> u16 {
+        u16::from_be(self.both as u16)
+    }
+
+    pub const fn destination(self) -> u16 {
+        u16::from_be((self.both >> 16) as u16)
+    }
+}

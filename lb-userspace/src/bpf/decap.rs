@@ -1,0 +1,97 @@
+//! The decapsulation program on a backend: attached while the process lives.
+
+use std::io;
+use std::net::IpAddr;
+
+use aya::maps::lpm_trie::Key;
+use aya::maps::{HashMap as BpfHashMap, LpmTrie, MapData, PerCpuArray};
+use aya::programs::links::FdLink;
+use aya::programs::{Xdp, XdpMode};
+use aya::{Ebpf, EbpfLoader};
+use anyhow::{Context, anyhow};
+use ipnetwork::IpNetwork;
+use lb_common::abi::{DecapVip, map};
+use lb_common::outcome::DecapOutcome;
+use lb_common::wire::Address6;
+
+use crate::config::model::Mode;
+
+const PROGRAM: &str = "decap";
+
+/// What is let through.
+#[derive(Debug, Clone)]
+pub struct DecapConfig {
+    pub ifindex: u32,
+    pub mode: Mode,
+    pub vips: Vec<IpAddr>,
+    pub from: Vec<IpNetwork>,
+}
+
+/// The attached program; dropping it detaches.
+pub struct Decap {
+    outcomes: PerCpuArray<MapData, u64>,
+    pub generic: bool,
+    _link: FdLink,
+    _ebpf: Ebpf,
+}
+
+impl Decap {
+    pub fn attach(config: &DecapConfig) -> anyhow::Result<Self> {
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries(map::DECAP_VIPS, config.vips.len().max(1) as u32);
+        for name in [map::DECAP_FROM4, map::DECAP_FROM6] {
+            loader.map_max_entries(name, config.from.len().max(1) as u32);
+        }
+        let mut ebpf = loader.load(super::DECAP).context("the decap program cannot be loaded")?;
+        fill(&mut ebpf, config).context("the decap program's maps cannot be filled")?;
+        let outcomes = PerCpuArray::try_from(take(&mut ebpf, map::DECAP_OUTCOMES)?)?;
+        let program: &mut Xdp = ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
+        program.load().context("the kernel refused the decap program")?;
+        let mode = match config.mode {
+            Mode::Generic => XdpMode::Skb,
+            Mode::Auto | Mode::Native => XdpMode::Driver,
+        };
+        let (id, generic) = match program.attach_to_if_index(config.ifindex, mode) {
+            Ok(id) => (id, config.mode == Mode::Generic),
+            Err(error) if config.mode == Mode::Auto => {
+                tracing::warn!(%error, "native XDP is not to be had; running in generic mode");
+                (program.attach_to_if_index(config.ifindex, XdpMode::Skb)?, true)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let link = FdLink::try_from(program.take_link(id)?)
+            .map_err(|_| anyhow!("XDP was attached without a bpf_link; xlb needs kernel 5.9 or newer"))?;
+        Ok(Self { outcomes, generic, _link: link, _ebpf: ebpf })
+    }
+
+    /// Packets of an outcome, over all CPUs.
+    pub fn outcome(&self, outcome: DecapOutcome) -> io::Result<u64> {
+        let values = self.outcomes.get(&(outcome as u32), 0).map_err(io::Error::other)?;
+        Ok(values.iter().sum())
+    }
+}
+
+fn take(ebpf: &mut Ebpf, name: &'static str) -> anyhow::Result<aya::maps::Map> {
+    ebpf.take_map(name).with_context(|| format!("the object has no map {name}"))
+}
+
+fn fill(ebpf: &mut Ebpf, config: &DecapConfig) -> anyhow::Result<()> {
+    let mut vips = BpfHashMap::<_, DecapVip, u8>::try_from(take(ebpf, map::DECAP_VIPS)?)?;
+    for vip in &config.vips {
+        let key = match vip {
+            IpAddr::V4(v4) => DecapVip::v4(u32::from_ne_bytes(v4.octets())),
+            IpAddr::V6(v6) => DecapVip::v6(Address6::from_bytes(v6.octets())),
+        };
+        vips.insert(key, 1, 0)?;
+    }
+    let mut from4 = LpmTrie::<_, [u8; 4], u8>::try_from(take(ebpf, map::DECAP_FROM4)?)?;
+    let mut from6 = LpmTrie::<_, [u8; 16], u8>::try_from(take(ebpf, map::DECAP_FROM6)?)?;
+    for prefix in &config.from {
+        let length = u32::from(prefix.prefix());
+        match prefix {
+            IpNetwork::V4(v4) => from4.insert(&Key::new(length, v4.network().octets()), 1, 0)?,
+            IpNetwork::V6(v6) => from6.insert(&Key::new(length, v6.network().octets()), 1, 0)?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,32 @@
+//! The kernel: maps, programs, links and where they are pinned. The only folder that knows aya.
+
+mod bpffs;
+mod decap;
+mod ethtool;
+mod grace;
+mod maps;
+mod mmap;
+mod program;
+
+pub use bpffs::BpfFs;
+pub use decap::{Decap, DecapConfig};
+pub use maps::{Maps, MapsError};
+pub use program::{Attached, Datapath, DatapathError, Trace, detach};
+
+/// Bytes aligned for the ELF parser.
+#[repr(C, align(32))]
+struct Aligned<T: ?Sized>(T);
+
+macro_rules! object {
+    ($name:ident, $file:literal) => {
+        /// The object as build.rs compiled it.
+        pub static $name: &[u8] = {
+            static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $file)));
+            &OBJECT.0
+        };
+    };
+}
+
+object!(BALANCER, "balancer");
+object!(DECAP, "decap");
+object!(PASS, "pass");

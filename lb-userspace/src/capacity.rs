@@ -1,0 +1,104 @@
+//! How many rows each map has for given limits, and what that takes. Pure: `xlb check` prints it,
+//! the loader makes the maps from it, and the plan refuses what does not fit.
+
+use lb_common::abi::{
+    BACKEND_PASS, MOST_BACKENDS, OUTCOME_ROWS, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP4_WAYS, VIP6_WAYS, map,
+};
+
+use crate::config::model::Limits;
+use crate::tables::buckets;
+
+/// Ways out of the host: (interface, MTU, source) combinations.
+const EGRESS_ROWS: u32 = 1024;
+
+/// Rows before the first table, so that row 0 is never part of one.
+pub const RESERVED_SLOT_ROWS: u32 = (1 << SHORTEST_TABLE_LOG2) / SLOTS_PER_ROW;
+
+/// Rows of every map whose size the limits decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Logarithm of the buckets in one of the two halves of the VIP maps.
+    pub vip4_half_log2: u32,
+    pub vip6_half_log2: u32,
+    pub vips: u32,
+    pub tables: u32,
+    pub slot_rows: u32,
+    /// Backends that may be configured; the map has rows for all ids.
+    pub backends: u32,
+    pub backend_rows: u32,
+    pub egress_rows: u32,
+}
+
+impl Capacity {
+    pub fn new(limits: &Limits) -> Self {
+        let tables = (limits.slots >> SHORTEST_TABLE_LOG2).min(u32::from(u16::MAX));
+        // Ids rest after a removal, so there are more of them than backends.
+        let backends = limits.backends.min(MOST_BACKENDS);
+        Self {
+            vip4_half_log2: buckets::most_log2(limits.vips, VIP4_WAYS as u32),
+            vip6_half_log2: buckets::most_log2(limits.vips, VIP6_WAYS as u32),
+            vips: limits.vips,
+            tables,
+            slot_rows: limits.slots / SLOTS_PER_ROW + RESERVED_SLOT_ROWS,
+            backends,
+            // The row that stands for the host's stack is the last id there is.
+            backend_rows: u32::from(BACKEND_PASS) + 1,
+            egress_rows: EGRESS_ROWS,
+        }
+    }
+
+    pub fn vip4_rows(&self) -> u32 {
+        1 + 2 * (1 << self.vip4_half_log2)
+    }
+
+    pub fn vip6_rows(&self) -> u32 {
+        1 + 2 * (1 << self.vip6_half_log2)
+    }
+
+    /// Rows of each map by name, with the bytes of a value and whether every CPU has its own.
+    pub fn rows(&self) -> Vec<MapRows> {
+        let row = |name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu };
+        vec![
+            row(map::META, 1, 64, false),
+            row(map::VIP_WORDS, 2, 8, false),
+            row(map::VIPS4, self.vip4_rows(), 64, false),
+            row(map::VIPS6, self.vip6_rows(), 64, false),
+            row(map::TABLES, self.tables, 8, false),
+            row(map::TABLE_STATES, self.tables, 64, false),
+            row(map::SLOTS, self.slot_rows, 64, false),
+            row(map::BACKENDS, self.backend_rows, 64, false),
+            row(map::EGRESS, self.egress_rows, 64, false),
+            row(map::OUTCOMES, OUTCOME_ROWS, 8, true),
+            row(map::VIP_TRAFFIC, self.vips, 16, true),
+            row(map::BACKEND_TRAFFIC, self.backend_rows, 16, true),
+        ]
+    }
+
+    /// Bytes that the maps take on a host with this many CPUs.
+    pub fn bytes(&self, cpus: u64) -> u64 {
+        self.rows().iter().map(|map| map.bytes(cpus)).sum()
+    }
+}
+
+/// The size of one map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MapRows {
+    pub name: &'static str,
+    pub rows: u32,
+    pub value_bytes: u32,
+    pub per_cpu: bool,
+}
+
+impl MapRows {
+    /// Values, and for values per CPU the pointer that leads to them (kernel 6.18, `bpf_array.pptrs`).
+    pub fn bytes(&self, cpus: u64) -> u64 {
+        let copies = if self.per_cpu { cpus } else { 1 };
+        let pointers = if self.per_cpu { 8 } else { 0 };
+        u64::from(self.rows) * (u64::from(self.value_bytes) * copies + pointers)
+    }
+}
+
+/// CPUs that the kernel keeps counters for.
+pub fn possible_cpus() -> u64 {
+    aya::util::nr_cpus().map_or(1, |cpus| cpus as u64)
+}

@@ -1,0 +1,225 @@
+//! Texts to values: one function for each kind of leaf. Knows neither places nor keys.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::problem::show;
+use super::read::{Wrong, did_you_mean};
+
+type Leaf<T> = Result<T, Wrong>;
+
+fn wrong<T>(message: impl Into<String>, hint: impl Into<String>) -> Leaf<T> {
+    Err(Wrong { message: message.into(), hint: hint.into() })
+}
+
+fn not_allowed<T>(text: &str, hint: impl Into<String>) -> Leaf<T> {
+    wrong(format!("{} is not allowed", show(text)), hint)
+}
+
+pub(super) fn boolean(text: &str) -> Leaf<bool> {
+    match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => {
+            let hint = match text.to_ascii_lowercase().as_str() {
+                "yes" | "on" | "y" | "true" | "1" => "use true",
+                "no" | "off" | "n" | "false" | "0" => "use false",
+                _ => "use true or false",
+            };
+            not_allowed(text, hint)
+        }
+    }
+}
+
+/// A decimal number; `note` follows the range in the hint.
+pub(super) fn number(text: &str, range: RangeInclusive<u32>, note: &str) -> Leaf<u32> {
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    // 010 is 8 to a YAML 1.1 reader and 10 to a YAML 1.2 reader.
+    let octal = text.len() > 1 && text.starts_with('0');
+    match text.parse() {
+        Ok(number) if digits && !octal && range.contains(&number) => Ok(number),
+        _ => not_allowed(text, format!("use {}-{}{note}", range.start(), range.end())),
+    }
+}
+
+pub(super) fn port(text: &str) -> Leaf<u16> {
+    let is_port = |text: &str| number(text, 1..=65535, "").is_ok();
+    if let Some((first, last)) = text.split_once('-')
+        && is_port(first)
+        && is_port(last)
+    {
+        return wrong(format!("{text} is a range"), "list the ports one by one, such as [80, 443]");
+    }
+    number(text, 1..=65535, "").map(|n| u16::try_from(n).unwrap_or(u16::MAX))
+}
+
+pub(super) fn weight(text: &str) -> Leaf<u8> {
+    number(text, 0..=100, " (0 drains)").map(|n| u8::try_from(n).unwrap_or(100))
+}
+
+/// `slots:`, which tables take in units of the smallest of them.
+pub(super) fn slots(text: &str) -> Leaf<u32> {
+    const UNIT: u32 = 4096;
+    let n = number(text, 8192..=134_217_728, " in steps of 4096")?;
+    if n % UNIT == 0 {
+        return Ok(n);
+    }
+    wrong(format!("{n} is not a multiple of {UNIT}"), format!("use {}", n.next_multiple_of(UNIT)))
+}
+
+/// One of the words of an enum.
+pub(super) fn word<T: Copy>(text: &str, words: &[&'static str], all: &[T]) -> Leaf<T> {
+    match words.iter().zip(all).find(|(word, _)| **word == text) {
+        Some((_, value)) => Ok(*value),
+        None => not_allowed(text, did_you_mean(text, words)),
+    }
+}
+
+pub(super) fn seed(text: &str) -> Leaf<u64> {
+    let hint = "use 1-16 hex digits, such as those of `openssl rand -hex 8`";
+    let hex = (1..=16).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit());
+    match u64::from_str_radix(text, 16) {
+        Ok(seed) if hex => Ok(seed),
+        _ => match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+            Some(rest) if seed(rest).is_ok() => not_allowed(text, format!("leave out the 0x: {rest}")),
+            _ => not_allowed(text, hint),
+        },
+    }
+}
+
+/// What names a pool, a backend or a service.
+pub(super) fn name(text: &str) -> Leaf<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if (1..=63).contains(&text.len()) && text.chars().all(fits) {
+        return Ok(text.to_owned());
+    }
+    not_allowed(text, "use 1-63 letters, digits, dots, dashes or underscores")
+}
+
+/// What the kernel takes for an interface's name (`dev_valid_name`, IFNAMSIZ is 16 with the NUL).
+pub(super) fn interface_name(text: &str) -> Leaf<String> {
+    let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if text.is_empty() || text.len() > 15 || text.contains(bad) || text == "." || text == ".." {
+        return not_allowed(text, "use a name that `ip link` shows (at most 15 bytes, no / : or space)");
+    }
+    Ok(text.to_owned())
+}
+
+/// An address that packets can be sent to.
+pub(super) fn address(text: &str) -> Leaf<IpAddr> {
+    match text.parse::<IpAddr>() {
+        Ok(address) => usable(address),
+        Err(_) => no_address(text),
+    }
+}
+
+fn usable(address: IpAddr) -> Leaf<IpAddr> {
+    let hint = "use an address that packets can be sent to";
+    let is = |what: &str| wrong(format!("{address} is {what}"), hint);
+    if let IpAddr::V6(v6) = address
+        && let Some(v4) = v6.to_ipv4_mapped()
+    {
+        // What is suggested must be usable itself, here and below.
+        usable(IpAddr::V4(v4))?;
+        return wrong(format!("{address} is an IPv4-mapped address"), format!("write {v4}"));
+    }
+    match address {
+        _ if address.is_unspecified() => is("the unspecified address"),
+        _ if address.is_multicast() => is("a multicast address"),
+        _ if address.is_loopback() => is("a loopback address"),
+        IpAddr::V4(v4) if v4.is_broadcast() => is("the broadcast address"),
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => is("a link-local address"),
+        IpAddr::V4(_) | IpAddr::V6(_) => Ok(address),
+    }
+}
+
+fn no_address(text: &str) -> Leaf<IpAddr> {
+    let bare = text.split(['/', '%']).next().unwrap_or_default();
+    let bare = bare.strip_prefix('[').and_then(|b| b.strip_suffix(']')).unwrap_or(bare);
+    let within = text.parse::<SocketAddr>().map(|with_port| with_port.ip());
+    let hint = match within.or_else(|_| bare.parse::<IpAddr>()) {
+        Ok(address) => format!("write the address alone: {}", usable(address)?),
+        Err(_) => "use an address such as 192.0.2.10 or 2001:db8::10 (names are not resolved)".into(),
+    };
+    wrong(format!("{} is not an IP address", show(text)), hint)
+}
+
+/// A whole number and a unit.
+pub(super) fn duration(text: &str, range: RangeInclusive<Duration>) -> Leaf<Duration> {
+    let allowed = || format!("use {}-{}", show_duration(*range.start()), show_duration(*range.end()));
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let Ok(count) = digits.parse::<u64>() else {
+        return not_allowed(text, format!("{}, such as 500ms or 2s", allowed()));
+    };
+    let duration = match unit {
+        "ms" => Some(Duration::from_millis(count)),
+        "s" => Some(Duration::from_secs(count)),
+        "m" => count.checked_mul(60).map(Duration::from_secs),
+        "h" => count.checked_mul(3600).map(Duration::from_secs),
+        "" => {
+            let with = [(Duration::from_secs(count), "s"), (Duration::from_millis(count), "ms")];
+            let fits = with.iter().filter(|(duration, _)| range.contains(duration));
+            let forms: Vec<String> = fits.map(|(_, unit)| format!("{count}{unit}")).collect();
+            let hint = match forms.as_slice() {
+                [] => allowed(),
+                forms => format!("write {}", forms.join(" or ")),
+            };
+            return wrong(format!("{} has no unit", show(text)), hint);
+        }
+        _ => return not_allowed(text, format!("{}, such as 500ms or 2s", allowed())),
+    };
+    match duration {
+        Some(duration) if range.contains(&duration) => Ok(duration),
+        _ => not_allowed(text, allowed()),
+    }
+}
+
+/// In the largest unit that divides it.
+pub(super) fn show_duration(duration: Duration) -> String {
+    match duration.as_millis() {
+        ms if ms % 1000 != 0 || ms == 0 => format!("{ms}ms"),
+        ms if ms % 60_000 != 0 => format!("{}s", ms / 1000),
+        ms if ms % 3_600_000 != 0 => format!("{}m", ms / 60_000),
+        ms => format!("{}h", ms / 3_600_000),
+    }
+}
+
+/// The target of a GET: origin form, RFC 9112 section 3.2.1.
+pub(super) fn http_path(text: &str) -> Leaf<String> {
+    if !text.starts_with('/') {
+        let word = text.bytes().all(|b| b.is_ascii_graphic()) && !text.contains(['/', '#']);
+        let hint = if word { format!("begin with a slash: /{text}") } else { "begin with a slash".into() };
+        return not_allowed(text, hint);
+    }
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return not_allowed(text, "percent-encode spaces and other special characters (%20 is a space)");
+    }
+    if text.contains('#') {
+        return not_allowed(text, "a fragment (#) is never sent to a server, leave it out");
+    }
+    Ok(text.to_owned())
+}
+
+/// The Host header of a GET: a name or an address, with or without a port.
+pub(super) fn http_host(text: &str) -> Leaf<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']');
+    if (1..=255).contains(&text.len()) && text.chars().all(fits) {
+        return Ok(text.to_owned());
+    }
+    not_allowed(text, "use a host name such as www.example.org")
+}
+
+/// A status code, or a range of them.
+pub(super) fn statuses(text: &str) -> Leaf<RangeInclusive<u16>> {
+    let code = |text: &str| number(text, 100..=599, "").ok().and_then(|n| u16::try_from(n).ok());
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (code(first), code(last)) {
+        (Some(first), Some(last)) if first <= last => Ok(first..=last),
+        (Some(first), Some(last)) => {
+            wrong(format!("{first}-{last} is an empty range"), format!("write {last}-{first}"))
+        }
+        _ => not_allowed(text, "use a status (200) or a range (200-299) within 100-599"),
+    }
+}

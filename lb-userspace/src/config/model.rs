@@ -1,0 +1,204 @@
+//! The validated configuration: what exists here is valid, and nothing here knows YAML.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use serde::{Serialize, Serializer};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    pub interfaces: Vec<Interface>,
+    /// The same on every balancer of an ECMP group. Keys the flow hash and the tables.
+    pub seed: u64,
+    pub outer_source: OuterSource,
+    /// Answer ARP and neighbour solicitation for VIPs that are on-link.
+    pub vip_arp: bool,
+    /// Log every decision of the packet path (debugging; slow).
+    pub trace: bool,
+    pub limits: Limits,
+    pub pools: Vec<Pool>,
+    pub services: Vec<Service>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Interface {
+    pub name: String,
+    pub mode: Mode,
+}
+
+/// How the XDP program is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Native where the driver can, otherwise generic, and says so.
+    Auto,
+    Native,
+    Generic,
+}
+
+/// Where the source address of tunnel packets comes from, per family: a prefix whose host
+/// bits are filled from the flow hash, or (None) the route's preferred source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OuterSource {
+    pub v4: Option<Ipv4Network>,
+    pub v6: Option<Ipv6Network>,
+}
+
+/// Capacities of the kernel maps, which cannot grow while they are in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    /// (address, port, protocol) triples, over both families.
+    pub vips: u32,
+    pub backends: u32,
+    /// Slots of all tables together.
+    pub slots: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    pub name: String,
+    pub forward: Forward,
+    pub check: Check,
+    pub on_empty: OnEmpty,
+    pub backends: Vec<Backend>,
+}
+
+/// How a packet reaches its backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Forward {
+    /// IP-in-IP, any family in any family (RFC 2003, RFC 2473, RFC 4213).
+    Ipip,
+    /// Rewritten destination MAC; the backend is on-link.
+    L2,
+}
+
+/// What becomes of packets while no backend of the pool is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnEmpty {
+    Drop,
+    /// To the host's own stack.
+    Pass,
+    /// To all configured backends as if they were up.
+    All,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Backend {
+    /// Unique in its pool; the address where YAML gives no name.
+    pub name: String,
+    pub address: IpAddr,
+    /// 0 to 100; 0 takes no new flows.
+    pub weight: u8,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    pub kind: CheckKind,
+    /// The port that is probed; where YAML gives none, the first port of the first service that uses
+    /// the pool. 0 only where `kind` is `None`.
+    pub port: u16,
+    pub interval: Duration,
+    pub timeout: Duration,
+    /// Consecutive successes that bring a backend up, 1 or more.
+    pub rise: u32,
+    /// Consecutive failures that take a backend down, 1 or more.
+    pub fall: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CheckKind {
+    /// Always up.
+    None,
+    /// A TCP connection is accepted.
+    Tcp,
+    /// A GET is answered with an expected status.
+    Http { path: String, host: Option<String>, expect: Vec<RangeInclusive<u16>> },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    pub name: String,
+    pub vips: Vec<IpAddr>,
+    pub ports: Vec<u16>,
+    pub protocols: Vec<Protocol>,
+    /// Index into `Config::pools`.
+    pub pool: usize,
+    pub scheduler: Scheduler,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scheduler {
+    Maglev,
+}
+
+/// The words an operator meets in YAML, in output, in metrics and in logs: one place for each.
+macro_rules! words {
+    ($($name:ident { $($variant:ident = $word:literal),+ })+) => {$(
+        impl $name {
+            /// In the order in which messages list them.
+            pub const ALL: &'static [$name] = &[$($name::$variant),+];
+            pub const WORDS: &'static [&'static str] = &[$($word),+];
+
+            pub fn as_str(self) -> &'static str {
+                match self { $($name::$variant => $word),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.as_str())
+            }
+        }
+    )+};
+}
+
+words! {
+    Mode { Auto = "auto", Native = "native", Generic = "generic" }
+    Forward { Ipip = "ipip", L2 = "l2" }
+    OnEmpty { Drop = "drop", Pass = "pass", All = "all" }
+    Protocol { Tcp = "tcp", Udp = "udp" }
+    Scheduler { Maglev = "maglev" }
+}
+
+impl CheckKind {
+    /// The word of `health.type`.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            CheckKind::None => "none",
+            CheckKind::Tcp => "tcp",
+            CheckKind::Http { .. } => "http",
+        }
+    }
+}
+
+impl Service {
+    /// Everything the service answers to. No triple appears twice in a configuration.
+    pub fn triples(&self) -> impl Iterator<Item = (IpAddr, u16, Protocol)> + '_ {
+        self.vips.iter().flat_map(move |&vip| {
+            self.ports
+                .iter()
+                .flat_map(move |&port| self.protocols.iter().map(move |&protocol| (vip, port, protocol)))
+        })
+    }
+}
+
+impl Config {
+    /// The pool a service sends to.
+    pub fn pool_of(&self, service: &Service) -> &Pool {
+        &self.pools[service.pool]
+    }
+}

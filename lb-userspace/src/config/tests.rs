@@ -1,0 +1,65 @@
+//! What holds for whole files. `mistakes` has one row for each kind of mistake.
+
+mod hostile;
+mod mistakes;
+mod rules;
+
+use super::*;
+
+/// Uses every key there is.
+const GOOD: &str = "\
+# edge balancer
+interfaces: [eth0, {name: eth1, mode: generic}]
+mode: native
+seed: 5e10000000000000
+outer_source: [10.255.0.0/24, '2001:db8:ff::/64']
+vip_arp: true
+trace: false
+limits: {vips: 100, backends: 200, slots: 65536}
+defaults:
+  health: {type: tcp, interval: 2s, timeout: 1s, rise: 2, fall: 3}
+pools:
+  web:
+    forward: ipip
+    on_empty: pass
+    health: {type: http, path: /healthz, host: www.example.org, expect: [200-299, 304]}
+    backends:
+      - 10.0.1.11
+      - 10.0.1.12
+      - {address: 10.0.1.13, weight: 50, name: web-13}
+  dns:
+    forward: l2
+    health: {port: 8053, interval: 500ms, timeout: 200ms}
+    backends: [10.0.2.1, '2001:db8:2::1']
+services:
+  - name: www
+    vip: [203.0.113.10, '2001:db8::10']
+    ports: [80, 443]
+    protocol: tcp
+    pool: web
+    scheduler: maglev
+  - name: dns
+    vip: 203.0.113.53
+    ports: 53
+    protocol: [udp, tcp]
+    pool: dns
+";
+
+/// The lines printed for a file that must not load.
+fn errors(text: &str) -> Vec<String> {
+    match parse("xlb.yaml", text) {
+        Ok(loaded) => panic!("this must not load:\n{text}\n{loaded:?}"),
+        Err(problems) => problems.to_string().lines().map(str::to_owned).collect(),
+    }
+}
+
+fn loaded(text: &str) -> Loaded {
+    match parse("xlb.yaml", text) {
+        Ok(loaded) => loaded,
+        Err(problems) => panic!("this must load:\n{text}\n{problems}"),
+    }
+}
+
+fn warnings(text: &str) -> Vec<String> {
+    loaded(text).warnings.iter().map(ToString::to_string).collect()
+}

@@ -1,0 +1,237 @@
+//! What a valid file means.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use super::super::model::*;
+use super::*;
+
+const MINIMAL: &str = "\
+interfaces: eth0
+seed: 1
+pools: {web: {forward: ipip, backends: [10.0.0.1]}}
+services: [{name: www, vip: 203.0.113.10, ports: 443, protocol: tcp, pool: web}]
+";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("a test names valid addresses")
+}
+
+/// The check of pool `web`, with `health:` of the defaults and of the pool.
+fn check(defaults: &str, pool: &str) -> Check {
+    let text = format!(
+        "interfaces: [eth0]\nseed: 1\ndefaults: {{health: {defaults}}}\n\
+         pools: {{web: {{forward: ipip, health: {pool}, backends: [10.0.0.1]}}}}\n\
+         services: [{{name: www, vip: 203.0.113.10, ports: [443, 80], protocol: tcp, pool: web}}]\n"
+    );
+    loaded(&text).config.pools.remove(0).check
+}
+
+#[test]
+fn every_key_arrives_in_the_model() {
+    let Loaded { config, warnings } = loaded(GOOD);
+    assert_eq!(warnings, []);
+    let backend =
+        |name: &str, address, weight| Backend { name: name.to_owned(), address: ip(address), weight };
+    let web = Pool {
+        name: "web".to_owned(),
+        forward: Forward::Ipip,
+        check: Check {
+            kind: CheckKind::Http {
+                path: "/healthz".to_owned(),
+                host: Some("www.example.org".to_owned()),
+                expect: vec![200..=299, 304..=304],
+            },
+            port: 80,
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_secs(1),
+            rise: 2,
+            fall: 3,
+        },
+        on_empty: OnEmpty::Pass,
+        backends: vec![
+            backend("10.0.1.11", "10.0.1.11", 100),
+            backend("10.0.1.12", "10.0.1.12", 100),
+            backend("web-13", "10.0.1.13", 50),
+        ],
+    };
+    let dns = Pool {
+        name: "dns".to_owned(),
+        forward: Forward::L2,
+        check: Check {
+            kind: CheckKind::Tcp,
+            port: 8053,
+            interval: Duration::from_millis(500),
+            timeout: Duration::from_millis(200),
+            rise: 2,
+            fall: 3,
+        },
+        on_empty: OnEmpty::Drop,
+        backends: vec![backend("10.0.2.1", "10.0.2.1", 100), backend("2001:db8:2::1", "2001:db8:2::1", 100)],
+    };
+    let interface = |name: &str, mode| Interface { name: name.to_owned(), mode };
+    let expected = Config {
+        interfaces: vec![interface("eth0", Mode::Native), interface("eth1", Mode::Generic)],
+        seed: 0x5e10_0000_0000_0000,
+        outer_source: OuterSource { v4: "10.255.0.0/24".parse().ok(), v6: "2001:db8:ff::/64".parse().ok() },
+        vip_arp: true,
+        trace: false,
+        limits: Limits { vips: 100, backends: 200, slots: 65536 },
+        pools: vec![web, dns],
+        services: vec![
+            Service {
+                name: "www".to_owned(),
+                vips: vec![ip("203.0.113.10"), ip("2001:db8::10")],
+                ports: vec![80, 443],
+                protocols: vec![Protocol::Tcp],
+                pool: 0,
+                scheduler: Scheduler::Maglev,
+            },
+            Service {
+                name: "dns".to_owned(),
+                vips: vec![ip("203.0.113.53")],
+                ports: vec![53],
+                protocols: vec![Protocol::Udp, Protocol::Tcp],
+                pool: 1,
+                scheduler: Scheduler::Maglev,
+            },
+        ],
+    };
+    assert_eq!(config, expected);
+    assert_eq!(config.services[0].triples().count(), 4);
+    assert_eq!(config.pool_of(&config.services[1]).name, "dns");
+}
+
+#[test]
+fn what_the_file_leaves_out_has_its_documented_default() {
+    let Loaded { config, warnings } = loaded(MINIMAL);
+    assert_eq!(warnings, []);
+    let defaults = (config.vip_arp, config.trace, config.outer_source);
+    assert_eq!(defaults, (false, false, OuterSource::default()));
+    assert_eq!(config.limits, Limits { vips: 4096, backends: 4096, slots: 1_048_576 });
+    assert_eq!(config.interfaces[0].mode, Mode::Auto);
+    let pool = &config.pools[0];
+    assert_eq!((pool.on_empty, pool.backends[0].weight), (OnEmpty::Drop, 100));
+    assert_eq!(config.services[0].scheduler, Scheduler::Maglev);
+    let check = Check {
+        kind: CheckKind::Tcp,
+        port: 443,
+        interval: Duration::from_secs(2),
+        timeout: Duration::from_secs(1),
+        rise: 2,
+        fall: 3,
+    };
+    assert_eq!(pool.check, check);
+}
+
+#[test]
+fn a_seed_is_the_text_that_is_written_and_never_a_number() {
+    for (name, text, seed) in [
+        ("decimal digits", "1234567890123456", 0x1234_5678_9012_3456),
+        ("a float to YAML", "5e10000000000000", 0x5e10_0000_0000_0000),
+        ("octal to YAML 1.1", "010", 0x10),
+        ("a boolean's letters in quotes", "'fade'", 0xfade),
+        ("upper case", "5F1D", 0x5f1d),
+        ("all bits", "ffffffffffffffff", u64::MAX),
+    ] {
+        let text = MINIMAL.replace("seed: 1", &format!("seed: {text}"));
+        assert_eq!(loaded(&text).config.seed, seed, "{name}");
+    }
+    let without = MINIMAL.replace("seed: 1\n", "");
+    assert_eq!(loaded(&without).config.seed, DEFAULT_SEED);
+}
+
+#[test]
+fn the_health_of_a_pool_lies_over_the_defaults_field_by_field() {
+    let both = check("{interval: 10s, rise: 5, path: /up}", "{type: http, fall: 7}");
+    assert_eq!((both.interval, both.rise, both.fall), (Duration::from_secs(10), 5, 7));
+    let path = "/up".to_owned();
+    assert_eq!(both.kind, CheckKind::Http { path, host: None, expect: vec![200..=299] });
+    let other = check("{type: http, path: /up}", "{type: tcp}");
+    assert_eq!(other.kind, CheckKind::Tcp);
+}
+
+#[test]
+fn the_checked_port_is_the_pools_then_the_defaults_then_the_first_services() {
+    assert_eq!(check("{port: 1}", "{port: 2}").port, 2);
+    assert_eq!(check("{port: 1}", "{}").port, 1);
+    assert_eq!(check("{}", "{}").port, 443);
+    assert_eq!(check("{}", "{type: none}").port, 443);
+}
+
+#[test]
+fn an_unused_pool_without_a_port_has_no_check() {
+    let text = "interfaces: [eth0]\nseed: 1\npools: {old: {forward: l2, backends: [10.0.0.1]}}\n";
+    let check = &loaded(text).config.pools[0].check;
+    assert_eq!((&check.kind, check.port), (&CheckKind::None, 0));
+}
+
+#[test]
+fn durations_take_every_unit() {
+    for (text, ms) in [("10ms", 10), ("1500ms", 1500), ("90s", 90_000), ("2m", 120_000)] {
+        let found = check("{}", &format!("{{interval: {text}, timeout: 10ms}}")).interval;
+        assert_eq!(found, Duration::from_millis(ms), "{text}");
+    }
+    assert_eq!(check("{}", "{interval: 1h}").interval, Duration::from_secs(3600));
+}
+
+#[test]
+fn one_value_and_a_list_of_one_are_the_same() {
+    let list = MINIMAL
+        .replace("eth0", "[eth0]")
+        .replace("203.0.113.10", "[203.0.113.10]")
+        .replace("443", "[443]")
+        .replace("tcp", "[tcp]");
+    assert_eq!(loaded(&list), loaded(MINIMAL));
+}
+
+#[test]
+fn a_byte_order_mark_and_other_line_ends_change_nothing() {
+    let windows = format!("\u{feff}{}", GOOD.replace('\n', "\r\n"));
+    assert_eq!(loaded(&windows), loaded(GOOD));
+}
+
+#[test]
+fn one_backend_may_be_in_several_pools_and_one_vip_in_several_services() {
+    let text = "\
+interfaces: [eth0]
+seed: 1
+pools:
+  a: {forward: ipip, backends: [10.0.0.1]}
+  b: {forward: ipip, backends: [10.0.0.1]}
+services:
+- {name: a, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: a}
+- {name: b, vip: 203.0.113.10, ports: 80, protocol: udp, pool: b}
+";
+    assert_eq!(loaded(text).warnings, []);
+}
+
+#[test]
+fn words_are_the_same_in_display_and_in_json() {
+    assert_eq!(format!("{:<6}|", Protocol::Udp), "udp   |");
+    let limits = serde_yaml::to_string(&Interface { name: "eth0".into(), mode: Mode::Native });
+    assert_eq!(limits.ok().as_deref(), Some("name: eth0\nmode: native\n"));
+}
+
+#[test]
+fn every_bound_itself_is_allowed() {
+    for limits in
+        ["{vips: 1, backends: 1, slots: 8192}", "{vips: 1000000, backends: 32766, slots: 134217728}"]
+    {
+        let text = format!("{MINIMAL}limits: {limits}\n");
+        assert_eq!(loaded(&text).warnings, [], "{limits}");
+    }
+    for health in [
+        "{interval: 10ms, timeout: 10ms, rise: 1, fall: 255, port: 1}",
+        "{interval: 1h, timeout: 1ms, rise: 255, fall: 1, port: 65535}",
+        "{type: http, path: /, expect: [100, 599, 100-599]}",
+    ] {
+        check("{}", health);
+    }
+}
+
+#[test]
+fn a_key_without_a_value_is_the_same_as_no_key() {
+    let text = format!("{MINIMAL}mode:\nouter_source: ~\nlimits: null\ndefaults: {{health: }}\n");
+    assert_eq!(loaded(&text), loaded(MINIMAL));
+}

@@ -1,0 +1,142 @@
+//! The top of the file: interfaces, seed, limits and switches; and the order in which the rest is read.
+
+use super::DEFAULT_SEED;
+use super::model::{Config, Interface, Limits, Mode};
+use super::problem::{Place, Report, Spot};
+use super::raw::Node;
+use super::read::{At, Fields, Wrong};
+use super::{cross, health, leaf, network, pools, services};
+
+const KEYS: &[&str] = &[
+    "interfaces",
+    "mode",
+    "seed",
+    "outer_source",
+    "vip_arp",
+    "trace",
+    "limits",
+    "defaults",
+    "pools",
+    "services",
+];
+
+/// Most that `limits.backends` may name: a backend's number has 15 bits in a slot.
+pub(super) const MOST_BACKENDS: u32 = 32_766;
+pub(super) const MOST_VIPS: u32 = 1_000_000;
+
+/// What is wrong in one place does not keep the others from being checked. The result is valid
+/// only if no error was reported.
+pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
+    let root = At::root(root);
+    let want = "keys and values, such as interfaces: [eth0]";
+    let fields = root.fields(KEYS, want, report)?;
+    let interfaces = interfaces(&fields, report);
+    let outer_source = network::outer_source(&fields, report);
+    let limits = limits(&fields, report);
+    let defaults = health::defaults(&fields, report);
+    let pools = pools::read(&fields, &defaults, report);
+    let services = services::read(&fields, &pools, report);
+    let vip_arp = switch(&fields, "vip_arp", report);
+    let trace = switch(&fields, "trace", report);
+    let seed = seed(&fields, report);
+
+    health::unused_defaults(&defaults, &pools, report);
+    cross::check(&pools, &services, &outer_source, &limits, report);
+    let (pools, services) = cross::join(pools, services, &defaults, report);
+    Some(Config {
+        interfaces,
+        seed,
+        outer_source: outer_source.model(),
+        vip_arp,
+        trace,
+        limits: limits.model,
+        pools,
+        services,
+    })
+}
+
+fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<Interface> {
+    let want = "a list of interfaces, such as [eth0]";
+    let mode = |at: &Fields<'_>, report: &mut Report| {
+        let convert = |text| leaf::word(text, Mode::WORDS, Mode::ALL);
+        at.value("mode", "auto, native or generic", convert, report)
+    };
+    let default = mode(fields, report).unwrap_or(Mode::Auto);
+    let Some(list) = fields.need("interfaces", want, report) else {
+        return Vec::new();
+    };
+    let mut found: Vec<(Interface, Spot)> = Vec::new();
+    for item in list.one_or_more(want, report) {
+        let (at, mode) = if item.is_scalar() {
+            (Some(item), default)
+        } else {
+            let want = "a name, or a mapping such as {name: eth0, mode: native}";
+            let Some(fields) = item.fields(&["name", "mode"], want, report) else {
+                continue;
+            };
+            let at = fields.need("name", "a name that `ip link` shows", report);
+            (at, mode(&fields, report).unwrap_or(default))
+        };
+        let Some(at) = at else { continue };
+        let Some(name) = at.value("the name of an interface", leaf::interface_name, report) else {
+            continue;
+        };
+        if let Some((_, first)) = found.iter().find(|(other, _)| other.name == name) {
+            let message = format!("{name} is already listed at {first}");
+            at.wrong(Wrong { message, hint: "list an interface once".into() }, report);
+        } else {
+            found.push((Interface { name, mode }, at.spot()));
+        }
+    }
+    found.into_iter().map(|(interface, _)| interface).collect()
+}
+
+fn switch(fields: &Fields<'_>, key: &str, report: &mut Report) -> bool {
+    fields.value(key, "true or false", leaf::boolean, report).unwrap_or(false)
+}
+
+fn seed(fields: &Fields<'_>, report: &mut Report) -> u64 {
+    match fields.get("seed") {
+        Some(at) => at.value("1-16 hex digits", leaf::seed, report).unwrap_or(DEFAULT_SEED),
+        None => {
+            let message =
+                "is missing, so a public one is used: anyone can compute which flow meets which backend";
+            let hint =
+                "set the same on every balancer of the group, such as the output of `openssl rand -hex 8`";
+            report.warn(Place::START, "seed", message, hint);
+            DEFAULT_SEED
+        }
+    }
+}
+
+/// The limits, and where those that are written stand.
+pub(super) struct WrittenLimits {
+    pub model: Limits,
+    pub vips: Option<Spot>,
+    pub backends: Option<Spot>,
+}
+
+fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
+    let model = Limits { vips: 4096, backends: 4096, slots: 1_048_576 };
+    let mut limits = WrittenLimits { model, vips: None, backends: None };
+    let want = "a mapping such as {vips: 4096, backends: 4096, slots: 1048576}";
+    let Some(fields) =
+        fields.get("limits").and_then(|at| at.fields(&["vips", "backends", "slots"], want, report))
+    else {
+        return limits;
+    };
+    let vips = |text| leaf::number(text, 1..=MOST_VIPS, "");
+    let backends = |text| leaf::number(text, 1..=MOST_BACKENDS, "");
+    if let Some(n) = fields.value("vips", "a number", vips, report) {
+        limits.model.vips = n;
+        limits.vips = fields.get("vips").map(|at| at.spot());
+    }
+    if let Some(n) = fields.value("backends", "a number", backends, report) {
+        limits.model.backends = n;
+        limits.backends = fields.get("backends").map(|at| at.spot());
+    }
+    if let Some(n) = fields.value("slots", "a number", leaf::slots, report) {
+        limits.model.slots = n;
+    }
+    limits
+}

@@ -1,0 +1,338 @@
+//! Puts routes, links and neighbours together into next hops. Owns the order of questions and the waiting for
+//! neighbours; must not know netlink's encoding.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use netlink_packet_route::neighbour::NeighbourState;
+use rustix::io::Errno;
+use tokio::time::{Instant, sleep_until};
+use tracing::debug;
+
+use super::netlink::{Error, Neighbour, Netlink};
+use super::route::{self, Path};
+use super::{Link, LinkError, NextHop, Unresolved};
+
+/// A neighbour that is there answers within a round trip; one lost request costs a second.
+pub const DEFAULT_WAIT: Duration = Duration::from_secs(1);
+
+/// Requests in flight. Their answers fit into the default socket buffer many times over.
+const IN_FLIGHT: usize = 32;
+/// From this many neighbours on, one dump is cheaper than single questions.
+const DUMP_FROM: usize = 64;
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Asks the kernel for next hops.
+///
+/// It sees the network namespace of the thread that called [`Resolver::new`].
+#[derive(Debug)]
+pub struct Resolver {
+    netlink: Netlink,
+}
+
+/// A neighbour is an address on an interface: fe80::1 is a different one on each.
+type NeighbourKey = (u32, IpAddr);
+
+/// What a neighbour entry is good for.
+enum Entry {
+    Usable([u8; 6]),
+    /// Usable, but unconfirmed for a while.
+    Aged([u8; 6]),
+    /// The link-layer address is no MAC.
+    NoMac,
+    Failed,
+    Missing,
+}
+
+fn entry(neighbour: Option<&Neighbour>) -> Entry {
+    let Some(neighbour) = neighbour else {
+        return Entry::Missing;
+    };
+    let mac = || neighbour.mac.as_deref().and_then(|m| m.try_into().ok());
+    match (neighbour.state, mac()) {
+        (NeighbourState::Stale, Some(mac)) => Entry::Aged(mac),
+        (
+            NeighbourState::Reachable
+            | NeighbourState::Delay
+            | NeighbourState::Probe
+            | NeighbourState::Permanent
+            | NeighbourState::Noarp,
+            Some(mac),
+        ) => Entry::Usable(mac),
+        (
+            NeighbourState::Reachable
+            | NeighbourState::Stale
+            | NeighbourState::Delay
+            | NeighbourState::Probe
+            | NeighbourState::Permanent
+            | NeighbourState::Noarp,
+            None,
+        ) => Entry::NoMac,
+        (NeighbourState::Failed, _) => Entry::Failed,
+        // Incomplete, none, and what later kernels may add.
+        _ => Entry::Missing,
+    }
+}
+
+impl Resolver {
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn new() -> io::Result<Resolver> {
+        let netlink = Netlink::open()?;
+        Ok(Resolver { netlink })
+    }
+
+    /// The next hop of `address`, waiting up to [`DEFAULT_WAIT`] for its neighbour.
+    pub async fn resolve(&self, address: IpAddr) -> Result<NextHop, Unresolved> {
+        self.resolve_within(address, DEFAULT_WAIT).await
+    }
+
+    pub async fn resolve_within(&self, address: IpAddr, wait: Duration) -> Result<NextHop, Unresolved> {
+        let mut all = self.resolve_all(&[address], wait).await;
+        let missing = || Err(Unresolved::Netlink("no answer".into()));
+        all.remove(&address).unwrap_or_else(missing)
+    }
+
+    /// The next hops of many addresses: one answer for each. All neighbours share one `wait`.
+    ///
+    /// A neighbour that the kernel has not confirmed lately is used as it is, and the kernel is asked to confirm it:
+    /// packets that XDP sends do not do that.
+    pub async fn resolve_all(
+        &self,
+        addresses: &[IpAddr],
+        wait: Duration,
+    ) -> HashMap<IpAddr, Result<NextHop, Unresolved>> {
+        let unique: HashSet<IpAddr> = addresses.iter().copied().collect();
+        let paths = self.paths(unique).await;
+        let links = self.links_of(&paths).await;
+        let legs: HashMap<IpAddr, Result<(Path, Link), Unresolved>> = paths
+            .into_iter()
+            .map(|(address, path)| (address, path.and_then(|path| leg(path, &links))))
+            .collect();
+        let wanted: HashMap<NeighbourKey, &str> = legs
+            .iter()
+            .filter_map(|(address, leg)| Some((*address, leg.as_ref().ok()?)))
+            .map(|(address, (path, link))| (neighbour_key(address, path), link.name.as_str()))
+            .collect();
+        let macs = self.macs(&wanted, wait).await;
+        legs.into_iter()
+            .map(|(address, leg)| (address, leg.and_then(|leg| next_hop(address, leg, &macs))))
+            .collect()
+    }
+
+    /// One interface. Alternative names longer than 15 bytes are not found.
+    pub async fn link(&self, name: &str) -> Result<Link, LinkError> {
+        self.netlink.link_of_name(name).await.map_err(|e| match e {
+            // The latter for names that no interface can have.
+            Error::Kernel(Errno::NODEV | Errno::RANGE | Errno::INVAL) => {
+                let name = name.to_owned();
+                LinkError::NotFound { name }
+            }
+            other => LinkError::Netlink(format!("interface {name}: {other}")),
+        })
+    }
+
+    /// All addresses of this host, with the interface of each.
+    ///
+    /// A failure is an error and not an empty list, which would read as "none of them is mine".
+    pub async fn addresses(&self) -> Result<Vec<(IpAddr, String)>, LinkError> {
+        let failed = |e| LinkError::Netlink(format!("addresses: {e}"));
+        let links = self.netlink.links().await.map_err(failed)?;
+        let names: HashMap<u32, String> = links.into_iter().map(|l| (l.ifindex, l.name)).collect();
+        let addresses = self.netlink.addresses().await.map_err(failed)?;
+        Ok(addresses
+            .into_iter()
+            .map(|(ip, ifindex)| {
+                // An interface that appeared in between.
+                let number = || ifindex.to_string();
+                (ip, names.get(&ifindex).cloned().unwrap_or_else(number))
+            })
+            .collect())
+    }
+
+    async fn paths(&self, addresses: HashSet<IpAddr>) -> Vec<(IpAddr, Result<Path, Unresolved>)> {
+        let lookups = addresses.into_iter().map(async |address| {
+            let answer = self.netlink.route(address).await;
+            let path = match &answer {
+                Ok(message) => route::path(message),
+                Err(error) => Err(route::refusal(error)),
+            };
+            (address, path)
+        });
+        stream::iter(lookups).buffer_unordered(IN_FLIGHT).collect().await
+    }
+
+    /// The interfaces that the paths leave through. They are few, however many the paths.
+    async fn links_of(
+        &self,
+        paths: &[(IpAddr, Result<Path, Unresolved>)],
+    ) -> HashMap<u32, Result<Link, Unresolved>> {
+        let mut links = HashMap::new();
+        for path in paths.iter().filter_map(|(_, path)| path.as_ref().ok()) {
+            if links.contains_key(&path.ifindex) {
+                continue;
+            }
+            let link = self.netlink.link_of_index(path.ifindex).await;
+            let failed = |e| Unresolved::Netlink(format!("interface {}: {e}", path.ifindex));
+            links.insert(path.ifindex, link.map_err(failed));
+        }
+        links
+    }
+
+    /// MAC addresses of exactly the neighbours in `wanted`, which gives each one's interface by name.
+    async fn macs(
+        &self,
+        wanted: &HashMap<NeighbourKey, &str>,
+        wait: Duration,
+    ) -> HashMap<NeighbourKey, Result<[u8; 6], Unresolved>> {
+        let deadline = Instant::now() + wait;
+        let keys: Vec<NeighbourKey> = wanted.keys().copied().collect();
+        let mut done = HashMap::new();
+        let mut pending = Vec::new();
+        for (key, answer) in self.look_up(keys).await {
+            let interface = || wanted[&key].to_owned();
+            match answer.as_ref().map(|n| entry(n.as_ref())) {
+                Ok(Entry::Usable(mac)) => {
+                    done.insert(key, Ok(mac));
+                }
+                Ok(Entry::Aged(mac)) => {
+                    done.insert(key, Ok(mac));
+                    if let Err(error) = self.netlink.use_neighbour(key.0, key.1).await {
+                        debug!(neighbour = %key.1, %error, "stale neighbour not confirmed");
+                    }
+                }
+                Ok(Entry::NoMac) => {
+                    let interface = interface();
+                    done.insert(key, Err(Unresolved::NoMac { interface }));
+                }
+                Ok(Entry::Failed | Entry::Missing) => match self.netlink.use_neighbour(key.0, key.1).await {
+                    Ok(()) => pending.push(key),
+                    Err(error) => {
+                        done.insert(key, Err(not_asked(key.1, &error)));
+                    }
+                },
+                Err(error) => {
+                    done.insert(key, Err(not_asked(key.1, error)));
+                }
+            }
+        }
+        self.await_answers(wanted, pending, deadline, &mut done).await;
+        done
+    }
+
+    /// Polls until each of `pending` is in `done`.
+    async fn await_answers(
+        &self,
+        wanted: &HashMap<NeighbourKey, &str>,
+        mut pending: Vec<NeighbourKey>,
+        deadline: Instant,
+        done: &mut HashMap<NeighbourKey, Result<[u8; 6], Unresolved>>,
+    ) {
+        let mut pause = FIRST_PAUSE;
+        while !pending.is_empty() {
+            let last_look = Instant::now() + pause >= deadline;
+            sleep_until(deadline.min(Instant::now() + pause)).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+            for (key, answer) in self.look_up(std::mem::take(&mut pending)).await {
+                let (neighbour, interface) = (key.1, wanted[&key].to_owned());
+                let result = match answer.as_ref().map(|n| entry(n.as_ref())) {
+                    Ok(Entry::Usable(mac) | Entry::Aged(mac)) => Ok(mac),
+                    Ok(Entry::NoMac) => Err(Unresolved::NoMac { interface }),
+                    Ok(Entry::Failed) => Err(Unresolved::NeighbourFailed { neighbour, interface }),
+                    Ok(Entry::Missing) if last_look => {
+                        Err(Unresolved::NeighbourMissing { neighbour, interface })
+                    }
+                    Ok(Entry::Missing) => {
+                        pending.push(key);
+                        continue;
+                    }
+                    Err(error) => Err(not_asked(neighbour, error)),
+                };
+                done.insert(key, result);
+            }
+        }
+    }
+
+    async fn look_up(
+        &self,
+        keys: Vec<NeighbourKey>,
+    ) -> Vec<(NeighbourKey, Result<Option<Neighbour>, Error>)> {
+        if keys.len() < DUMP_FROM {
+            let questions = keys.into_iter().map(async |key| {
+                let answer = self.netlink.neighbour(key.0, key.1).await;
+                (key, answer)
+            });
+            return stream::iter(questions).buffer_unordered(IN_FLIGHT).collect().await;
+        }
+        match self.netlink.neighbours().await {
+            Ok(all) => {
+                let mut all: HashMap<NeighbourKey, Neighbour> =
+                    all.into_iter().map(|n| ((n.ifindex, n.address), n)).collect();
+                keys.into_iter().map(|key| (key, Ok(all.remove(&key)))).collect()
+            }
+            Err(error) => keys.into_iter().map(|key| (key, Err(error.clone()))).collect(),
+        }
+    }
+}
+
+fn neighbour_key(address: IpAddr, path: &Path) -> NeighbourKey {
+    (path.ifindex, path.gateway.unwrap_or(address))
+}
+
+fn leg(path: Path, links: &HashMap<u32, Result<Link, Unresolved>>) -> Result<(Path, Link), Unresolved> {
+    let link = match links.get(&path.ifindex) {
+        Some(link) => link.clone()?,
+        None => return Err(Unresolved::Netlink(format!("interface {} was not read", path.ifindex))),
+    };
+    let interface = link.name.clone();
+    if path.encapsulates {
+        Err(Unresolved::Encapsulated { interface })
+    } else if !link.up {
+        let admin_up = link.admin_up;
+        Err(Unresolved::InterfaceDown { interface, admin_up })
+    } else if link.mac.is_none() {
+        Err(Unresolved::NoMac { interface })
+    } else {
+        Ok((path, link))
+    }
+}
+
+fn next_hop(
+    address: IpAddr,
+    (path, link): (Path, Link),
+    macs: &HashMap<NeighbourKey, Result<[u8; 6], Unresolved>>,
+) -> Result<NextHop, Unresolved> {
+    let interface = link.name;
+    let Some(source_mac) = link.mac else {
+        return Err(Unresolved::NoMac { interface });
+    };
+    let neighbour = neighbour_key(address, &path);
+    let mac = match macs.get(&neighbour) {
+        Some(mac) => mac.clone()?,
+        None => return Err(Unresolved::Netlink(format!("neighbour {} was not read", neighbour.1))),
+    };
+    let mtu = link.mtu.min(path.mtu.unwrap_or(u32::MAX));
+    Ok(NextHop {
+        ifindex: link.ifindex,
+        interface,
+        source_mac,
+        mac,
+        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        preferred_source: path.preferred_source,
+        gateway: path.gateway,
+    })
+}
+
+fn not_asked(neighbour: IpAddr, error: &Error) -> Unresolved {
+    match error {
+        Error::Kernel(Errno::NOBUFS) => Unresolved::NeighbourTableFull { neighbour },
+        other => Unresolved::Netlink(format!("neighbour {neighbour}: {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

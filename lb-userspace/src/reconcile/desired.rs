@@ -1,0 +1,221 @@
+//! What should lie in the kernel for a configuration and what is alive: a pure function, free of ids.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use ipnetwork::{Ipv4Network, Ipv6Network};
+use lb_common::abi::{Backend, BackendKind, Egress, Features, PortKey};
+use lb_common::encap::outer_sum;
+use lb_common::flow::fingerprint;
+use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
+
+use crate::config::model::{Config, Forward, OnEmpty, OuterSource, Pool, Protocol, Scheduler};
+use crate::nexthop::NextHop;
+use crate::tables::{maglev, overlay};
+
+/// A backend by its place in the configuration: pool, then backend.
+pub type BackendRef = (usize, usize);
+
+/// What the world looks like just now.
+#[derive(Debug, Default, Clone)]
+pub struct World {
+    /// Backends that pass their checks and have a next hop.
+    pub up: HashMap<BackendRef, bool>,
+    pub next_hops: HashMap<IpAddr, NextHop>,
+}
+
+/// Where a slot leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Target {
+    Nobody,
+    /// The host's own stack.
+    Pass,
+    /// A backend, by its identity.
+    Backend(u64),
+}
+
+/// Everything but the id and the place of the egress row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredBackend {
+    /// The row, with a path of zero.
+    pub row: Backend,
+    pub next_hop: Option<(Mac, Egress)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredTable {
+    pub log2_length: u32,
+    pub slots: Vec<Target>,
+}
+
+/// A VIP entry: its table by identity, or none for the entry that marks the address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DesiredVip {
+    pub table: Option<u64>,
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Desired {
+    pub backends: BTreeMap<u64, DesiredBackend>,
+    pub tables: BTreeMap<u64, DesiredTable>,
+    pub vips: BTreeMap<(IpAddr, u32), DesiredVip>,
+}
+
+/// The maps as they should be.
+pub fn desired(config: &Config, world: &World) -> Desired {
+    let mut desired = Desired::default();
+    for (index, pool) in config.pools.iter().enumerate() {
+        for backend in &pool.backends {
+            let identity = backend_identity(pool, backend.address);
+            let next_hop = world.next_hops.get(&backend.address).map(|hop| {
+                (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source))
+            });
+            let row = backend_row(pool.forward, backend.address, identity);
+            desired.backends.insert(identity, DesiredBackend { row, next_hop });
+        }
+        let users: Vec<_> = config.services.iter().filter(|service| service.pool == index).collect();
+        for service in users {
+            for &protocol in &service.protocols {
+                let identity = table_identity(pool, protocol, service.scheduler);
+                let up = |backend| world.up.get(&(index, backend)).copied().unwrap_or(false);
+                desired.tables.entry(identity).or_insert_with(|| table(config.seed, pool, up));
+                for &vip in &service.vips {
+                    desired.vips.insert((vip, PortKey::ADDRESS.0), DesiredVip { table: None });
+                    for &port in &service.ports {
+                        let key = PortKey::new(port, protocol_number(protocol));
+                        desired.vips.insert((vip, key.0), DesiredVip { table: Some(identity) });
+                    }
+                }
+            }
+        }
+    }
+    desired
+}
+
+/// Features that a configuration needs of the program.
+pub fn features(config: &Config) -> Features {
+    let mut features = Features::default();
+    for service in &config.services {
+        for vip in &service.vips {
+            features = features.with(if vip.is_ipv4() { Features::IPV4 } else { Features::IPV6 });
+        }
+        let pool = &config.pools[service.pool];
+        for backend in &pool.backends {
+            features = features.with(match kind(pool.forward, backend.address) {
+                BackendKind::Ipip4 => Features::IPIP4,
+                BackendKind::Ipip6 => Features::IPIP6,
+                BackendKind::L2 => Features::L2,
+                BackendKind::Nobody | BackendKind::Pass => Features::default(),
+            });
+        }
+    }
+    if config.vip_arp {
+        features = features.with(Features::VIP_ARP);
+    }
+    if config.trace {
+        features = features.with(Features::TRACE);
+    }
+    features
+}
+
+pub const fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => PROTO_TCP,
+        Protocol::Udp => PROTO_UDP,
+    }
+}
+
+fn kind(forward: Forward, address: IpAddr) -> BackendKind {
+    match (forward, address) {
+        (Forward::L2, _) => BackendKind::L2,
+        (Forward::Ipip, IpAddr::V4(_)) => BackendKind::Ipip4,
+        (Forward::Ipip, IpAddr::V6(_)) => BackendKind::Ipip6,
+    }
+}
+
+/// What a backend is: the same in every run and on every balancer.
+pub fn backend_identity(pool: &Pool, address: IpAddr) -> u64 {
+    // Never 0, which is a free row.
+    fingerprint(1, format!("{}/{address}/{}", pool.name, kind(pool.forward, address) as u8).as_bytes()).max(1)
+}
+
+pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> u64 {
+    let scheduler = match scheduler {
+        Scheduler::Maglev => "maglev",
+    };
+    fingerprint(2, format!("{}/{}/{scheduler}", pool.name, protocol_number(protocol)).as_bytes()).max(1)
+}
+
+fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
+    let kind = kind(forward, address);
+    let (words, sum) = match address {
+        IpAddr::V4(v4) => {
+            let word = u32::from_ne_bytes(v4.octets());
+            ([u64::from(word), 0], outer_sum(word))
+        }
+        IpAddr::V6(v6) => {
+            let Address6 { high, low } = Address6::from_bytes(v6.octets());
+            ([high, low], 0)
+        }
+    };
+    Backend {
+        kind: kind as u8,
+        flags: Backend::ACCEPTING,
+        outer_sum: if kind == BackendKind::Ipip4 { sum } else { 0 },
+        port: Be16::new(0),
+        address: words,
+        identity,
+        ..Backend::default()
+    }
+}
+
+/// The pool's table: Maglev over what is configured, health laid over it.
+fn table(seed: u64, pool: &Pool, up: impl Fn(usize) -> bool) -> DesiredTable {
+    let log2_length = maglev::log2_length(pool.backends.len());
+    let members: Vec<_> =
+        pool.backends.iter().map(|b| maglev::Member::new(seed, b.address, b.weight)).collect();
+    let weights: Vec<u8> = pool.backends.iter().map(|b| b.weight).collect();
+    let up: Vec<bool> = (0..weights.len()).map(up).collect();
+    let base = maglev::build(log2_length, &members);
+    let anyone = weights.iter().zip(&up).any(|(&weight, &up)| up && weight > 0);
+    let (up, nobody) = match pool.on_empty {
+        OnEmpty::Drop => (up, Target::Nobody),
+        OnEmpty::Pass => (up, Target::Pass),
+        OnEmpty::All if anyone => (up, Target::Nobody),
+        OnEmpty::All => (vec![true; weights.len()], Target::Nobody),
+    };
+    let targets: Vec<Target> =
+        pool.backends.iter().map(|b| Target::Backend(backend_identity(pool, b.address))).collect();
+    let slots = overlay::apply(&base, 1 << log2_length, &weights, &up)
+        .into_iter()
+        .map(|index| targets.get(usize::from(index)).copied().unwrap_or(nobody))
+        .collect();
+    DesiredTable { log2_length, slots }
+}
+
+/// The way out to a next hop, with the tunnel's source.
+fn egress(hop: &NextHop, outer: &OuterSource) -> Egress {
+    let preferred4 = match hop.preferred_source {
+        Some(IpAddr::V4(source)) => Some(Ipv4Network::from(source)),
+        _ => None,
+    };
+    let preferred6 = match hop.preferred_source {
+        Some(IpAddr::V6(source)) => Some(Ipv6Network::from(source)),
+        _ => None,
+    };
+    let source4 = outer.v4.or(preferred4);
+    let source6 = outer.v6.or(preferred6);
+    Egress {
+        ifindex: hop.ifindex,
+        mtu: u32::from(hop.mtu),
+        source_mac: Mac::from_bytes(hop.source_mac).bits(),
+        source4: source4.map_or(0, |network| u32::from_ne_bytes(network.network().octets())),
+        source4_mask: source4.map_or(0, |network| !u32::from_ne_bytes(network.mask().octets())),
+        source6: source6.map_or([0; 2], |network| {
+            let Address6 { high, low } = Address6::from_bytes(network.network().octets());
+            [high, low]
+        }),
+        source6_mask: source6.map_or(0, |network| !Address6::from_bytes(network.mask().octets()).low),
+        spare: [0; 2],
+    }
+}

@@ -1,0 +1,187 @@
+//! A copy of the kernel's tables in ordinary memory: what has been applied, and the same `Tables`
+//! that a packet meets. Tests, `xlb lookup` and the plan all work on it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use lb_common::abi::{
+    Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, SLOTS_PER_ROW, SlotRow, TableState,
+    TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord, BACKEND_PASS,
+};
+use lb_common::flow;
+use lb_common::outcome::Outcome;
+use lb_common::slots::Slot;
+use lb_common::tables::Tables;
+
+use super::op::MapOp;
+use crate::capacity::Capacity;
+
+/// The tables, as they lie in the maps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Image {
+    pub meta: Meta,
+    pub vip_words: [u64; 2],
+    pub vips4: Vec<Vip4Bucket>,
+    pub vips6: Vec<Vip6Bucket>,
+    pub tables: Vec<u64>,
+    pub table_states: Vec<TableState>,
+    pub slots: Vec<SlotRow>,
+    pub backends: Vec<Backend>,
+    pub egress: Vec<Egress>,
+    pub interfaces: HashMap<u32, Interface>,
+}
+
+impl Image {
+    /// Fresh maps: all zero, but for the row that stands for the host's stack.
+    pub fn empty(capacity: &Capacity, meta: Meta) -> Self {
+        let mut backends = vec![Backend::default(); capacity.backend_rows as usize];
+        backends[usize::from(BACKEND_PASS)].kind = BackendKind::Pass as u8;
+        Self {
+            meta,
+            vip_words: [0; 2],
+            vips4: vec![Vip4Bucket::default(); capacity.vip4_rows() as usize],
+            vips6: vec![Vip6Bucket::default(); capacity.vip6_rows() as usize],
+            tables: vec![0; capacity.tables as usize],
+            table_states: vec![TableState::default(); capacity.tables as usize],
+            slots: vec![SlotRow::default(); capacity.slot_rows as usize],
+            backends,
+            egress: vec![Egress::default(); capacity.egress_rows as usize],
+            interfaces: HashMap::new(),
+        }
+    }
+
+    pub fn vip_word4(&self) -> VipWord {
+        VipWord::from_bits(self.vip_words[VIP_WORD_V4 as usize])
+    }
+
+    pub fn vip_word6(&self) -> VipWord {
+        VipWord::from_bits(self.vip_words[VIP_WORD_V6 as usize])
+    }
+
+    /// Slot `index`, counted over the whole map.
+    pub fn slot(&self, index: u32) -> Slot {
+        Slot::from_bits(self.slots[(index / SLOTS_PER_ROW) as usize].0[(index % SLOTS_PER_ROW) as usize])
+    }
+
+    fn set_slot(&mut self, index: u32, word: u32) {
+        self.slots[(index / SLOTS_PER_ROW) as usize].0[(index % SLOTS_PER_ROW) as usize] = word;
+    }
+
+    /// Does to the copy what the operation does to the maps.
+    pub fn apply(&mut self, op: &MapOp) {
+        match op {
+            MapOp::WriteEgress { row, egress } => self.egress[usize::from(*row)] = *egress,
+            MapOp::WriteBackend { id, backend } => self.backends[usize::from(*id)] = *backend,
+            MapOp::SetPath { id, path } => self.backends[usize::from(*id)].path = path.bits(),
+            MapOp::WriteTableState { table, state } => self.table_states[usize::from(*table)] = *state,
+            MapOp::WriteSlots { first, words } => {
+                for (index, word) in (*first..).zip(words) {
+                    self.set_slot(index, *word);
+                }
+            }
+            MapOp::SetTableWord { table, word } => self.tables[usize::from(*table)] = word.bits(),
+            MapOp::WriteVips4 { row, buckets } => {
+                self.vips4[*row as usize..][..buckets.len()].copy_from_slice(buckets);
+            }
+            MapOp::WriteVips6 { row, buckets } => {
+                self.vips6[*row as usize..][..buckets.len()].copy_from_slice(buckets);
+            }
+            MapOp::SetVipWord4 { word } => self.vip_words[VIP_WORD_V4 as usize] = word.bits(),
+            MapOp::SetVipWord6 { word } => self.vip_words[VIP_WORD_V6 as usize] = word.bits(),
+            MapOp::ResetBackendTraffic { .. } | MapOp::ResetVipTraffic { .. } | MapOp::Grace => {}
+        }
+    }
+}
+
+/// What was counted, and which rows a packet met on its way.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Trail {
+    pub outcomes: Vec<Outcome>,
+    pub vip: Option<(u32, Traffic)>,
+    pub backend: Option<(u16, Traffic)>,
+    /// The table, its word, the slot in it and the slot's word.
+    pub table: Option<(u16, TableWord)>,
+    pub slot: Option<(u32, Slot)>,
+    pub met: Option<u16>,
+}
+
+/// An image as the packet path sees it, writing down the way.
+pub struct Traced<'i> {
+    image: &'i Image,
+    keys: [u64; HASH_KEYS],
+    trail: RefCell<Trail>,
+}
+
+impl<'i> Traced<'i> {
+    pub fn new(image: &'i Image) -> Self {
+        Self { image, keys: flow::keys(image.meta.seed), trail: RefCell::default() }
+    }
+
+    pub fn into_trail(self) -> Trail {
+        self.trail.into_inner()
+    }
+}
+
+impl Tables for Traced<'_> {
+    fn features(&self) -> Features {
+        Features::from_bits(self.image.meta.features)
+    }
+
+    fn hash_key(&self, index: usize) -> u64 {
+        self.keys[index]
+    }
+
+    fn vip_word4(&self) -> VipWord {
+        self.image.vip_word4()
+    }
+
+    fn vip_word6(&self) -> VipWord {
+        self.image.vip_word6()
+    }
+
+    fn vip4_bucket(&self, row: u32) -> Option<&Vip4Bucket> {
+        self.image.vips4.get(row as usize)
+    }
+
+    fn vip6_bucket(&self, row: u32) -> Option<&Vip6Bucket> {
+        self.image.vips6.get(row as usize)
+    }
+
+    fn table_word(&self, table: u16) -> Option<TableWord> {
+        let word = TableWord::from_bits(*self.image.tables.get(usize::from(table))?);
+        self.trail.borrow_mut().table = Some((table, word));
+        Some(word)
+    }
+
+    fn slot(&self, first_row: u32, index: u32) -> Option<Slot> {
+        let row = self.image.slots.get((first_row + index / SLOTS_PER_ROW) as usize)?;
+        let slot = Slot::from_bits(row.0[(index % SLOTS_PER_ROW) as usize]);
+        self.trail.borrow_mut().slot = Some((index, slot));
+        Some(slot)
+    }
+
+    fn backend(&self, id: u16) -> Option<&Backend> {
+        self.trail.borrow_mut().met = Some(id);
+        self.image.backends.get(usize::from(id))
+    }
+
+    fn egress(&self, row: u16) -> Option<&Egress> {
+        self.image.egress.get(usize::from(row))
+    }
+
+    fn interface(&self, ifindex: u32) -> Option<&Interface> {
+        self.image.interfaces.get(&ifindex)
+    }
+
+    fn count_outcome(&self, outcome: Outcome) {
+        self.trail.borrow_mut().outcomes.push(outcome);
+    }
+
+    fn count_vip(&self, vip: u32, bytes: u64) {
+        self.trail.borrow_mut().vip = Some((vip, Traffic { packets: 1, bytes }));
+    }
+
+    fn count_backend(&self, id: u16, bytes: u64) {
+        self.trail.borrow_mut().backend = Some((id, Traffic { packets: 1, bytes }));
+    }
+}

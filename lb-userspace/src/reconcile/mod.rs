@@ -1,0 +1,10 @@
+//! From what is configured and alive to what lies in the kernel.
+//!
+//! `desired` says what should be, without ids. `plan` compares it with an [`image::Image`] of what
+//! is, gives out ids and places, and yields an ordered list of [`op::MapOp`]. Both are pure; planning
+//! again on the result yields nothing. `bpf::Maps` is the only place that carries operations out.
+
+pub mod desired;
+pub mod image;
+pub mod op;
+pub mod plan;
