@@ -43,9 +43,9 @@ fn build() -> Result<(), String> {
     let workspace = manifest_dir.parent().ok_or("the crate has no parent directory")?;
     let target_dir = out_dir.join("bpf");
     let path = path_with_linker();
-    let Toolchain { mut cargo, environment, arguments } = debian().or_else(nightly).ok_or(
-        "no Rust compiler with `core` for the BPF target; run ./scripts/setup, which installs one",
-    )?;
+    let Toolchain { mut cargo, environment, arguments } = debian()
+        .or_else(nightly)
+        .ok_or("no Rust compiler with `core` for the BPF target; run ./scripts/setup, which installs one")?;
     if !path_has(&path, "bpf-linker") {
         return Err("bpf-linker is not installed; run ./scripts/setup, which installs it".into());
     }
@@ -71,7 +71,8 @@ fn build() -> Result<(), String> {
     }
     for object in OBJECTS {
         let built = target_dir.join(TARGET).join("release").join(object);
-        std::fs::copy(&built, out_dir.join(object)).map_err(|error| format!("{}: {error}", built.display()))?;
+        std::fs::copy(&built, out_dir.join(object))
+            .map_err(|error| format!("{}: {error}", built.display()))?;
     }
     Ok(())
 }

@@ -555,7 +555,10 @@ mod tests {
         assert_eq!((path.mac(), path.egress()), (mac, 0xffff));
         assert_eq!(Path::new(mac, 0).egress(), 0);
         let pin = Pin::new(0xdead_beef, 0x7abc, true, 0x1234);
-        assert_eq!((pin.tag(), pin.backend(), pin.confirmed(), pin.age()), (0xdead_beef, 0x7abc, true, 0x1234));
+        assert_eq!(
+            (pin.tag(), pin.backend(), pin.confirmed(), pin.age()),
+            (0xdead_beef, 0x7abc, true, 0x1234)
+        );
     }
 
     #[test]

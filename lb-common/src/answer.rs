@@ -9,9 +9,7 @@ use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::tables::Tables;
 use crate::vips;
-use crate::wire::{
-    Address6, Arp, Be16, EtherType, Ethernet, Ipv6, Mac, Neighbour, PROTO_ICMPV6, header,
-};
+use crate::wire::{Address6, Arp, Be16, EtherType, Ethernet, Ipv6, Mac, Neighbour, PROTO_ICMPV6, header};
 
 const IP: usize = size_of::<Ethernet>();
 

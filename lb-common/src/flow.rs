@@ -189,9 +189,8 @@ mod tests {
             let client = |i: u32| u32::from_ne_bytes((0x0a00_0000 + i).to_be_bytes());
             let running = |i: u32| hash4(&t, client(1), vip, ports(i), 6);
             let neighbours = |i: u32| hash4(&t, client(i), vip, ports(40000), 6);
-            let v6 = |i: u32| {
-                hash6(&t, Address6 { high: 1, low: (i as u64).to_be() }, vip6, ports(40000), 17)
-            };
+            let v6 =
+                |i: u32| hash6(&t, Address6 { high: 1, low: (i as u64).to_be() }, vip6, ports(40000), 17);
             assert_uniform("running ports", (0..65536).map(|i| running(i).slot()), 1024);
             assert_uniform("neighbours", (0..100_000).map(|i| neighbours(i).slot()), 1024);
             assert_uniform("v6 neighbours", (0..100_000).map(|i| v6(i).slot()), 1024);

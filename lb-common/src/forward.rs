@@ -138,7 +138,9 @@ fn send<P: Packet, T: Tables>(
 #[inline(always)]
 fn blame<P: Packet, T: Tables>(packet: &P, tables: &T, inner: &Inner, reason: Outcome) -> Outcome {
     match (reason, tables.interface(packet.ingress_ifindex())) {
-        (Outcome::DropOversize, Some(interface)) if inner.ip_length > interface.mtu => Outcome::DropSuperFrame,
+        (Outcome::DropOversize, Some(interface)) if inner.ip_length > interface.mtu => {
+            Outcome::DropSuperFrame
+        }
         _ => reason,
     }
 }

@@ -80,6 +80,24 @@ impl Capacity {
     }
 }
 
+impl Capacity {
+    /// The sizes of maps that are there already, for reading them without the configuration.
+    pub fn of_maps(rows: impl Fn(&'static str) -> Option<u32>) -> Option<Self> {
+        // A half holds a power of two of buckets, and there is one row before both.
+        let half_log2 = |name| rows(name).map(|rows| (rows / 2).ilog2());
+        Some(Self {
+            vip4_half_log2: half_log2(map::VIPS4)?,
+            vip6_half_log2: half_log2(map::VIPS6)?,
+            vips: rows(map::VIP_TRAFFIC)?,
+            tables: rows(map::TABLES)?,
+            slot_rows: rows(map::SLOTS)?,
+            backends: MOST_BACKENDS,
+            backend_rows: rows(map::BACKENDS)?,
+            egress_rows: rows(map::EGRESS)?,
+        })
+    }
+}
+
 /// The size of one map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MapRows {

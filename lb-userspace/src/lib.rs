@@ -1,8 +1,19 @@
+//! The xlb agent and command line, as a library so that tests reach every part.
+//!
+//! Configuration (`config`), health (`health`) and next hops (`nexthop`) flow into one task (`agent`),
+//! which works out what should lie in the kernel (`reconcile`, `tables`) and writes the difference
+//! (`bpf`). `api` shows its state on a unix socket; `cli` asks there.
+
 #![deny(unsafe_code)]
+
+pub mod agent;
+pub mod api;
 pub mod bpf;
 pub mod capacity;
+pub mod cli;
 pub mod config;
 pub mod health;
+pub mod lookup;
 pub mod nexthop;
 pub mod reconcile;
 pub mod tables;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The `xlb` binary.
+
+#![deny(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    lb_userspace::cli::main()
+}

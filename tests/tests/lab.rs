@@ -1,6 +1,6 @@
 //! The lab itself: real clients meet real servers in it, and nothing of it stays.
 //!
-//! Needs root and the programs that scripts/setup installs; `XLB_PASS_OBJECT` is the path of the XDP pass program.
+//! Needs root and the programs that scripts/setup installs.
 
 use std::collections::HashSet;
 use std::fs;
@@ -15,16 +15,12 @@ use tests::lab::{self, Host, HttpLoad, Lab, Nginx, Signal, Transport};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-fn pass_object() -> Result<PathBuf> {
-    std::env::var_os("XLB_PASS_OBJECT").map(PathBuf::from).context("XLB_PASS_OBJECT is not set")
-}
-
 /// A lab, or nothing where skipping was asked for.
 fn lab(name: &str) -> Result<Option<Lab>> {
     if !lab::available()? {
         return Ok(None);
     }
-    Lab::new(name, &pass_object()?).map(Some)
+    Lab::new(name).map(Some)
 }
 
 fn client_and_server(lab: &Lab) -> Result<(Host, Host)> {
@@ -269,6 +265,11 @@ fn populate(lab: &Lab) -> Result<()> {
     client.spawn(["setsid", "--fork", "sleep", "1000"])?;
     let _unknown = client.exec(["sleep", "1000"]).stdout(Stdio::null()).spawn()?;
     fs::create_dir(lab.bpf_dir().join("pins"))?;
+    let sleeps =
+        |pid: &String| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm == "sleep\n");
+    lab::wait_for("two sleeping processes", 5 * SECOND, || {
+        processes_of(lab).into_iter().filter(sleeps).count() == 2
+    })?;
     assert!(remains(lab.dir()).len() >= 6, "{:?}", remains(lab.dir()));
     Ok(())
 }
@@ -294,7 +295,7 @@ fn dropping_leaves_nothing() -> Result<()> {
     populate(&lab)?;
     let dir = lab.dir().to_owned();
     let pids = processes_of(&lab);
-    // The setsid that forked may still be there.
+    // nginx, dnsmasq, and two that sleep; the setsid that forked may still be there.
     assert!(pids.len() >= 4, "{pids:?}");
     drop(lab);
     assert_eq!(remains(&dir), Vec::<String>::new());

@@ -21,7 +21,13 @@ impl BpfFs {
         let this = Self::at(run_dir);
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&this.path)?;
         if !this.is_mounted()? {
-            mount("xlb", &this.path, "bpf", MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID, c"mode=0700")?;
+            mount(
+                "xlb",
+                &this.path,
+                "bpf",
+                MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID,
+                c"mode=0700",
+            )?;
         }
         let owner = std::fs::metadata(&this.path)?.uid();
         if owner != rustix::process::geteuid().as_raw() {
@@ -80,7 +86,8 @@ impl BpfFs {
         for entry in std::fs::read_dir(&self.path)? {
             let entry = entry?;
             // The kernel's own `maps.debug` and `progs.debug` go with the mount.
-            if entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(MAP)) {
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(MAP))
+            {
                 std::fs::remove_file(entry.path())?;
             }
         }

@@ -3,12 +3,12 @@
 use std::io;
 use std::net::IpAddr;
 
+use anyhow::{Context, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{HashMap as BpfHashMap, LpmTrie, MapData, PerCpuArray};
 use aya::programs::links::FdLink;
 use aya::programs::{Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
-use anyhow::{Context, anyhow};
 use ipnetwork::IpNetwork;
 use lb_common::abi::{DecapVip, map};
 use lb_common::outcome::DecapOutcome;
@@ -43,10 +43,14 @@ impl Decap {
             loader.map_max_entries(name, config.from.len().max(1) as u32);
         }
         let mut ebpf = loader.load(super::DECAP).context("the decap program cannot be loaded")?;
+        // Before maps are taken out of the object: that closes their descriptors.
+        let program: &mut Xdp =
+            ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
+        program.load().context("the kernel refused the decap program")?;
         fill(&mut ebpf, config).context("the decap program's maps cannot be filled")?;
         let outcomes = PerCpuArray::try_from(take(&mut ebpf, map::DECAP_OUTCOMES)?)?;
-        let program: &mut Xdp = ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
-        program.load().context("the kernel refused the decap program")?;
+        let program: &mut Xdp =
+            ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
         let mode = match config.mode {
             Mode::Generic => XdpMode::Skb,
             Mode::Auto | Mode::Native => XdpMode::Driver,
@@ -84,13 +88,19 @@ fn fill(ebpf: &mut Ebpf, config: &DecapConfig) -> anyhow::Result<()> {
         };
         vips.insert(key, 1, 0)?;
     }
-    let mut from4 = LpmTrie::<_, [u8; 4], u8>::try_from(take(ebpf, map::DECAP_FROM4)?)?;
-    let mut from6 = LpmTrie::<_, [u8; 16], u8>::try_from(take(ebpf, map::DECAP_FROM6)?)?;
+    let mut from4 = LpmTrie::<_, u32, u8>::try_from(take(ebpf, map::DECAP_FROM4)?)?;
+    let mut from6 = LpmTrie::<_, [u64; 2], u8>::try_from(take(ebpf, map::DECAP_FROM6)?)?;
     for prefix in &config.from {
         let length = u32::from(prefix.prefix());
         match prefix {
-            IpNetwork::V4(v4) => from4.insert(&Key::new(length, v4.network().octets()), 1, 0)?,
-            IpNetwork::V6(v6) => from6.insert(&Key::new(length, v6.network().octets()), 1, 0)?,
+            IpNetwork::V4(v4) => {
+                let address = u32::from_ne_bytes(v4.network().octets());
+                from4.insert(&Key::new(length, address), 1, 0)?;
+            }
+            IpNetwork::V6(v6) => {
+                let Address6 { high, low } = Address6::from_bytes(v6.network().octets());
+                from6.insert(&Key::new(length, [high, low]), 1, 0)?;
+            }
         }
     }
     Ok(())

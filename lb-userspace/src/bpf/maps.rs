@@ -28,11 +28,17 @@ pub enum MapsError {
     Mmap(&'static str, #[source] io::Error),
     #[error("map {0}")]
     Map(&'static str, #[source] aya::maps::MapError),
-    #[error("pinned map {name} has {what} {found}, this xlb needs {expected}; `xlb detach` removes the old maps (traffic stops until the next `xlb run`)")]
+    #[error(
+        "pinned map {name} has {what} {found}, this xlb needs {expected}; `xlb detach` removes the old maps (traffic stops until the next `xlb run`)"
+    )]
     Mismatch { name: &'static str, what: &'static str, found: u32, expected: u32 },
-    #[error("pinned map {name} is missing while others are there; `xlb detach` removes them (traffic stops until the next `xlb run`)")]
+    #[error(
+        "pinned map {name} is missing while others are there; `xlb detach` removes them (traffic stops until the next `xlb run`)"
+    )]
     Partial { name: &'static str },
-    #[error("pinned maps have ABI version {found}, this xlb speaks {ABI_VERSION}; `xlb detach` removes them (traffic stops until the next `xlb run`)")]
+    #[error(
+        "pinned maps have ABI version {found}, this xlb speaks {ABI_VERSION}; `xlb detach` removes them (traffic stops until the next `xlb run`)"
+    )]
     Abi { found: u32 },
 }
 
@@ -90,7 +96,13 @@ impl Maps {
             let kind = if rows.per_cpu { MapType::PerCpuArray } else { MapType::Array };
             compare(fs, rows.name, kind, rows.rows, rows.value_bytes)?;
         }
-        compare(fs, map::INTERFACES, MapType::Hash, lb_common::abi::MOST_INTERFACES, size_of::<Interface>() as u32)?;
+        compare(
+            fs,
+            map::INTERFACES,
+            MapType::Hash,
+            lb_common::abi::MOST_INTERFACES,
+            size_of::<Interface>() as u32,
+        )?;
         let error = |source| MapsError::Map(map::META, source);
         let meta = MapData::from_pin(fs.map(map::META)).map_err(error)?;
         let meta = Map::from_map_data(meta).map_err(error)?;
@@ -107,12 +119,18 @@ impl Maps {
         Self::open(&mut source, capacity)
     }
 
-    /// Opens the pinned maps of an agent that may be running or dead.
-    pub fn from_pins(fs: &BpfFs, capacity: &Capacity) -> Result<Self, MapsError> {
+    /// Opens the pinned maps of an agent that may be running or dead, whatever its limits are.
+    pub fn from_pins(fs: &BpfFs) -> Result<Self, MapsError> {
+        let rows = |name: &'static str| MapData::from_pin(fs.map(name)).and_then(|map| map.info()).ok();
+        let capacity = Capacity::of_maps(|name| rows(name).map(|info| info.max_entries()))
+            .ok_or(MapsError::Partial { name: map::META })?;
+        Self::pinned(fs, &capacity)?;
         let mut source = |name| {
-            MapData::from_pin(fs.map(name)).and_then(Map::from_map_data).map_err(|error| MapsError::Map(name, error))
+            MapData::from_pin(fs.map(name))
+                .and_then(Map::from_map_data)
+                .map_err(|error| MapsError::Map(name, error))
         };
-        Self::open(&mut source, capacity)
+        Self::open(&mut source, &capacity)
     }
 
     fn open(
@@ -183,7 +201,9 @@ impl Maps {
                     self.slots.store_half(index, *word);
                 }
             }
-            MapOp::SetTableWord { table, word } => self.tables.store_word(usize::from(*table), 0, word.bits()),
+            MapOp::SetTableWord { table, word } => {
+                self.tables.store_word(usize::from(*table), 0, word.bits())
+            }
             MapOp::WriteVips4 { row, buckets } => store_all(&self.vips4, *row, buckets),
             MapOp::WriteVips6 { row, buckets } => store_all(&self.vips6, *row, buckets),
             MapOp::SetVipWord4 { word } => self.vip_words.store_word(VIP_WORD_V4 as usize, 0, word.bits()),
@@ -223,7 +243,13 @@ impl Maps {
     }
 }
 
-fn compare(fs: &BpfFs, name: &'static str, kind: MapType, rows: u32, value_bytes: u32) -> Result<(), MapsError> {
+fn compare(
+    fs: &BpfFs,
+    name: &'static str,
+    kind: MapType,
+    rows: u32,
+    value_bytes: u32,
+) -> Result<(), MapsError> {
     let error = |source| MapsError::Map(name, source);
     let info = MapData::from_pin(fs.map(name)).map_err(error)?.info().map_err(error)?;
     let checks = [
@@ -257,7 +283,8 @@ fn store_all<T: Row>(rows: &Rows<T>, first: u32, values: &[T]) {
 fn reset(map: &mut PerCpuArray<MapData, Traffic>, name: &'static str, row: u32) -> Result<(), MapsError> {
     let error = |source| MapsError::Map(name, source);
     let cpus = aya::util::nr_cpus().map_err(|(_, source)| error(source.into()))?;
-    let zero = aya::maps::PerCpuValues::try_from(vec![Traffic::default(); cpus]).map_err(|source| error(source.into()))?;
+    let zero = aya::maps::PerCpuValues::try_from(vec![Traffic::default(); cpus])
+        .map_err(|source| error(source.into()))?;
     map.set(row, zero, 0).map_err(error)
 }
 

@@ -24,25 +24,44 @@ const PROGRAM: &str = "balancer";
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
     #[error("the BPF file system at {path}")]
-    BpfFs { path: String, #[source] source: io::Error },
+    BpfFs {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
     #[error(transparent)]
     Maps(#[from] MapsError),
     #[error("the balancer program cannot be loaded")]
     Load(#[source] Box<EbpfError>),
     #[error("the kernel refused the balancer program")]
     Program(#[source] Box<ProgramError>),
-    #[error("{interface}: another XDP program is attached{holder}; xlb never replaces it: detach it, or take {interface} out of `interfaces`")]
+    #[error(
+        "{interface}: another XDP program is attached{holder}; xlb never replaces it: detach it, or take {interface} out of `interfaces`"
+    )]
     Busy { interface: String, holder: String },
-    #[error("{interface}: native XDP is not possible with its MTU of {mtu} (the frame must fit one page; on veth the peer's MTU counts too); lower the MTU, or use mode: generic")]
+    #[error(
+        "{interface}: native XDP is not possible with its MTU of {mtu} (the frame must fit one page; on veth the peer's MTU counts too); lower the MTU, or use mode: generic"
+    )]
     Mtu { interface: String, mtu: u32 },
     #[error("{interface}: its driver has no native XDP; use mode: auto or mode: generic")]
     NoNative { interface: String },
-    #[error("{interface}: XDP was attached without a bpf_link, which does not survive the agent; xlb needs kernel 5.9 or newer")]
+    #[error(
+        "{interface}: XDP was attached without a bpf_link, which does not survive the agent; xlb needs kernel 5.9 or newer"
+    )]
     NoLink { interface: String },
     #[error("{interface}: attaching failed")]
-    Attach { interface: String, #[source] source: Box<ProgramError> },
+    Attach {
+        interface: String,
+        #[source]
+        source: Box<ProgramError>,
+    },
     #[error("{interface}: its link cannot be pinned at {path}")]
-    Pin { interface: String, path: String, #[source] source: Box<dyn std::error::Error + Send + Sync> },
+    Pin {
+        interface: String,
+        path: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("{interface}: its MAC address is not known; XDP needs an Ethernet interface")]
     NoMac { interface: String },
 }
@@ -212,8 +231,8 @@ impl Datapath {
             Err(error) => return Err(attach_error(link, mode, error)),
         };
         let owned = program.take_link(id).map_err(|error| attach_error(link, mode, error))?;
-        let fd_link =
-            FdLink::try_from(owned).map_err(|_: LinkError| DatapathError::NoLink { interface: link.name.clone() })?;
+        let fd_link = FdLink::try_from(owned)
+            .map_err(|_: LinkError| DatapathError::NoLink { interface: link.name.clone() })?;
         fd_link.pin(&path).map_err(|error| pin_error(link, &path, error))?;
         Ok(generic)
     }
@@ -273,7 +292,11 @@ fn pin_error(
     path: &Path,
     error: impl std::error::Error + Send + Sync + 'static,
 ) -> DatapathError {
-    DatapathError::Pin { interface: link.name.clone(), path: path.display().to_string(), source: Box::new(error) }
+    DatapathError::Pin {
+        interface: link.name.clone(),
+        path: path.display().to_string(),
+        source: Box::new(error),
+    }
 }
 
 fn errno(error: &ProgramError) -> Option<i32> {

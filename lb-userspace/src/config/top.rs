@@ -22,7 +22,7 @@ const KEYS: &[&str] = &[
 
 /// Most that `limits.backends` may name: a backend's number has 15 bits in a slot.
 pub(super) const MOST_BACKENDS: u32 = 32_766;
-pub(super) const MOST_VIPS: u32 = 1_000_000;
+pub(super) const MOST_VIPS: u32 = 32_768;
 
 /// What is wrong in one place does not keep the others from being checked. The result is valid
 /// only if no error was reported.
@@ -117,9 +117,9 @@ pub(super) struct WrittenLimits {
 }
 
 fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
-    let model = Limits { vips: 4096, backends: 4096, slots: 1_048_576 };
+    let model = Limits { vips: 2048, backends: 4096, slots: 1_048_576 };
     let mut limits = WrittenLimits { model, vips: None, backends: None };
-    let want = "a mapping such as {vips: 4096, backends: 4096, slots: 1048576}";
+    let want = "a mapping such as {vips: 2048, backends: 4096, slots: 1048576}";
     let Some(fields) =
         fields.get("limits").and_then(|at| at.fields(&["vips", "backends", "slots"], want, report))
     else {

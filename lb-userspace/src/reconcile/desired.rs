@@ -67,9 +67,10 @@ pub fn desired(config: &Config, world: &World) -> Desired {
     for (index, pool) in config.pools.iter().enumerate() {
         for backend in &pool.backends {
             let identity = backend_identity(pool, backend.address);
-            let next_hop = world.next_hops.get(&backend.address).map(|hop| {
-                (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source))
-            });
+            let next_hop = world
+                .next_hops
+                .get(&backend.address)
+                .map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
             let row = backend_row(pool.forward, backend.address, identity);
             desired.backends.insert(identity, DesiredBackend { row, next_hop });
         }

@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use lb_common::abi::{
-    Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, SLOTS_PER_ROW, SlotRow, TableState,
-    TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord, BACKEND_PASS,
+    BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, SLOTS_PER_ROW, SlotRow,
+    TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::flow;
 use lb_common::outcome::Outcome;

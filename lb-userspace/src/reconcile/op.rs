@@ -7,23 +7,55 @@ use lb_common::abi::{Backend, Egress, Path, TableState, TableWord, Vip4Bucket, V
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MapOp {
     /// Fills or clears a row that no path names.
-    WriteEgress { row: u16, egress: Egress },
+    WriteEgress {
+        row: u16,
+        egress: Egress,
+    },
     /// Fills or clears a row that no slot names.
-    WriteBackend { id: u16, backend: Backend },
+    WriteBackend {
+        id: u16,
+        backend: Backend,
+    },
     /// Turns a backend in use to another next hop.
-    SetPath { id: u16, path: Path },
+    SetPath {
+        id: u16,
+        path: Path,
+    },
     /// Counters of a row that is given away begin at zero.
-    ResetBackendTraffic { id: u16 },
-    ResetVipTraffic { vip: u32 },
-    WriteTableState { table: u16, state: TableState },
+    ResetBackendTraffic {
+        id: u16,
+    },
+    ResetVipTraffic {
+        vip: u32,
+    },
+    WriteTableState {
+        table: u16,
+        state: TableState,
+    },
     /// Slot words from `first` on (counted over the whole map), each stored whole.
-    WriteSlots { first: u32, words: Vec<u32> },
-    SetTableWord { table: u16, word: TableWord },
+    WriteSlots {
+        first: u32,
+        words: Vec<u32>,
+    },
+    SetTableWord {
+        table: u16,
+        word: TableWord,
+    },
     /// Buckets that no word names.
-    WriteVips4 { row: u32, buckets: Vec<Vip4Bucket> },
-    WriteVips6 { row: u32, buckets: Vec<Vip6Bucket> },
-    SetVipWord4 { word: VipWord },
-    SetVipWord6 { word: VipWord },
+    WriteVips4 {
+        row: u32,
+        buckets: Vec<Vip4Bucket>,
+    },
+    WriteVips6 {
+        row: u32,
+        buckets: Vec<Vip6Bucket>,
+    },
+    SetVipWord4 {
+        word: VipWord,
+    },
+    SetVipWord6 {
+        word: VipWord,
+    },
     /// Waits until no packet is still at work with what it read before.
     Grace,
 }

@@ -27,7 +27,9 @@ pub enum PlanError {
     Vips { needed: usize, limit: u32 },
     #[error("the VIPs do not fit the buckets that limits.vips = {limit} made; raise limits.vips")]
     Buckets { limit: u32 },
-    #[error("{needed} tables (one for each pool, protocol and scheduler) are more than the limit of {limit}; raise limits.slots")]
+    #[error(
+        "{needed} tables (one for each pool, protocol and scheduler) are more than the limit of {limit}; raise limits.slots"
+    )]
     Tables { needed: usize, limit: u32 },
     #[error("no room for a table of {slots} slots beside those in use; raise limits.slots")]
     Slots { slots: u32 },
@@ -66,7 +68,9 @@ impl Planner<'_> {
     fn backends(&mut self) -> Result<HashMap<u64, u16>, PlanError> {
         let egress_rows = self.egress_rows()?;
         let path_of = |next_hop: &Option<(_, Egress)>| {
-            next_hop.as_ref().map_or(Path::default(), |(mac, egress)| Path::new(*mac, egress_rows[&key(egress)]))
+            next_hop
+                .as_ref()
+                .map_or(Path::default(), |(mac, egress)| Path::new(*mac, egress_rows[&key(egress)]))
         };
         let mut ids: HashMap<u64, u16> = HashMap::new();
         let mut free = Vec::new();
@@ -222,7 +226,10 @@ impl Planner<'_> {
         }
         // Counter rows of entries that are about to go are still counted into: not given away yet.
         let resting: HashSet<u32> = present.values().map(|target| target.vip).collect();
-        let mut free = (0..limit).filter(|vip| !used.contains(vip) && !resting.contains(vip)).collect::<Vec<_>>().into_iter();
+        let mut free = (0..limit)
+            .filter(|vip| !used.contains(vip) && !resting.contains(vip))
+            .collect::<Vec<_>>()
+            .into_iter();
         for (key, table) in fresh {
             let vip = free.next().ok_or(PlanError::Vips { needed: services, limit })?;
             self.add.push(MapOp::ResetVipTraffic { vip });
@@ -252,7 +259,11 @@ impl Planner<'_> {
         let row = idle_half(self.image.vip_word4(), self.capacity.vip4_half_log2);
         self.add.push(MapOp::Grace);
         self.add.push(MapOp::WriteVips4 { row, buckets: layout.buckets });
-        let word = if wanted.is_empty() { VipWord::default() } else { VipWord::new(layout.seed, row, layout.log2_buckets) };
+        let word = if wanted.is_empty() {
+            VipWord::default()
+        } else {
+            VipWord::new(layout.seed, row, layout.log2_buckets)
+        };
         self.add.push(MapOp::SetVipWord4 { word });
         Ok(())
     }
@@ -274,7 +285,11 @@ impl Planner<'_> {
         let row = idle_half(self.image.vip_word6(), self.capacity.vip6_half_log2);
         self.add.push(MapOp::Grace);
         self.add.push(MapOp::WriteVips6 { row, buckets: layout.buckets });
-        let word = if wanted.is_empty() { VipWord::default() } else { VipWord::new(layout.seed, row, layout.log2_buckets) };
+        let word = if wanted.is_empty() {
+            VipWord::default()
+        } else {
+            VipWord::new(layout.seed, row, layout.log2_buckets)
+        };
         self.add.push(MapOp::SetVipWord6 { word });
         Ok(())
     }
@@ -367,7 +382,8 @@ impl Regions {
     /// The first row of a stretch of `rows` rows, now taken.
     fn take(&mut self, rows: u32) -> Option<u32> {
         let units = (rows / UNIT_ROWS) as usize;
-        let first = (0..(self.taken.len() + 1).saturating_sub(units)).find(|&first| !self.taken[first..first + units].contains(&true))?;
+        let first = (0..(self.taken.len() + 1).saturating_sub(units))
+            .find(|&first| !self.taken[first..first + units].contains(&true))?;
         self.taken[first..first + units].fill(true);
         Some(first as u32 * UNIT_ROWS)
     }

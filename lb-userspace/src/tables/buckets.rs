@@ -114,7 +114,9 @@ mod tests {
 
     fn entries4(n: u32) -> Vec<Vip4> {
         let ports = [PortKey::ADDRESS, PortKey::new(80, 6), PortKey::new(443, 17)];
-        (0..n).map(|i| vip4(Ipv4Addr::from(0xcb00_7100 + i / 3), ports[i as usize % 3], VipTarget::default())).collect()
+        (0..n)
+            .map(|i| vip4(Ipv4Addr::from(0xcb00_7100 + i / 3), ports[i as usize % 3], VipTarget::default()))
+            .collect()
     }
 
     fn entries6(n: u32) -> Vec<Vip6> {

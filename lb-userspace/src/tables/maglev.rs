@@ -52,7 +52,7 @@ pub fn build(log2_length: u32, members: &[Member]) -> Vec<u16> {
         .filter(|(_, member)| member.weight > 0)
         .map(|(index, member)| Walk::new(index, *member, mask))
         .collect();
-    let Some(heaviest) = walks.iter().map(|walk| u64::from(walk.weight)).max() else { return Vec::new() };
+    let Some(heaviest) = walks.iter().map(|walk| walk.weight).max() else { return Vec::new() };
     // The turn order must not depend on the order of the configuration.
     walks.sort_unstable_by_key(|walk| walk.key);
 
@@ -119,7 +119,18 @@ mod tests {
 
     #[test]
     fn length_classes_keep_the_spread_within_one_percent() {
-        let rows = [(0, 12), (1, 12), (40, 12), (41, 14), (163, 14), (164, 16), (655, 16), (2621, 18), (10485, 20), (32766, 20)];
+        let rows = [
+            (0, 12),
+            (1, 12),
+            (40, 12),
+            (41, 14),
+            (163, 14),
+            (164, 16),
+            (655, 16),
+            (2621, 18),
+            (10485, 20),
+            (32766, 20),
+        ];
         for (backends, log2) in rows {
             assert_eq!(log2_length(backends), log2, "{backends} backends");
         }
@@ -142,7 +153,10 @@ mod tests {
         let total: u32 = weights.iter().map(|&w| u32::from(w)).sum();
         for (count, weight) in counts.iter().zip(weights) {
             let ideal = f64::from(weight) / f64::from(total) * 16384.0;
-            assert!((f64::from(*count) - ideal).abs() <= ideal * 0.02 + 1.0, "weight {weight}: {count} for {ideal}");
+            assert!(
+                (f64::from(*count) - ideal).abs() <= ideal * 0.02 + 1.0,
+                "weight {weight}: {count} for {ideal}"
+            );
         }
     }
 
@@ -157,7 +171,8 @@ mod tests {
     fn golden_vectors_of_table_version_1() {
         assert_eq!(TABLE_VERSION, 1);
         let digest = |log2, weights: &[u8]| {
-            let bytes: Vec<u8> = build(log2, &members(weights)).iter().flat_map(|i| i.to_le_bytes()).collect();
+            let bytes: Vec<u8> =
+                build(log2, &members(weights)).iter().flat_map(|i| i.to_le_bytes()).collect();
             fingerprint(0, &bytes)
         };
         let rows = [

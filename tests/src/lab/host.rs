@@ -141,7 +141,8 @@ impl Host {
         self.shared.new_file(&self.name, name)
     }
 
-    /// A command that runs in this host, for the caller to start; the first of `args` is the program.
+    /// A command that runs in this host, for the caller to start and to end; the first of `args` is the program. What is
+    /// left running in the host dies with the lab.
     pub fn exec<I>(&self, args: I) -> Command
     where
         I: IntoIterator,

@@ -1,4 +1,4 @@
-//! Network laboratories: hosts in namespaces on bridges, with real servers and clients; it knows nothing of xlb.
+//! Network laboratories: hosts in namespaces on bridges, with real servers and clients; it knows nothing of xlb but its pass program.
 //!
 //! A lab has one namespace `switch` with a bridge for every [`Switch`], and a namespace for every [`Host`]. What xlb
 //! needs of veth is set up here: no checksum offload on hosts (XDP cannot see CHECKSUM_PARTIAL and XDP_TX loses it), a
@@ -11,7 +11,7 @@
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
 //! use tests::lab::{self, Lab};
-//! let lab = Lab::new("example", std::path::Path::new("pass.o"))?;
+//! let lab = Lab::new("example")?;
 //! let client = lab.host("client", &["10.1.0.2/16", "fd00:1::2/64"])?;
 //! let server = lab.host("web1", &["10.1.0.11/16", "fd00:1::11/64"])?;
 //! lab::nginx(&server, "web1", lab::Nginx::default())?;
@@ -89,19 +89,17 @@ struct State {
 }
 
 impl Lab {
-    /// Makes a lab with one switch, `lan`, after removing what dead labs left behind. `pass_object` is an ELF object with
-    /// a program in section `xdp` that passes every packet.
-    pub fn new(name: &str, pass_object: &Path) -> Result<Self> {
+    /// Makes a lab with one switch, `lan`, after removing what dead labs left behind.
+    pub fn new(name: &str) -> Result<Self> {
         static COUNTER: AtomicU32 = AtomicU32::new(1);
 
         let id = format!("{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        ensure!(pass_object.is_file(), "lab {name}: no XDP pass program at {}", pass_object.display());
         let (dir, lock) = remains::claim(&id).with_context(|| format!("lab {name}"))?;
         let shared = Arc::new(Shared {
             id,
             name: name.to_owned(),
+            pass_object: dir.join("pass.o"),
             dir,
-            pass_object: pass_object.to_owned(),
             _lock: lock,
             state: Mutex::default(),
         });
@@ -116,6 +114,7 @@ impl Lab {
     }
 
     fn begin(&self) -> Result<()> {
+        fs::write(&self.shared.pass_object, lb_userspace::bpf::PASS).context("writing the pass program")?;
         let bpf = self.bpf_dir();
         fs::create_dir(&bpf).with_context(|| bpf.display().to_string())?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;

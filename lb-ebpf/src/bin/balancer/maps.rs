@@ -5,9 +5,9 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use lb_common::abi::{
-    Backend, Constants, Egress, Features, HASH_KEYS, Interface, MOST_INTERFACES, Meta,
-    OUTCOME_ROWS, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6,
-    Vip4Bucket, Vip6Bucket, VipWord,
+    Backend, Constants, Egress, Features, HASH_KEYS, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
+    SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket,
+    VipWord,
 };
 use lb_common::outcome::Outcome;
 use lb_common::slots::Slot;

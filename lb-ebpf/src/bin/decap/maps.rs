@@ -12,11 +12,19 @@ use lb_common::wire::Address6;
 #[map(name = "XLB_DECAP_VIPS")]
 static DECAP_VIPS: HashMap<DecapVip, u8> = HashMap::with_max_entries(1, 0);
 #[map(name = "XLB_DECAP_FROM4")]
-static DECAP_FROM4: LpmTrie<[u8; 4], u8> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+static DECAP_FROM4: LpmTrie<u32, u8> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
 #[map(name = "XLB_DECAP_FROM6")]
-static DECAP_FROM6: LpmTrie<[u8; 16], u8> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+static DECAP_FROM6: LpmTrie<[u64; 2], u8> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
 #[map(name = "XLB_DECAP_OUT")]
 static DECAP_OUTCOMES: PerCpuArray<u64> = PerCpuArray::with_max_entries(OUTCOME_ROWS, 0);
+
+/// A key whose address lies at a multiple of eight: the compiler writes it in words, which the verifier
+/// (6.18) wants aligned on the stack.
+#[repr(C, align(8))]
+struct Aligned {
+    pad: u32,
+    key: Key<[u64; 2]>,
+}
 
 /// The maps of `xlb decap`.
 #[derive(Clone, Copy)]
@@ -25,12 +33,13 @@ pub struct DecapMaps;
 impl DecapTables for DecapMaps {
     #[inline(always)]
     fn from4(&self, source: u32) -> bool {
-        DECAP_FROM4.get(Key::new(32, source.to_ne_bytes())).is_some()
+        DECAP_FROM4.get(Key::new(32, source)).is_some()
     }
 
     #[inline(always)]
     fn from6(&self, source: Address6) -> bool {
-        DECAP_FROM6.get(Key::new(128, source.bytes())).is_some()
+        let lookup = Aligned { pad: 0, key: Key::new(128, [source.high, source.low]) };
+        DECAP_FROM6.get(&lookup.key).is_some()
     }
 
     #[inline(always)]

@@ -389,14 +389,14 @@ const TOP: &[Row] = &[
         "limits as a number",
         "interfaces: [eth0]\nlimits: 4096\n",
         &[
-            "xlb.yaml:2:9 limits: 4096 is not allowed here; use a mapping such as {vips: 4096, backends: 4096, slots: 1048576}",
+            "xlb.yaml:2:9 limits: 4096 is not allowed here; use a mapping such as {vips: 2048, backends: 4096, slots: 1048576}",
         ],
     ),
     (
         "limits out of range",
         "interfaces: [eth0]\nlimits: {vips: 0, backends: 32767, slots: 4096}\n",
         &[
-            "xlb.yaml:2:16 limits.vips: 0 is not allowed; use 1-1000000",
+            "xlb.yaml:2:16 limits.vips: 0 is not allowed; use 1-32768",
             "xlb.yaml:2:29 limits.backends: 32767 is not allowed; use 1-32766",
             "xlb.yaml:2:43 limits.slots: 4096 is not allowed; use 8192-134217728 in steps of 4096",
         ],
@@ -410,7 +410,7 @@ const TOP: &[Row] = &[
         "numbers that only look like numbers",
         "interfaces: [eth0]\nlimits: {vips: 0x10, backends: 010, slots: 1e6}\n",
         &[
-            "xlb.yaml:2:16 limits.vips: 0x10 is not allowed; use 1-1000000",
+            "xlb.yaml:2:16 limits.vips: 0x10 is not allowed; use 1-32768",
             "xlb.yaml:2:32 limits.backends: 010 is not allowed; use 1-32766",
             "xlb.yaml:2:44 limits.slots: 1e6 is not allowed; use 8192-134217728 in steps of 4096",
         ],

@@ -108,7 +108,7 @@ fn what_the_file_leaves_out_has_its_documented_default() {
     assert_eq!(warnings, []);
     let defaults = (config.vip_arp, config.trace, config.outer_source);
     assert_eq!(defaults, (false, false, OuterSource::default()));
-    assert_eq!(config.limits, Limits { vips: 4096, backends: 4096, slots: 1_048_576 });
+    assert_eq!(config.limits, Limits { vips: 2048, backends: 4096, slots: 1_048_576 });
     assert_eq!(config.interfaces[0].mode, Mode::Auto);
     let pool = &config.pools[0];
     assert_eq!((pool.on_empty, pool.backends[0].weight), (OnEmpty::Drop, 100));
@@ -215,8 +215,7 @@ fn words_are_the_same_in_display_and_in_json() {
 
 #[test]
 fn every_bound_itself_is_allowed() {
-    for limits in
-        ["{vips: 1, backends: 1, slots: 8192}", "{vips: 1000000, backends: 32766, slots: 134217728}"]
+    for limits in ["{vips: 1, backends: 1, slots: 8192}", "{vips: 32768, backends: 32766, slots: 134217728}"]
     {
         let text = format!("{MINIMAL}limits: {limits}\n");
         assert_eq!(loaded(&text).warnings, [], "{limits}");

@@ -1,0 +1,483 @@
+//! The state of the agent and what events do to it. The only owner of the maps.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, bail};
+use lb_common::abi::{Features, SLOTS_PER_ROW, TableWord};
+use lb_common::slots::Slot;
+use tracing::{info, warn};
+
+use super::status;
+use crate::bpf::{Attached, BpfFs, Datapath, MapsError, Trace};
+use crate::capacity::Capacity;
+use crate::config::model::{CheckKind, Config, Forward};
+use crate::health::{Checker, Fsm, Probe, State};
+use crate::lookup::{self, Explanation, Names, Query};
+use crate::nexthop::{Link, NextHop, Resolver, Unresolved};
+use crate::reconcile::desired::{World, backend_identity, desired, features};
+use crate::reconcile::image::Image;
+use crate::reconcile::plan::{PlanError, plan};
+
+/// Names a backend over reloads. An outcome of another address never counts for this one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct BackendKey {
+    pub pool: String,
+    pub address: IpAddr,
+}
+
+pub type NextHops = HashMap<IpAddr, Result<NextHop, Unresolved>>;
+
+/// Why the maps are not as they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+}
+
+/// How the last reload ended.
+#[derive(Debug, Clone)]
+pub struct Reload {
+    pub at: SystemTime,
+    pub result: Result<(), String>,
+}
+
+pub struct Core {
+    path: PathBuf,
+    config: Config,
+    capacity: Capacity,
+    datapath: Datapath,
+    /// What has been applied. Always equal to the maps.
+    image: Image,
+    attached: Vec<Attached>,
+    checker: Checker<BackendKey>,
+    fsms: HashMap<BackendKey, Fsm>,
+    next_hops: HashMap<IpAddr, Result<NextHop, Unresolved>>,
+    /// Pools that have nobody up: said once.
+    empty: HashSet<String>,
+    started: Instant,
+    reload: Option<Reload>,
+    /// Whether the tables must be worked out again.
+    changed: bool,
+}
+
+impl Core {
+    /// Loads the program, attaches it and takes over what an earlier agent left. Writes no tables yet.
+    pub async fn start(
+        path: &Path,
+        config: Config,
+        fs: BpfFs,
+        resolver: &Resolver,
+        checker: Checker<BackendKey>,
+    ) -> anyhow::Result<Self> {
+        let capacity = Capacity::new(&config.limits);
+        preflight(&config, &capacity)?;
+        refuse_local_vips(&config, resolver).await?;
+        let links = links(&config, resolver).await?;
+        let datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
+        let image = datapath.maps.image()?;
+        let mut core = Self {
+            path: path.to_owned(),
+            fsms: HashMap::new(),
+            config,
+            capacity,
+            datapath,
+            image,
+            attached: Vec::new(),
+            checker,
+            next_hops: HashMap::new(),
+            empty: HashSet::new(),
+            started: Instant::now(),
+            reload: None,
+            changed: true,
+        };
+        if core.datapath.adopted {
+            info!("maps of an earlier agent taken over; flows stay where they are");
+        }
+        core.fsms = core.adopt_health();
+        core.attach(&links)?;
+        Ok(core)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn config_path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Puts the program on every configured interface, and takes it off the others.
+    fn attach(&mut self, links: &[(Link, crate::config::model::Mode)]) -> anyhow::Result<()> {
+        let mut attached = Vec::new();
+        for (link, mode) in links {
+            let now = self.datapath.attach(link, *mode)?;
+            if !self.attached.contains(&now) {
+                info!(interface = %now.name, mode = if now.generic { "generic" } else { "native" }, "attached");
+                warn_of_veth(link);
+            }
+            attached.push(now);
+        }
+        let names: HashSet<&str> = attached.iter().map(|a| a.name.as_str()).collect();
+        for name in self.datapath.fs().linked_interfaces()? {
+            if !names.contains(name.as_str()) {
+                let ifindex = self.attached.iter().find(|a| a.name == name).map_or(0, |a| a.ifindex);
+                self.datapath.detach(&name, ifindex)?;
+                info!(interface = %name, "detached: no longer configured");
+            }
+        }
+        self.attached = attached;
+        self.image.interfaces = self.datapath.maps.image()?.interfaces;
+        Ok(())
+    }
+
+    /// Health as the maps show it: who holds slots is up until its first verdict.
+    fn adopt_health(&self) -> HashMap<BackendKey, Fsm> {
+        let holders: HashSet<u16> = live_slots(&self.image).map(|(_, slot)| slot.cur()).collect();
+        let ids = ids(&self.image);
+        let now = Instant::now();
+        keys(&self.config)
+            .map(|(key, pool, backend)| {
+                let pool = &self.config.pools[pool];
+                let identity = backend_identity(pool, pool.backends[backend].address);
+                let held = ids.get(&identity).is_some_and(|id| holders.contains(id));
+                let (rise, fall) = (pool.check.rise, pool.check.fall);
+                let fsm = if held { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
+                (key, fsm)
+            })
+            .collect()
+    }
+
+    pub fn start_checks(&mut self) {
+        let targets = keys(&self.config).map(|(key, pool, _)| {
+            let address = key.address;
+            (key, address, self.config.pools[pool].check.clone())
+        });
+        self.checker.set(targets.collect());
+    }
+
+    pub fn on_probe(&mut self, now: Instant, key: &BackendKey, probe: &Probe) {
+        // An outcome of a check that has been ended.
+        let Some(fsm) = self.fsms.get_mut(key) else { return };
+        if let Some(transition) = fsm.on_probe(now, probe) {
+            self.changed = true;
+            let backend = name_of(&self.config, key);
+            let check = fsm.outcome().unwrap_or_default();
+            match transition.to {
+                State::Up => info!(pool = %key.pool, %backend, address = %key.address, check, "backend up"),
+                State::Down => {
+                    warn!(pool = %key.pool, %backend, address = %key.address, check, fails = fsm.failures(), "backend down")
+                }
+                State::Checking => {}
+            }
+        }
+    }
+
+    /// Addresses whose next hop is missing, or all.
+    pub fn addresses_to_resolve(&self, all: bool) -> Vec<IpAddr> {
+        let addresses: HashSet<IpAddr> = keys(&self.config).map(|(key, ..)| key.address).collect();
+        addresses
+            .into_iter()
+            .filter(|address| all || !matches!(self.next_hops.get(address), Some(Ok(_))))
+            .collect()
+    }
+
+    pub async fn resolve_now(&self, resolver: &Resolver, wait: Duration) -> NextHops {
+        resolver.resolve_all(&self.addresses_to_resolve(true), wait).await
+    }
+
+    pub fn on_next_hops(&mut self, found: NextHops) {
+        for (address, result) in found {
+            let known = self.next_hops.get(&address);
+            // A neighbour that does not answer just now may still forward: its checks decide.
+            let silent = matches!(
+                result,
+                Err(Unresolved::NeighbourMissing { .. }
+                    | Unresolved::NeighbourFailed { .. }
+                    | Unresolved::Netlink(_))
+            );
+            if known == Some(&result) || (silent && matches!(known, Some(Ok(_)))) {
+                continue;
+            }
+            match &result {
+                Ok(hop) => info!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop"),
+                Err(reason) => warn!(%address, %reason, "no next hop"),
+            }
+            self.next_hops.insert(address, result);
+            self.changed = true;
+        }
+    }
+
+    /// Brings the maps in line with what is configured and alive.
+    pub fn reconcile(&mut self) -> Result<(), ReconcileError> {
+        if !self.changed {
+            return Ok(());
+        }
+        let world = self.world();
+        self.say_who_is_empty(&world);
+        let ops = plan(&self.image, &desired(&self.config, &world), &self.capacity)?;
+        for op in &ops {
+            self.datapath.maps.apply(op)?;
+            self.image.apply(op);
+        }
+        self.changed = false;
+        Ok(())
+    }
+
+    fn world(&self) -> World {
+        let mut world = World::default();
+        for (key, pool, backend) in keys(&self.config) {
+            let Ok(hop) = self.usable_next_hop(pool, key.address) else { continue };
+            let up = self.fsms.get(&key).is_some_and(Fsm::is_up);
+            world.up.insert((pool, backend), up);
+            world.next_hops.insert(key.address, hop);
+        }
+        world
+    }
+
+    /// The next hop of a backend, if packets can be sent that way in its pool's mode.
+    fn usable_next_hop(&self, pool: usize, address: IpAddr) -> Result<NextHop, String> {
+        let hop = match self.next_hops.get(&address) {
+            None => return Err("its next hop is being looked up".into()),
+            Some(Err(reason)) => return Err(reason.to_string()),
+            Some(Ok(hop)) => hop,
+        };
+        if self.config.pools[pool].forward == Forward::L2 && hop.gateway.is_some() {
+            return Err(format!(
+                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip",
+                hop.interface
+            ));
+        }
+        let filled = match address {
+            IpAddr::V4(_) => self.config.outer_source.v4.is_some(),
+            IpAddr::V6(_) => self.config.outer_source.v6.is_some(),
+        };
+        if self.config.pools[pool].forward == Forward::Ipip && !filled {
+            match hop.preferred_source {
+                None => {
+                    return Err(format!(
+                        "{} has no address to send tunnel packets from; set outer_source",
+                        hop.interface
+                    ));
+                }
+                Some(source) if self.config.services.iter().any(|service| service.vips.contains(&source)) => {
+                    return Err(format!("the route's source address {source} is a VIP; set outer_source"));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(hop.clone())
+    }
+
+    fn say_who_is_empty(&mut self, world: &World) {
+        for (index, pool) in self.config.pools.iter().enumerate() {
+            let anyone = (0..pool.backends.len()).any(|backend| {
+                pool.backends[backend].weight > 0 && world.up.get(&(index, backend)) == Some(&true)
+            });
+            if anyone {
+                if self.empty.remove(&pool.name) {
+                    info!(pool = %pool.name, "pool has backends again");
+                }
+            } else if self.empty.insert(pool.name.clone()) {
+                warn!(pool = %pool.name, on_empty = %pool.on_empty, "pool has no backend that is up");
+            }
+        }
+    }
+
+    /// Takes over another configuration, or leaves everything as it is. Whether the program was loaded again.
+    pub async fn reload(&mut self, config: Config, resolver: &Resolver) -> anyhow::Result<bool> {
+        if Capacity::new(&config.limits) != self.capacity {
+            bail!(
+                "`limits` cannot change while the maps are in use; stop the agent, run `xlb detach` (traffic stops), and start it again"
+            );
+        }
+        preflight(&config, &self.capacity)?;
+        refuse_local_vips(&config, resolver).await?;
+        let links = links(&config, resolver).await?;
+        if config.seed != self.config.seed {
+            warn!("the seed changed: flows move to other backends");
+        }
+        // Old and new modes side by side until the tables have changed.
+        let (old, new) = (Features::from_bits(self.datapath.meta().features), features(&config));
+        let mut refitted = self.datapath.refit(config.seed, old.with(new))?;
+        self.image.meta = *self.datapath.meta();
+
+        let known = std::mem::take(&mut self.fsms);
+        let previous = std::mem::replace(&mut self.config, config);
+        self.fsms = self.carry_over(&previous, known);
+        self.changed = true;
+        if let Err(error) = self.attach(&links) {
+            // The interfaces that were attached before still are.
+            self.note_reload(Err(format!("{error:#}")));
+            warn!(error = %format!("{error:#}"), "an interface could not be attached; the rest of the configuration is in force");
+        } else {
+            self.note_reload(Ok(()));
+        }
+        let found = resolver.resolve_all(&self.addresses_to_resolve(false), FIRST_RESOLVE_OF_RELOAD).await;
+        self.on_next_hops(found);
+        self.reconcile().context("the tables cannot be written")?;
+        self.start_checks();
+        if self.datapath.refit(self.config.seed, new)? {
+            self.image.meta = *self.datapath.meta();
+            self.attach(&links)?;
+            refitted = true;
+        }
+        Ok(refitted)
+    }
+
+    /// Health of backends that stay; a new backend has to answer first.
+    fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
+        let old_kinds: HashMap<&str, &CheckKind> =
+            previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
+        keys(&self.config)
+            .map(|(key, pool, _)| {
+                let check = &self.config.pools[pool].check;
+                let mut fsm = known.remove(&key).unwrap_or_else(|| Fsm::new(check.rise, check.fall));
+                fsm.set_thresholds(check.rise, check.fall);
+                // A backend that was never checked is not known to be up by another kind of check.
+                if old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None)
+                    && check.kind != CheckKind::None
+                {
+                    fsm = Fsm::adopted(fsm.is_up(), Instant::now(), check.rise, check.fall);
+                }
+                (key, fsm)
+            })
+            .collect()
+    }
+
+    pub fn note_reload(&mut self, result: Result<(), String>) {
+        self.reload = Some(Reload { at: SystemTime::now(), result });
+    }
+
+    pub fn trace(&mut self) -> Option<Result<Trace, aya_log::Error>> {
+        self.config.trace.then(|| self.datapath.trace())
+    }
+
+    pub fn lookup(&self, query: &Query) -> Result<Explanation, String> {
+        let ifindex = self.attached.first().map_or(0, |attached| attached.ifindex);
+        lookup::explain(&self.image, query, ifindex, &self.names())
+    }
+
+    fn names(&self) -> Names {
+        let ids = ids(&self.image);
+        let mut names = Names::default();
+        for (key, pool, backend) in keys(&self.config) {
+            let pool = &self.config.pools[pool];
+            if let Some(id) = ids.get(&backend_identity(pool, key.address)) {
+                names.backends.insert(*id, (pool.name.clone(), pool.backends[backend].name.clone()));
+            }
+        }
+        for service in &self.config.services {
+            for triple in service.triples() {
+                names.services.insert(triple, service.name.clone());
+            }
+        }
+        names
+    }
+
+    pub fn status(&self, now: Instant) -> status::Status {
+        status::View {
+            config: &self.config,
+            path: &self.path,
+            image: &self.image,
+            maps: &self.datapath.maps,
+            attached: &self.attached,
+            fsms: &self.fsms,
+            reload: self.reload.as_ref(),
+            uptime: now - self.started,
+            now,
+            ids: ids(&self.image),
+            slots: slots_by_backend(&self.image),
+            next_hop: &|pool, address| self.usable_next_hop(pool, address),
+        }
+        .status()
+    }
+}
+
+const FIRST_RESOLVE_OF_RELOAD: Duration = Duration::from_secs(1);
+
+/// All backends: key, pool, place in the pool.
+pub fn keys(config: &Config) -> impl Iterator<Item = (BackendKey, usize, usize)> + '_ {
+    config.pools.iter().enumerate().flat_map(|(pool_index, pool)| {
+        pool.backends.iter().enumerate().map(move |(index, backend)| {
+            (BackendKey { pool: pool.name.clone(), address: backend.address }, pool_index, index)
+        })
+    })
+}
+
+fn name_of(config: &Config, key: &BackendKey) -> String {
+    let pool = config.pools.iter().find(|pool| pool.name == key.pool);
+    let backend = pool.and_then(|pool| pool.backends.iter().find(|backend| backend.address == key.address));
+    backend.map_or_else(|| key.address.to_string(), |backend| backend.name.clone())
+}
+
+/// The id of each identity.
+fn ids(image: &Image) -> HashMap<u64, u16> {
+    let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
+    rows.map(|(id, row)| (row.identity, id as u16)).collect()
+}
+
+/// Slots of all tables that packets can reach, with the table's number.
+fn live_slots(image: &Image) -> impl Iterator<Item = (u16, Slot)> + '_ {
+    let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits)).enumerate();
+    words.filter(|(_, word)| *word != TableWord::default()).flat_map(move |(table, word)| {
+        let first = word.first_row() * SLOTS_PER_ROW;
+        (first..first + word.length()).map(move |index| (table as u16, image.slot(index)))
+    })
+}
+
+/// How many slots each backend holds, over all tables.
+fn slots_by_backend(image: &Image) -> BTreeMap<u16, u64> {
+    let mut slots = BTreeMap::new();
+    for (_, slot) in live_slots(image) {
+        *slots.entry(slot.cur()).or_default() += 1;
+    }
+    slots
+}
+
+/// Refuses what would not fit before anything is written.
+pub fn preflight(config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
+    let empty = Image::empty(capacity, lb_common::abi::Meta::default());
+    plan(&empty, &desired(config, &World::default()), capacity).map(drop)
+}
+
+/// A VIP on an interface of this host would expose the host's own ports on it, and hide the VIP from its checks.
+async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::Result<()> {
+    let addresses: HashMap<IpAddr, String> = resolver.addresses().await?.into_iter().collect();
+    for service in &config.services {
+        for vip in &service.vips {
+            if let Some(interface) = addresses.get(vip) {
+                bail!(
+                    "the VIP {vip} of service {} is an address of {interface} on this host; take it off (route it to this host, or set vip_arp: true)",
+                    service.name
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn links(
+    config: &Config,
+    resolver: &Resolver,
+) -> anyhow::Result<Vec<(Link, crate::config::model::Mode)>> {
+    let mut links = Vec::new();
+    for interface in &config.interfaces {
+        links.push((resolver.link(&interface.name).await?, interface.mode));
+    }
+    Ok(links)
+}
+
+/// XDP cannot see that a packet's checksum is still to be filled in, and XDP_TX loses the note.
+fn warn_of_veth(link: &Link) {
+    if link.kind.as_deref() == Some("veth") {
+        warn!(
+            interface = %link.name,
+            "a veth: senders behind it must have transmit checksums off (`ethtool -K IF tx off` in their namespace), or TCP and UDP arrive with bad checksums"
+        );
+    }
+}

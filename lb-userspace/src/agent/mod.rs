@@ -1,0 +1,220 @@
+//! The agent: one task owns all state (`core`), everything else sends it events.
+//!
+//! configuration, probe results, next hops, API requests, timers -> `Core` -> desired -> plan -> maps
+
+mod core;
+pub mod status;
+
+use std::fs::File;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use rustix::fs::{FlockOperation, flock};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::{error, info, warn};
+
+use crate::api;
+use crate::bpf::{BpfFs, Trace};
+use crate::config;
+use crate::health::{Checker, Probe};
+use crate::lookup::{Explanation, Query};
+use crate::nexthop::Resolver;
+
+pub use self::core::preflight;
+use self::core::{BackendKey, Core, NextHops};
+use self::status::Status;
+
+/// Where an agent keeps its socket, its lock and the pins.
+pub const DEFAULT_RUN_DIR: &str = "/run/xlb";
+
+/// Next hops that are missing are looked for this often; all are looked at again more rarely.
+const RESOLVE_MISSING: Duration = Duration::from_secs(1);
+const RESOLVE_ALL: u32 = 5;
+
+/// How long the first look at next hops may take before forwarding begins without the missing ones.
+const FIRST_RESOLVE: Duration = Duration::from_secs(1);
+
+/// Traced decisions wait this long in their ring at the most.
+const FLUSH_TRACE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub config: PathBuf,
+    pub run_dir: PathBuf,
+}
+
+/// What others ask of the core.
+#[derive(Debug)]
+pub enum Request {
+    Status(oneshot::Sender<Status>),
+    Lookup(Query, oneshot::Sender<Result<Explanation, String>>),
+}
+
+/// Runs until a signal ends it. Forwarding goes on after that.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let loaded = config::load(&options.config)?;
+    for warning in &loaded.warnings {
+        warn!("{warning}");
+    }
+    let _lock = lock(&options.run_dir)?;
+    let resolver = Arc::new(Resolver::new().context("netlink is not to be had")?);
+    let fs = BpfFs::open(&options.run_dir).with_context(|| {
+        format!("the BPF file system at {} cannot be used", options.run_dir.join("bpf").display())
+    })?;
+
+    let (probe_tx, mut probes) = mpsc::channel(1024);
+    let (hops_tx, mut hops) = mpsc::channel(4);
+    let (request_tx, mut requests) = mpsc::channel(64);
+    let checker: Checker<BackendKey> = Checker::new(probe_tx);
+    let mut core = Core::start(&options.config, loaded.config, fs, &resolver, checker).await?;
+    let mut trace = tracer(&mut core);
+    let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
+    tokio::spawn(socket.serve(request_tx));
+
+    core.on_next_hops(core.resolve_now(&resolver, FIRST_RESOLVE).await);
+    core.reconcile().context("the first tables cannot be written")?;
+    core.start_checks();
+    info!(
+        services = core.config().services.len(),
+        backends = core.config().pools.iter().map(|pool| pool.backends.len()).sum::<usize>(),
+        "running"
+    );
+
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut ticks = interval(RESOLVE_MISSING);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut flushes = interval(FLUSH_TRACE);
+    flushes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = 0u32;
+    let mut resolving = false;
+    loop {
+        tokio::select! {
+            Some((key, probe)) = probes.recv() => {
+                core.on_probe(Instant::now(), &key, &probe);
+                drain(&mut probes, |(key, probe): (BackendKey, Probe)| core.on_probe(Instant::now(), &key, &probe));
+            }
+            Some(found) = hops.recv() => {
+                resolving = false;
+                core.on_next_hops(found);
+            }
+            _ = ticks.tick() => {
+                tick = tick.wrapping_add(1);
+                let wanted = core.addresses_to_resolve(tick.is_multiple_of(RESOLVE_ALL));
+                if !resolving && !wanted.is_empty() {
+                    resolving = true;
+                    resolve_aside(Arc::clone(&resolver), wanted, hops_tx.clone());
+                }
+            }
+            Some(request) = requests.recv() => {
+                answer(&mut core, request);
+                continue;
+            }
+            _ = hangup.recv() => {
+                if reload(&mut core, &resolver).await {
+                    trace = tracer(&mut core);
+                }
+            }
+            _ = flushes.tick(), if trace.is_some() => {
+                if let Some(trace) = &mut trace {
+                    trace.flush();
+                }
+                continue;
+            }
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+        if let Err(error) = core.reconcile() {
+            error!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
+        }
+    }
+    info!("stopping; forwarding goes on with the tables as they are (`xlb detach` ends it)");
+    Ok(())
+}
+
+/// Handles what else has arrived, so that many events make one plan.
+fn drain<T>(events: &mut mpsc::Receiver<T>, mut handle: impl FnMut(T)) {
+    while let Ok(event) = events.try_recv() {
+        handle(event);
+    }
+}
+
+fn answer(core: &mut Core, request: Request) {
+    // An asker that has gone away needs no answer.
+    match request {
+        Request::Status(reply) => _ = reply.send(core.status(Instant::now())),
+        Request::Lookup(query, reply) => _ = reply.send(core.lookup(&query)),
+    }
+}
+
+/// Reads the file again. A bad file changes nothing. Whether the program was loaded again.
+async fn reload(core: &mut Core, resolver: &Resolver) -> bool {
+    match config::load(core.config_path()) {
+        Ok(loaded) => {
+            for warning in &loaded.warnings {
+                warn!("{warning}");
+            }
+            match core.reload(loaded.config, resolver).await {
+                Ok(refitted) => {
+                    info!(file = %core.config_path().display(), "reloaded");
+                    refitted
+                }
+                Err(error) => {
+                    error!(error = %format!("{error:#}"), "reload refused; the last good configuration goes on");
+                    core.note_reload(Err(format!("{error:#}")));
+                    false
+                }
+            }
+        }
+        Err(problems) => {
+            for problem in &problems.0 {
+                error!("{problem}");
+            }
+            error!(problems = problems.0.len(), "reload refused; the last good configuration goes on");
+            core.note_reload(Err(problems.to_string()));
+            false
+        }
+    }
+}
+
+fn resolve_aside(resolver: Arc<Resolver>, wanted: Vec<std::net::IpAddr>, to: mpsc::Sender<NextHops>) {
+    tokio::spawn(async move {
+        let found = resolver.resolve_all(&wanted, RESOLVE_MISSING).await;
+        // The core is gone only at the end of the process.
+        _ = to.send(found).await;
+    });
+}
+
+/// The reader of decisions, where the configuration asks for them.
+fn tracer(core: &mut Core) -> Option<Trace> {
+    core.trace()?.map_err(|error| warn!(%error, "decisions cannot be traced")).ok()
+}
+
+/// Held while an agent runs, so that there is one.
+pub fn lock(run_dir: &Path) -> anyhow::Result<File> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(run_dir)
+        .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
+    let path = run_dir.join("lock");
+    let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let holder = std::fs::read_to_string(&path).unwrap_or_default();
+        bail!(
+            "another xlb (process {}) runs in {}; stop it, or give this one its own --run-dir",
+            holder.trim(),
+            run_dir.display()
+        );
+    }
+    std::io::Write::write_all(&mut file, format!("{}\n", std::process::id()).as_bytes())
+        .map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    file.set_len(format!("{}\n", std::process::id()).len() as u64)?;
+    Ok(file)
+}

@@ -1,0 +1,80 @@
+//! `xlb check`: is this file valid, does it fit its limits, and what will it take?
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use serde_json::json;
+
+use super::{Format, exit, output};
+use crate::agent::preflight;
+use crate::capacity::{Capacity, possible_cpus};
+use crate::config;
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The configuration
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let loaded = match config::load(&arguments.config) {
+        Ok(loaded) => loaded,
+        Err(problems) => {
+            match arguments.output {
+                Format::Table => eprintln!("{problems}"),
+                Format::Json => println!("{}", json!({"valid": false, "problems": problems.0})),
+            }
+            return Ok(ExitCode::from(exit::CONFIG));
+        }
+    };
+    let config = loaded.config;
+    let capacity = Capacity::new(&config.limits);
+    if let Err(error) = preflight(&config, &capacity) {
+        match arguments.output {
+            Format::Table => eprintln!("{}: {error}", arguments.config.display()),
+            Format::Json => {
+                println!("{}", json!({"valid": false, "problems": [{"message": error.to_string()}]}))
+            }
+        }
+        return Ok(ExitCode::from(exit::CONFIG));
+    }
+    let cpus = possible_cpus();
+    let backends: usize = config.pools.iter().map(|pool| pool.backends.len()).sum();
+    let vips: usize = config.services.iter().map(|service| service.triples().count()).sum();
+    let total = capacity.bytes(cpus);
+    if arguments.output == Format::Json {
+        let maps: Vec<_> = capacity
+            .rows()
+            .iter()
+            .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus)}))
+            .collect();
+        let value = json!({
+            "valid": true, "warnings": loaded.warnings, "services": config.services.len(), "vips": vips,
+            "pools": config.pools.len(), "backends": backends, "cpus": cpus, "maps": maps, "map_bytes": total,
+        });
+        println!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    for warning in &loaded.warnings {
+        eprintln!("warning: {warning}");
+    }
+    println!(
+        "{}: valid: {} services on {vips} of {} VIPs (address, port, protocol), {} pools, {backends} of {} backends",
+        arguments.config.display(),
+        config.services.len(),
+        config.limits.vips,
+        config.pools.len(),
+        config.limits.backends,
+    );
+    println!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs):\n", output::bytes(total));
+    let rows = capacity.rows();
+    let rows = rows
+        .iter()
+        .map(|map| vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus))]);
+    println!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
+    Ok(ExitCode::SUCCESS)
+}

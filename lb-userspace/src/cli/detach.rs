@@ -1,0 +1,31 @@
+//! `xlb detach`: the only command that takes xlb out of the kernel.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use crate::agent::lock;
+use crate::bpf::{self, BpfFs};
+use crate::nexthop::Resolver;
+
+pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
+    let Some(fs) = BpfFs::existing(run_dir)? else {
+        println!("nothing is pinned in {}", run_dir.display());
+        return Ok(());
+    };
+    let Ok(_lock) = lock(run_dir) else {
+        bail!("an agent runs in {}; stop it first, it would attach again", run_dir.display());
+    };
+    let resolver = Resolver::new().context("netlink is not to be had")?;
+    let mut links = Vec::new();
+    for name in fs.linked_interfaces()? {
+        // An interface that is gone has nothing to restore.
+        links.extend(resolver.link(&name).await);
+    }
+    let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
+    println!(
+        "detached from {}; maps and pins are removed",
+        if detached.is_empty() { "no interface".to_owned() } else { detached.join(", ") }
+    );
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! The command line. Each command is one file; errors are printed once, here.
+
+mod check;
+mod decap;
+mod detach;
+mod lookup;
+mod output;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::agent::{self, DEFAULT_RUN_DIR};
+use crate::config::Problems;
+
+/// Exit codes, the same for every command.
+pub mod exit {
+    /// Something failed; standard error says what.
+    pub const FAILURE: u8 = 1;
+    /// The command line is wrong.
+    pub const USAGE: u8 = 2;
+    /// The configuration is wrong.
+    pub const CONFIG: u8 = 3;
+}
+
+/// A packet-level L4 load balancer on XDP.
+#[derive(Debug, Parser)]
+#[command(name = "xlb", version, propagate_version = true, after_help = AFTER)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Balance: attach, check backends, keep the kernel in line with FILE. Stopping it leaves traffic flowing
+    Run {
+        /// The configuration
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        #[command(flatten)]
+        run_dir: RunDir,
+    },
+    /// Say whether FILE is a valid configuration and what it takes; needs neither root nor a kernel
+    Check(check::Arguments),
+    /// Show services, backends and packet outcomes of the running agent
+    Status(status::Arguments),
+    /// Say which backend takes a flow, and why
+    Lookup(lookup::Arguments),
+    /// Take xlb off all interfaces and remove everything it left in the kernel; traffic stops
+    Detach {
+        #[command(flatten)]
+        run_dir: RunDir,
+    },
+    /// On a backend: take tunnel headers off, for kernels that have no ipip device
+    Decap(decap::Arguments),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunDir {
+    /// Directory of the socket, the lock and the pinned maps
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    run_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Table,
+    /// For scripts
+    Json,
+}
+
+/// Parses the arguments and runs the command.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::log_to_stderr();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("xlb: no runtime: {error}");
+            return ExitCode::from(exit::FAILURE);
+        }
+    };
+    match runtime.block_on(dispatch(cli.command)) {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run { config, run_dir } => {
+            agent::run(agent::Options { config, run_dir: run_dir.run_dir }).await?
+        }
+        Command::Check(arguments) => return check::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments).await?,
+        Command::Lookup(arguments) => return lookup::run(&arguments).await,
+        Command::Detach { run_dir } => detach::run(&run_dir.run_dir).await?,
+        Command::Decap(arguments) => decap::run(arguments).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints an error with its causes, and finds its exit code.
+fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(problems) = error.downcast_ref::<Problems>() {
+        eprintln!("{problems}");
+        return ExitCode::from(exit::CONFIG);
+    }
+    eprintln!("xlb: {error:#}");
+    ExitCode::from(exit::FAILURE)
+}

@@ -1,0 +1,126 @@
+//! xlb itself in a lab: the agent on a balancer, decapsulation on backends, and questions to the agent.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_userspace::agent::status::{BackendStatus, Status};
+
+use crate::lab::{Host, Process, Signal, wait_for};
+
+/// The binary beside this one. `cargo build` makes it.
+pub fn xlb() -> Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    let here = this.ancestors().skip(1).find_map(|dir| Some(dir.join("xlb")).filter(|path| path.is_file()));
+    here.context("the xlb binary is not built; run `cargo build` first")
+}
+
+/// An agent on a host, with its configuration and run directory.
+pub struct Balancer {
+    pub host: Host,
+    pub config: PathBuf,
+    pub run_dir: PathBuf,
+    pub process: Process,
+}
+
+impl Balancer {
+    /// Starts `xlb run` on `yaml` and waits until it answers.
+    pub fn start(host: &Host, run_dir: &Path, yaml: &str) -> Result<Self> {
+        let config = host.new_file("xlb.yaml");
+        std::fs::write(&config, yaml)?;
+        let process = run(host, run_dir, &config)?;
+        let this = Self { host: host.clone(), config, run_dir: run_dir.to_owned(), process };
+        this.wait_until_answers()?;
+        Ok(this)
+    }
+
+    fn wait_until_answers(&self) -> Result<()> {
+        wait_for("xlb answers", Duration::from_secs(15), || {
+            self.process.exit().is_some() || self.status().is_ok()
+        })?;
+        ensure!(self.process.exit().is_none(), "xlb ended:\n{}", self.process.log());
+        Ok(())
+    }
+
+    /// Starts the agent again, after it was ended.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process = run(&self.host, &self.run_dir, &self.config)?;
+        self.wait_until_answers()
+    }
+
+    /// Runs an xlb command on the balancer; the error has what it printed.
+    pub fn xlb(&self, arguments: &[&str]) -> Result<String> {
+        let xlb = xlb()?;
+        let run_dir = self.run_dir.to_string_lossy();
+        let mut words = vec![xlb.to_str().context("path")?];
+        words.extend(arguments);
+        words.extend(["--run-dir", &*run_dir]);
+        self.host.run(words)
+    }
+
+    pub fn status(&self) -> Result<Status> {
+        Ok(serde_json::from_str(&self.xlb(&["status", "-o", "json"])?)?)
+    }
+
+    pub fn backends(&self) -> Result<Vec<BackendStatus>> {
+        Ok(self.status()?.backends)
+    }
+
+    /// Waits until so many backends are up.
+    pub fn wait_for_backends(&self, up: usize, timeout: Duration) -> Result<()> {
+        wait_for(&format!("{up} backends up"), timeout, || {
+            self.backends().is_ok_and(|backends| backends.iter().filter(|b| b.state == "up").count() == up)
+        })
+        .with_context(|| self.process.log())
+    }
+
+    /// Ends the agent and takes everything out of the kernel; what `xlb detach` says.
+    pub fn process_ends(&self) -> Result<String> {
+        self.process.signal(Signal::TERM)?;
+        self.process.wait_exit(Duration::from_secs(10))?;
+        self.xlb(&["detach"])
+    }
+
+    /// Packets of an outcome.
+    pub fn outcome(&self, name: &str) -> Result<u64> {
+        let status = self.status()?;
+        let outcome = status.outcomes.iter().find(|outcome| outcome.name == name);
+        Ok(outcome.with_context(|| format!("no outcome {name}"))?.packets)
+    }
+
+    /// The backend that takes a flow, by name.
+    pub fn lookup(&self, source: &str, vip: &str) -> Result<String> {
+        let answer = self.xlb(&["lookup", source, vip, "-o", "json"])?;
+        let answer: serde_json::Value = serde_json::from_str(&answer)?;
+        Ok(answer["backend"].as_str().with_context(|| format!("{answer}"))?.to_owned())
+    }
+
+    /// Gives the agent another configuration. Waits until it has taken or refused it; an error if it refused.
+    pub fn reload(&self, yaml: &str) -> Result<()> {
+        let reloads = || self.process.log().matches("reload").count();
+        let before = reloads();
+        std::fs::write(&self.config, yaml)?;
+        self.process.signal(Signal::HUP)?;
+        wait_for("the reload ends", Duration::from_secs(15), || reloads() > before)?;
+        let refused = self.status()?.last_reload.and_then(|reload| reload.error);
+        ensure!(refused.is_none(), "reload refused: {}", refused.unwrap_or_default());
+        Ok(())
+    }
+}
+
+fn run(host: &Host, run_dir: &Path, config: &Path) -> Result<Process> {
+    let (xlb, run_dir, config) = (xlb()?, run_dir.to_string_lossy(), config.to_string_lossy());
+    host.spawn([&*xlb.to_string_lossy(), "run", "-c", &*config, "--run-dir", &*run_dir])
+}
+
+/// Starts `xlb decap` on a backend's `eth0` and waits until it is attached.
+pub fn decap(host: &Host, vips: &[&str], from: &[&str]) -> Result<Process> {
+    let xlb = xlb()?;
+    let mut words = vec![xlb.to_str().context("path")?, "decap", "--interface", "eth0", "--vip"];
+    words.extend(vips);
+    words.push("--from");
+    words.extend(from);
+    let process = host.spawn(words)?;
+    process.wait_for_log("decapsulating", Duration::from_secs(10))?;
+    Ok(process)
+}

@@ -1,0 +1,212 @@
+//! The demo: clients, a balancer and backends in network namespaces, real HTTP through the VIP, a
+//! backend killed and healed. `scripts/demo` builds and runs it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use tests::balancer::{Balancer, decap, xlb};
+use tests::lab::{self, Host, HttpLoad, Lab, Nginx, NginxServer, Request};
+
+const VIPS: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
+const URLS: [&str; 2] = ["http://203.0.113.10/", "http://[2001:db8:113::10]/"];
+const TUNNEL_SOURCES: [&str; 2] = ["10.255.0.0/24", "fd00:255::/64"];
+const BACKENDS: [&str; 3] = ["web1", "web2", "web3"];
+const KILLED: usize = 1;
+
+/// fall x interval + timeout of examples/demo.yaml, and 0.2 s of slack.
+const DETECTION_WINDOW: Duration = Duration::from_millis(2 * 500 + 300 + 200);
+
+/// Shows xlb at work in network namespaces.
+#[derive(Parser)]
+struct Arguments {
+    /// The balancer's configuration
+    #[arg(default_value = "examples/demo.yaml")]
+    config: PathBuf,
+    /// Leave the lab running and say how to play with it
+    #[arg(long)]
+    keep: bool,
+    /// Remove labs that --keep left
+    #[arg(long, conflicts_with = "keep")]
+    remove: bool,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.remove {
+        for dir in lab::kept()? {
+            lab::remove_kept(&dir)?;
+            println!("removed {}", dir.display());
+        }
+        return Ok(());
+    }
+    lab::clean_up_on_signals()?;
+    let lab = Lab::new("demo")?;
+    let stage = Stage::set(&lab, &arguments.config)?;
+    stage.balance()?;
+    stage.kill_and_heal()?;
+    println!("\n== xlb status\n\n{}", stage.balancer.xlb(&["status"])?);
+    if arguments.keep {
+        lab.keep()?;
+        return stage.say_how_to_play();
+    }
+    println!("{}", stage.balancer.process_ends()?);
+    lab.close()?;
+    println!("== done; namespaces, processes, maps and pins are removed");
+    Ok(())
+}
+
+/// Everything that plays a part.
+struct Stage {
+    client: Host,
+    balancer: Balancer,
+    web: Vec<(Host, NginxServer)>,
+}
+
+impl Stage {
+    fn set(lab: &Lab, config: &Path) -> Result<Self> {
+        println!(
+            "== a client, a balancer and {} nginx backends, each in a network namespace",
+            BACKENDS.len()
+        );
+        let client = lab.host("client", &["10.111.0.2/24", "fd00:111::2/64"])?;
+        client.set_mtu("eth0", 1500)?;
+        let host = lab.host("balancer", &["10.111.0.3/24", "fd00:111::3/64"])?;
+        client.route("203.0.113.10/32 via 10.111.0.3")?;
+        client.route("2001:db8:113::10/128 via fd00:111::3")?;
+        let mut web = Vec::new();
+        for (name, number) in BACKENDS.iter().zip(11..) {
+            let addresses = [format!("10.111.0.{number}/24"), format!("fd00:111::{number}/64")];
+            let backend = lab.host(name, &[&addresses[0], &addresses[1]])?;
+            lab::backend_dsr(&backend, &VIPS)?;
+            decap(&backend, &VIPS, &TUNNEL_SOURCES)?;
+            let nginx = lab::nginx(&backend, name, Nginx::default())?;
+            web.push((backend, nginx));
+        }
+        let yaml = std::fs::read_to_string(config).with_context(|| config.display().to_string())?;
+        println!("== xlb run -c {}", config.display());
+        let balancer = Balancer::start(&host, &lab.dir().join("xlb"), &yaml)?;
+        balancer.wait_for_backends(BACKENDS.len(), Duration::from_secs(15))?;
+        for interface in balancer.status()?.interfaces {
+            println!(
+                "   {} carries the program in {} mode; all backends are up",
+                interface.name, interface.mode
+            );
+        }
+        Ok(Self { client, balancer, web })
+    }
+
+    /// Real requests over both families; each backend's share.
+    fn balance(&self) -> Result<()> {
+        for url in URLS {
+            let begin = Instant::now();
+            let requests = lab::http_load(&self.client, url, 1500, 4)?;
+            let failed = lab::failures(&requests);
+            println!(
+                "\n== {} requests to {url} in {:.1} s, one connection each; {} failed",
+                requests.len(),
+                begin.elapsed().as_secs_f32(),
+                failed.len()
+            );
+            let shares = lab::backends(&requests);
+            for (backend, count) in &shares {
+                println!("   {backend}  {count:5}  {:4.1} %", *count as f32 * 100.0 / requests.len() as f32);
+            }
+            ensure!(failed.is_empty(), "first failure: {:?}", failed[0].result);
+            ensure!(shares.len() == BACKENDS.len(), "not every backend got requests");
+        }
+        Ok(())
+    }
+
+    /// Kills one backend under load, measures how long requests fail, heals it.
+    fn kill_and_heal(&self) -> Result<()> {
+        let name = BACKENDS[KILLED];
+        let before = self.places()?;
+        let load = HttpLoad::new(URLS[0], 100_000)
+            .parallel(4)
+            .rate(100)
+            .timeouts(Duration::from_millis(500), Duration::from_secs(2))
+            .start(&self.client)?;
+        std::thread::sleep(Duration::from_millis(500));
+        println!("\n== nginx on {name} is killed, under 400 requests a second");
+        let killed = Instant::now();
+        self.web[KILLED].1.process.kill();
+        std::thread::sleep(Duration::from_secs(3));
+        let moved = moved(&before, &self.places()?);
+        let requests = load.stop()?;
+        report_outage(&requests, killed)?;
+        println!("   of {} flows that {name} did not hold, {} moved", moved.others, moved.others_moved);
+        ensure!(moved.others_moved == 0, "flows of living backends moved");
+
+        let healed = Instant::now();
+        lab::nginx(&self.web[KILLED].0, name, Nginx::default())?;
+        self.balancer.wait_for_backends(BACKENDS.len(), Duration::from_secs(10))?;
+        println!("\n== nginx on {name} is started again; up after {:.1} s", healed.elapsed().as_secs_f32());
+        let requests = lab::http_load(&self.client, URLS[0], 500, 4)?;
+        let failed = lab::failures(&requests);
+        ensure!(failed.is_empty(), "a request failed after {name} was healed: {:?}", failed[0].result);
+        ensure!(lab::backends(&requests).contains_key(name), "{name} gets no requests");
+        println!("   500 requests, none failed, {name} takes part again");
+        Ok(())
+    }
+
+    /// Where the packet path sends some flows just now.
+    fn places(&self) -> Result<BTreeMap<u16, String>> {
+        let place = |port: u16| {
+            let backend = self.balancer.lookup(&format!("10.111.0.2:{port}"), "203.0.113.10:80")?;
+            Ok((port, backend))
+        };
+        (40000..40060).map(place).collect()
+    }
+
+    fn say_how_to_play(&self) -> Result<()> {
+        let run_dir = self.balancer.run_dir.display();
+        let xlb = xlb()?;
+        let xlb = xlb.display();
+        let on_balancer = self.balancer.host.enter_command();
+        println!("== the lab keeps running. Try:");
+        println!("   {} curl {}", self.client.enter_command(), URLS[0]);
+        println!("   {on_balancer} {xlb} status --run-dir {run_dir}");
+        println!("   {on_balancer} {xlb} lookup 10.111.0.2:40000 203.0.113.10:80 --run-dir {run_dir}");
+        println!(
+            "   edit {}, then: kill -HUP {}",
+            self.balancer.config.display(),
+            self.balancer.process.pid()
+        );
+        println!("   the agent's log: {}", self.balancer.process.log_path().display());
+        println!("   remove it all: ./scripts/demo --remove");
+        Ok(())
+    }
+}
+
+/// How flows fared between two looks.
+struct Moved {
+    others: usize,
+    others_moved: usize,
+}
+
+fn moved(before: &BTreeMap<u16, String>, after: &BTreeMap<u16, String>) -> Moved {
+    let others: Vec<_> = before.iter().filter(|(_, backend)| *backend != BACKENDS[KILLED]).collect();
+    let others_moved = others.iter().filter(|(port, backend)| after.get(*port) != Some(*backend)).count();
+    Moved { others: others.len(), others_moved }
+}
+
+/// Says how long requests failed, and refuses failures outside of the detection window.
+fn report_outage(requests: &[Request], killed: Instant) -> Result<()> {
+    let failed = lab::failures(requests);
+    let last = failed.iter().map(|request| request.start).max();
+    let outage = last.map_or(Duration::ZERO, |last| last.saturating_duration_since(killed));
+    println!(
+        "   {} of {} requests failed, the last one {:.2} s after the kill (allowed: {:.2} s)",
+        failed.len(),
+        requests.len(),
+        outage.as_secs_f32(),
+        DETECTION_WINDOW.as_secs_f32()
+    );
+    ensure!(outage <= DETECTION_WINDOW, "requests failed outside of the detection window");
+    let early = failed.iter().filter(|request| request.start + request.duration < killed).count();
+    ensure!(early == 0, "{early} requests failed before the kill");
+    Ok(())
+}
