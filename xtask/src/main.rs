@@ -1,1 +1,72 @@
-fn main() {}
+//! `cargo xtask`: what a person would otherwise type by hand.
+
+mod docs;
+mod lint;
+mod program;
+mod test;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Exactly what CI runs: the demo, lint, and all tests
+    Ci,
+    /// Build everything and run all tests; further arguments go to `cargo test`
+    Test {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Formatting, clippy with warnings denied, generated docs up to date
+    Lint,
+    /// Write the generated parts of the docs
+    Docs {
+        /// Fail if they are out of date, and write nothing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Instructions, verifier steps and stack depth of the loaded programs (needs root)
+    Program,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().task {
+        Task::Ci => {
+            run(Command::new("./scripts/demo"))?;
+            lint::run()?;
+            run(Command::new("./scripts/test"))
+        }
+        Task::Test { arguments } => test::run(&arguments),
+        Task::Lint => lint::run(),
+        Task::Docs { check } => docs::run(check),
+        Task::Program => program::run(),
+    }
+}
+
+/// The workspace's directory.
+fn root() -> &'static Path {
+    static ROOT: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    ROOT.get_or_init(|| Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned())
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command in the workspace, saying which.
+fn run(mut command: Command) -> Result<()> {
+    println!("+ {command:?}");
+    let status = command.current_dir(root()).status().with_context(|| format!("{command:?} does not start"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}

@@ -3,6 +3,7 @@
 mod bpffs;
 mod decap;
 mod ethtool;
+mod figures;
 mod grace;
 mod maps;
 mod mmap;
@@ -10,6 +11,7 @@ mod program;
 
 pub use bpffs::BpfFs;
 pub use decap::{Decap, DecapConfig};
+pub use figures::{Figures, figures, stack_bytes};
 pub use maps::{Maps, MapsError};
 pub use program::{Attached, Datapath, DatapathError, Trace, detach};
 
