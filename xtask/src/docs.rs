@@ -33,7 +33,9 @@ fn outcomes() -> Result<String> {
         writeln!(text, "| `{}` | {} | {} |", outcome.counter(), outcome.action().name(), outcome.meaning())?;
     }
     text.push_str("\n## On a backend with `xlb decap`\n\n");
-    text.push_str("`xlb decap` prints these when it ends.\n\n| counter | action | meaning |\n|---|---|---|\n");
+    text.push_str(
+        "`xlb decap` prints these when it ends.\n\n| counter | action | meaning |\n|---|---|---|\n",
+    );
     for outcome in DecapOutcome::ALL {
         writeln!(text, "| `{}` | {} | {} |", outcome.counter(), outcome.action().name(), outcome.meaning())?;
     }

@@ -66,7 +66,8 @@ fn cargo() -> Command {
 /// Runs a command in the workspace, saying which.
 fn run(mut command: Command) -> Result<()> {
     println!("+ {command:?}");
-    let status = command.current_dir(root()).status().with_context(|| format!("{command:?} does not start"))?;
+    let status =
+        command.current_dir(root()).status().with_context(|| format!("{command:?} does not start"))?;
     ensure!(status.success(), "{command:?}: {status}");
     Ok(())
 }

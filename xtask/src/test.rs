@@ -16,7 +16,10 @@ pub fn run(arguments: &[String]) -> Result<()> {
     build.args(["build", "--locked"]);
     crate::run(build)?;
     let mut test = cargo();
-    test.args(["test", "--locked", "--no-fail-fast"]).args(arguments).current_dir(root()).stdout(Stdio::piped());
+    test.args(["test", "--locked", "--no-fail-fast"])
+        .args(arguments)
+        .current_dir(root())
+        .stdout(Stdio::piped());
     println!("+ {test:?}");
     let mut child = test.spawn().context("cargo test does not start")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
@@ -33,7 +36,9 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let status = child.wait()?;
     println!();
     if std::env::var_os(SKIP_ROOT).is_some() {
-        println!("{SKIP_ROOT} is set: program runs and network namespaces were skipped where root was missing");
+        println!(
+            "{SKIP_ROOT} is set: program runs and network namespaces were skipped where root was missing"
+        );
     }
     println!("{passed} passed, {failed} failed, {ignored} skipped");
     ensure!(status.success(), "cargo test: {status}");

@@ -10,13 +10,14 @@ use lb_common::abi::{Features, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
 use tracing::{info, warn};
 
+use super::interfaces::{self, Wanted};
 use super::status;
-use crate::bpf::{Attached, BpfFs, Datapath, MapsError, Trace};
+use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, MapsError, Trace};
 use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config, Forward};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::lookup::{self, Explanation, Names, Query};
-use crate::nexthop::{Link, NextHop, Resolver, Unresolved};
+use crate::nexthop::{NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{World, backend_identity, desired, features};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan};
@@ -76,8 +77,8 @@ impl Core {
     ) -> anyhow::Result<Self> {
         let capacity = Capacity::new(&config.limits);
         preflight(&config, &capacity)?;
-        refuse_local_vips(&config, resolver).await?;
-        let links = links(&config, resolver).await?;
+        interfaces::refuse_local_vips(&config, resolver).await?;
+        let wanted = Wanted::look_up(&config, &fs, resolver).await?;
         let datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
         let image = datapath.maps.image()?;
         let mut core = Self {
@@ -99,7 +100,8 @@ impl Core {
             info!("maps of an earlier agent taken over; flows stay where they are");
         }
         core.fsms = core.adopt_health();
-        core.attach(&links)?;
+        core.attach(&wanted)?;
+        core.detach_others(&wanted)?;
         Ok(core)
     }
 
@@ -111,26 +113,38 @@ impl Core {
         &self.path
     }
 
-    /// Puts the program on every configured interface, and takes it off the others.
-    fn attach(&mut self, links: &[(Link, crate::config::model::Mode)]) -> anyhow::Result<()> {
-        let mut attached = Vec::new();
-        for (link, mode) in links {
-            let now = self.datapath.attach(link, *mode)?;
-            if !self.attached.contains(&now) {
-                info!(interface = %now.name, mode = if now.generic { "generic" } else { "native" }, "attached");
-                warn_of_veth(link);
-            }
-            attached.push(now);
-        }
-        let names: HashSet<&str> = attached.iter().map(|a| a.name.as_str()).collect();
-        for name in self.datapath.fs().linked_interfaces()? {
-            if !names.contains(name.as_str()) {
-                let ifindex = self.attached.iter().find(|a| a.name == name).map_or(0, |a| a.ifindex);
-                self.datapath.detach(&name, ifindex)?;
-                info!(interface = %name, "detached: no longer configured");
+    /// Puts the program on every interface of `wanted`. On an error those that carried it before still do.
+    fn attach(&mut self, wanted: &Wanted) -> Result<(), DatapathError> {
+        let mut attached: Vec<Attached> = Vec::new();
+        for (link, mode) in &wanted.links {
+            match self.datapath.attach(link, *mode) {
+                Ok(now) => {
+                    if !self.attached.contains(&now) {
+                        info!(interface = %now.name, mode = if now.generic { "generic" } else { "native" }, "attached");
+                        interfaces::warn_of_veth(link);
+                    }
+                    attached.push(now);
+                }
+                Err(error) => {
+                    for now in &attached {
+                        if !self.attached.iter().any(|before| before.name == now.name) {
+                            self.datapath.detach(&now.name, now.ifindex)?;
+                        }
+                    }
+                    return Err(error);
+                }
             }
         }
         self.attached = attached;
+        Ok(())
+    }
+
+    /// Takes the program off interfaces that are no longer configured.
+    fn detach_others(&mut self, wanted: &Wanted) -> anyhow::Result<()> {
+        for (name, ifindex) in &wanted.unwanted {
+            self.datapath.detach(name, *ifindex)?;
+            info!(interface = %name, "detached: no longer configured");
+        }
         self.image.interfaces = self.datapath.maps.image()?.interfaces;
         Ok(())
     }
@@ -296,36 +310,36 @@ impl Core {
             );
         }
         preflight(&config, &self.capacity)?;
-        refuse_local_vips(&config, resolver).await?;
-        let links = links(&config, resolver).await?;
+        interfaces::refuse_local_vips(&config, resolver).await?;
+        let wanted = Wanted::look_up(&config, self.datapath.fs(), resolver).await?;
         if config.seed != self.config.seed {
             warn!("the seed changed: flows move to other backends");
         }
         // Old and new modes side by side until the tables have changed.
         let (old, new) = (Features::from_bits(self.datapath.meta().features), features(&config));
-        let mut refitted = self.datapath.refit(config.seed, old.with(new))?;
-        self.image.meta = *self.datapath.meta();
+        let mut refitted = self.refit(config.seed, old.with(new))?;
+        self.attach(&wanted)?;
 
         let known = std::mem::take(&mut self.fsms);
         let previous = std::mem::replace(&mut self.config, config);
         self.fsms = self.carry_over(&previous, known);
         self.changed = true;
-        if let Err(error) = self.attach(&links) {
-            // The interfaces that were attached before still are.
-            self.note_reload(Err(format!("{error:#}")));
-            warn!(error = %format!("{error:#}"), "an interface could not be attached; the rest of the configuration is in force");
-        } else {
-            self.note_reload(Ok(()));
-        }
         let found = resolver.resolve_all(&self.addresses_to_resolve(false), FIRST_RESOLVE_OF_RELOAD).await;
         self.on_next_hops(found);
         self.reconcile().context("the tables cannot be written")?;
         self.start_checks();
-        if self.datapath.refit(self.config.seed, new)? {
-            self.image.meta = *self.datapath.meta();
-            self.attach(&links)?;
+        self.detach_others(&wanted)?;
+        if self.refit(self.config.seed, new)? {
+            self.attach(&wanted)?;
             refitted = true;
         }
+        self.note_reload(Ok(()));
+        Ok(refitted)
+    }
+
+    fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
+        let refitted = self.datapath.refit(seed, features)?;
+        self.image.meta = *self.datapath.meta();
         Ok(refitted)
     }
 
@@ -443,41 +457,4 @@ fn slots_by_backend(image: &Image) -> BTreeMap<u16, u64> {
 pub fn preflight(config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
     let empty = Image::empty(capacity, lb_common::abi::Meta::default());
     plan(&empty, &desired(config, &World::default()), capacity).map(drop)
-}
-
-/// A VIP on an interface of this host would expose the host's own ports on it, and hide the VIP from its checks.
-async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::Result<()> {
-    let addresses: HashMap<IpAddr, String> = resolver.addresses().await?.into_iter().collect();
-    for service in &config.services {
-        for vip in &service.vips {
-            if let Some(interface) = addresses.get(vip) {
-                bail!(
-                    "the VIP {vip} of service {} is an address of {interface} on this host; take it off (route it to this host, or set vip_arp: true)",
-                    service.name
-                );
-            }
-        }
-    }
-    Ok(())
-}
-
-async fn links(
-    config: &Config,
-    resolver: &Resolver,
-) -> anyhow::Result<Vec<(Link, crate::config::model::Mode)>> {
-    let mut links = Vec::new();
-    for interface in &config.interfaces {
-        links.push((resolver.link(&interface.name).await?, interface.mode));
-    }
-    Ok(links)
-}
-
-/// XDP cannot see that a packet's checksum is still to be filled in, and XDP_TX loses the note.
-fn warn_of_veth(link: &Link) {
-    if link.kind.as_deref() == Some("veth") {
-        warn!(
-            interface = %link.name,
-            "a veth: senders behind it must have transmit checksums off (`ethtool -K IF tx off` in their namespace), or TCP and UDP arrive with bad checksums"
-        );
-    }
 }

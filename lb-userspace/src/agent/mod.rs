@@ -3,6 +3,7 @@
 //! configuration, probe results, next hops, API requests, timers -> `Core` -> desired -> plan -> maps
 
 mod core;
+mod interfaces;
 pub mod status;
 
 use std::fs::File;
@@ -19,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::api;
-use crate::bpf::{BpfFs, Trace};
+use crate::bpf::{self, BpfFs, Trace};
 use crate::config;
 use crate::health::{Checker, Probe};
 use crate::lookup::{Explanation, Query};
@@ -71,9 +72,19 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (hops_tx, mut hops) = mpsc::channel(4);
     let (request_tx, mut requests) = mpsc::channel(64);
     let checker: Checker<BackendKey> = Checker::new(probe_tx);
-    let mut core = Core::start(&options.config, loaded.config, fs, &resolver, checker).await?;
-    let mut trace = tracer(&mut core);
     let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
+    let fresh = !fs.is_used()?;
+    let mut core = match Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await {
+        Ok(core) => core,
+        Err(error) => {
+            // A first start that fails leaves nothing; what an earlier agent left goes on.
+            if fresh {
+                bpf::detach(fs, &[])?;
+            }
+            return Err(error);
+        }
+    };
+    let mut trace = tracer(&mut core);
     tokio::spawn(socket.serve(request_tx));
 
     core.on_next_hops(core.resolve_now(&resolver, FIRST_RESOLVE).await);

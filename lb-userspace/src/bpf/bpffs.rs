@@ -81,6 +81,11 @@ impl BpfFs {
         Ok(names)
     }
 
+    /// Whether anything of ours is pinned here.
+    pub fn is_used(&self) -> io::Result<bool> {
+        Ok(std::fs::read_dir(&self.path)?.flatten().any(|entry| is_ours(&entry)))
+    }
+
     /// Removes all pins, the mount and its directory.
     pub fn remove(self) -> io::Result<()> {
         for entry in std::fs::read_dir(&self.path)? {
@@ -98,3 +103,7 @@ impl BpfFs {
 
 const LINK: &str = "link_";
 const MAP: &str = "XLB_";
+
+fn is_ours(entry: &std::fs::DirEntry) -> bool {
+    entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(MAP))
+}

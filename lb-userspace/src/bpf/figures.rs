@@ -21,7 +21,8 @@ pub fn figures(features: Features) -> anyhow::Result<Figures> {
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::CONSTANTS, &constants, true);
     let mut ebpf = loader.load(super::BALANCER)?;
-    let program = ebpf.program_mut("balancer").ok_or_else(|| anyhow::anyhow!("the object has no balancer"))?;
+    let program =
+        ebpf.program_mut("balancer").ok_or_else(|| anyhow::anyhow!("the object has no balancer"))?;
     let program: &mut Xdp = program.try_into()?;
     program.load()?;
     let info = program.info()?;
@@ -40,7 +41,8 @@ pub fn stack_bytes() -> anyhow::Result<u32> {
     const MOVE: u8 = 0xbf;
     const ADD_IMMEDIATE: u8 = 0x07;
     let file = object::File::parse(super::BALANCER)?;
-    let section = file.section_by_name("xdp").ok_or_else(|| anyhow::anyhow!("the object has no section xdp"))?;
+    let section =
+        file.section_by_name("xdp").ok_or_else(|| anyhow::anyhow!("the object has no section xdp"))?;
     let mut deepest = 0i32;
     let mut copied = None;
     for instruction in section.data()?.as_chunks::<8>().0 {

@@ -26,7 +26,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Err(problems) => {
             match arguments.output {
                 Format::Table => eprintln!("{problems}"),
-                Format::Json => println!("{}", json!({"valid": false, "problems": problems.0})),
+                Format::Json => say!("{}", json!({"valid": false, "problems": problems.0})),
             }
             return Ok(ExitCode::from(exit::CONFIG));
         }
@@ -37,7 +37,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         match arguments.output {
             Format::Table => eprintln!("{}: {error}", arguments.config.display()),
             Format::Json => {
-                println!("{}", json!({"valid": false, "problems": [{"message": error.to_string()}]}))
+                say!("{}", json!({"valid": false, "problems": [{"message": error.to_string()}]}))
             }
         }
         return Ok(ExitCode::from(exit::CONFIG));
@@ -56,25 +56,27 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             "valid": true, "warnings": loaded.warnings, "services": config.services.len(), "vips": vips,
             "pools": config.pools.len(), "backends": backends, "cpus": cpus, "maps": maps, "map_bytes": total,
         });
-        println!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
+        say!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
         return Ok(ExitCode::SUCCESS);
     }
     for warning in &loaded.warnings {
         eprintln!("warning: {warning}");
     }
-    println!(
-        "{}: valid: {} services on {vips} of {} VIPs (address, port, protocol), {} pools, {backends} of {} backends",
+    say!(
+        "{}: valid: {} on {} (address, port, protocol; limit {}), {} with {} (limit {})",
         arguments.config.display(),
-        config.services.len(),
+        output::count(config.services.len(), "service"),
+        output::count(vips, "VIP"),
         config.limits.vips,
-        config.pools.len(),
+        output::count(config.pools.len(), "pool"),
+        output::count(backends, "backend"),
         config.limits.backends,
     );
-    println!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs):\n", output::bytes(total));
+    say!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs):\n", output::bytes(total));
     let rows = capacity.rows();
     let rows = rows
         .iter()
         .map(|map| vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus))]);
-    println!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
+    say!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
     Ok(ExitCode::SUCCESS)
 }

@@ -58,7 +58,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         _ = hangup.recv() => {}
     }
     for outcome in DecapOutcome::ALL {
-        println!("{} {}", outcome.counter(), decap.outcome(*outcome)?);
+        say!("{} {}", outcome.counter(), decap.outcome(*outcome)?);
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::nexthop::Resolver;
 
 pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
     let Some(fs) = BpfFs::existing(run_dir)? else {
-        println!("nothing is pinned in {}", run_dir.display());
+        say!("nothing is pinned in {}", run_dir.display());
         return Ok(());
     };
     let Ok(_lock) = lock(run_dir) else {
@@ -23,7 +23,7 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
         links.extend(resolver.link(&name).await);
     }
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
-    println!(
+    say!(
         "detached from {}; maps and pins are removed",
         if detached.is_empty() { "no interface".to_owned() } else { detached.join(", ") }
     );

@@ -46,7 +46,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     match arguments.output {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&explanation)?),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&explanation)?),
         Format::Table => print(arguments, &explanation),
     }
     let taken = explanation.outcome.starts_with("forward");
@@ -68,15 +68,15 @@ fn from_pins(run_dir: &Path, query: &Query) -> anyhow::Result<Explanation> {
 
 fn print(arguments: &Arguments, explanation: &Explanation) {
     let Explanation { outcome, meaning, .. } = explanation;
-    println!("{} {} -> {}", arguments.protocol, arguments.source, arguments.vip);
+    say!("{} {} -> {}", arguments.protocol, arguments.source, arguments.vip);
     if let Some(service) = &explanation.service {
-        println!("  service   {service}");
+        say!("  service   {service}");
     }
     if let (Some(slot), Some(length), Some(table)) =
         (explanation.slot, explanation.table_length, explanation.table)
     {
         let state = explanation.slot_state.as_deref().unwrap_or("");
-        println!("  slot      {slot} of {length} in table {table}, {state}");
+        say!("  slot      {slot} of {length} in table {table}, {state}");
     }
     if let Some(id) = explanation.backend_id {
         let name = match (&explanation.pool, &explanation.backend) {
@@ -84,12 +84,12 @@ fn print(arguments: &Arguments, explanation: &Explanation) {
             _ => String::new(),
         };
         let address = explanation.backend_address.map_or(String::new(), |address| format!("at {address} "));
-        println!("  backend   {name}{address}(id {id})");
+        say!("  backend   {name}{address}(id {id})");
     }
     if let (Some(forward), Some(mac), Some(ifindex)) =
         (&explanation.forward, &explanation.next_hop_mac, explanation.egress_ifindex)
     {
-        println!("  sent      {forward}, to {mac} through interface {ifindex}");
+        say!("  sent      {forward}, to {mac} through interface {ifindex}");
     }
-    println!("  outcome   {outcome}: {meaning}");
+    say!("  outcome   {outcome}: {meaning}");
 }

@@ -1,5 +1,10 @@
 //! The command line. Each command is one file; errors are printed once, here.
 
+/// `println!` that does not panic when nobody reads.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::cli::output::say(format_args!($($text)*)) };
+}
+
 mod check;
 mod decap;
 mod detach;

@@ -1,6 +1,6 @@
 //! How things look on a terminal.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use tracing_subscriber::EnvFilter;
@@ -16,8 +16,21 @@ pub fn log_to_stderr() {
         .init();
 }
 
+/// Prints a line to standard output. A reader that has seen enough (`| head`) is no error.
+pub fn say(text: std::fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        let enough = error.kind() == std::io::ErrorKind::BrokenPipe;
+        std::process::exit(if enough { 0 } else { super::exit::FAILURE.into() });
+    }
+}
+
+/// `1 pool`, `2 pools`.
+pub fn count(number: usize, one: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
 /// A plain table: no frame, so that it pastes well; numbers to the right.
-pub fn table(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>) -> Table {
+pub fn table(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
@@ -32,7 +45,7 @@ pub fn table(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>) -> Tabl
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    table
+    table.trim_fmt()
 }
 
 /// Bytes in the unit that keeps them short (IEC).

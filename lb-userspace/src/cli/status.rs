@@ -16,7 +16,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let client = Client::new(&arguments.run_dir.run_dir);
     let status: Status = client.get("/v1/status").await?;
     match arguments.output {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Format::Json => say!("{}", serde_json::to_string_pretty(&status)?),
         Format::Table => print(&status),
     }
     Ok(())
@@ -25,7 +25,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<()> {
 fn print(status: &Status) {
     let interfaces: Vec<String> =
         status.interfaces.iter().map(|i| format!("{} ({})", i.name, i.mode)).collect();
-    println!(
+    say!(
         "xlb {} on {}, up {}, process {}, {}",
         status.version,
         interfaces.join(", "),
@@ -34,7 +34,7 @@ fn print(status: &Status) {
         status.config_file
     );
     if let Some(error) = status.last_reload.as_ref().and_then(|reload| reload.error.as_ref()) {
-        println!("\nThe last reload was refused, the configuration before it is in force:\n{error}");
+        say!("\nThe last reload was refused, the configuration before it is in force:\n{error}");
     }
     let services = status.services.iter().map(|s| {
         vec![
@@ -49,7 +49,7 @@ fn print(status: &Status) {
         ]
     });
     let header = ["SERVICE", "VIP", "PROTOCOL", "SCHEDULER", "POOL", "UP", "PACKETS", "BYTES"];
-    println!("\n{}", output::table(&header, &[5, 6, 7], services.collect()));
+    say!("\n{}", output::table(&header, &[5, 6, 7], services.collect()));
 
     let pool_slots =
         |pool: &str| status.backends.iter().filter(|b| b.pool == pool).map(|b| b.slots).sum::<u64>();
@@ -72,9 +72,9 @@ fn print(status: &Status) {
     });
     let header =
         ["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", "PACKETS", "BYTES", "CHECK"];
-    println!("\n{}", output::table(&header, &[4, 6, 7, 8], backends.collect()));
+    say!("\n{}", output::table(&header, &[4, 6, 7, 8], backends.collect()));
 
     let outcomes = status.outcomes.iter().filter(|outcome| outcome.packets > 0);
     let outcomes = outcomes.map(|o| vec![o.name.clone(), o.packets.to_string(), o.meaning.clone()]);
-    println!("\n{}", output::table(&["OUTCOME", "PACKETS", "MEANING"], &[1], outcomes.collect()));
+    say!("\n{}", output::table(&["OUTCOME", "PACKETS", "MEANING"], &[1], outcomes.collect()));
 }
