@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "bpfel-unknown-none";
-const OBJECTS: [&str; 3] = ["balancer", "decap", "pass"];
+const OBJECTS: [&str; 4] = ["balancer", "bench", "decap", "pass"];
 
 /// Wide loads at any alignment, which the verifier allows on packets: without the feature every
 /// header field is loaded byte by byte (1.3 times the time on IPv4, 1.8 on IPv6).

@@ -35,6 +35,7 @@ pub mod map {
 /// Names of load-time constants in the objects.
 pub mod constant {
     pub const CONSTANTS: &str = "CONSTANTS";
+    pub const BENCH: &str = "BENCH";
 }
 
 /// Rows of `XLB_OUTCOMES`: room for outcomes to come, so that counters survive an upgrade.
@@ -528,6 +529,23 @@ impl DecapVip {
     }
 }
 
+/// Words of the frame that the bench driver restores.
+pub const BENCH_WORDS: usize = 10;
+
+/// Load-time constants of the bench driver.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bench {
+    /// The frame, in wire order.
+    pub template: [u64; BENCH_WORDS],
+    /// Different flows: their number is laid over the four bytes at `source_offset`.
+    pub flows: u64,
+    pub source_offset: u64,
+    /// Different destinations, likewise. 1 leaves the template's.
+    pub destinations: u64,
+    pub destination_offset: u64,
+}
+
 #[cfg(feature = "user")]
 mod user {
     macro_rules! pod {
@@ -536,7 +554,7 @@ mod user {
             $(unsafe impl aya::Pod for $name {})*
         };
     }
-    pod!(super::Meta, super::Constants, super::Interface, super::Traffic, super::DecapVip);
+    pod!(super::Bench, super::Meta, super::Constants, super::Interface, super::Traffic, super::DecapVip);
 }
 
 #[cfg(test)]

@@ -101,7 +101,8 @@ fn inner6<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Resul
     if ip.version() != 6 {
         return Err(DecapOutcome::DropTruncated);
     }
-    if !tables.vip6(ip.destination) {
+    // The mapped form of an IPv4 VIP is that VIP's key in the map (`DecapVip`).
+    if { ip.destination }.is_mapped_v4() || !tables.vip6(ip.destination) {
         return Err(DecapOutcome::DropNotVip);
     }
     Ok(EtherType::IPV6)

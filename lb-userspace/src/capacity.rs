@@ -55,6 +55,11 @@ impl Capacity {
         1 + 2 * (1 << self.vip6_half_log2)
     }
 
+    /// Rows of VIP counters: those of VIPs that go are still counted into while others take their place.
+    pub fn vip_rows(&self) -> u32 {
+        2 * self.vips
+    }
+
     /// Rows of each map by name, with the bytes of a value and whether every CPU has its own.
     pub fn rows(&self) -> Vec<MapRows> {
         let row = |name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu };
@@ -69,7 +74,7 @@ impl Capacity {
             row(map::BACKENDS, self.backend_rows, 64, false),
             row(map::EGRESS, self.egress_rows, 64, false),
             row(map::OUTCOMES, OUTCOME_ROWS, 8, true),
-            row(map::VIP_TRAFFIC, self.vips, 16, true),
+            row(map::VIP_TRAFFIC, self.vip_rows(), 16, true),
             row(map::BACKEND_TRAFFIC, self.backend_rows, 16, true),
         ]
     }
@@ -88,7 +93,7 @@ impl Capacity {
         Some(Self {
             vip4_half_log2: half_log2(map::VIPS4)?,
             vip6_half_log2: half_log2(map::VIPS6)?,
-            vips: rows(map::VIP_TRAFFIC)?,
+            vips: rows(map::VIP_TRAFFIC)? / 2,
             tables: rows(map::TABLES)?,
             slot_rows: rows(map::SLOTS)?,
             backends: MOST_BACKENDS,

@@ -57,6 +57,8 @@ const HEADROOM: usize = 64;
 
 /// Runs the packet path for a flow, as if the first packet of it came in on an interface.
 pub fn explain(image: &Image, query: &Query, ingress: u32, names: &Names) -> Result<Explanation, String> {
+    // Without an agent the interface is not known; most hosts have one.
+    let ingress = if ingress == 0 { image.interfaces.keys().min().copied().unwrap_or(0) } else { ingress };
     let mut bytes = vec![0; HEADROOM];
     bytes.extend(frame(query)?);
     let tables = Traced::new(image);

@@ -115,8 +115,13 @@ fn run(host: &Host, run_dir: &Path, config: &Path) -> Result<Process> {
 
 /// Starts `xlb decap` on a backend's `eth0` and waits until it is attached.
 pub fn decap(host: &Host, vips: &[&str], from: &[&str]) -> Result<Process> {
+    decap_on(host, "eth0", vips, from)
+}
+
+/// Like [`decap`], on another interface.
+pub fn decap_on(host: &Host, interface: &str, vips: &[&str], from: &[&str]) -> Result<Process> {
     let xlb = xlb()?;
-    let mut words = vec![xlb.to_str().context("path")?, "decap", "--interface", "eth0", "--vip"];
+    let mut words = vec![xlb.to_str().context("path")?, "decap", "--interface", interface, "--vip"];
     words.extend(vips);
     words.push("--from");
     words.extend(from);

@@ -1,4 +1,6 @@
 //! Laboratories and fixtures for everything that needs a kernel.
 
 pub mod balancer;
+pub mod fixtures;
 pub mod lab;
+pub mod stage;

@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a person would otherwise type by hand.
 
+mod bench;
 mod docs;
 mod lint;
 mod program;
@@ -35,6 +36,11 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Nanoseconds a packet takes in the kernel, against a floor of the same run (needs root)
+    Bench {
+        #[command(subcommand)]
+        bench: bench::Bench,
+    },
     /// Instructions, verifier steps and stack depth of the loaded programs (needs root)
     Program,
 }
@@ -49,6 +55,7 @@ fn main() -> Result<()> {
         Task::Test { arguments } => test::run(&arguments),
         Task::Lint => lint::run(),
         Task::Docs { check } => docs::run(check),
+        Task::Bench { bench } => bench::run(bench),
         Task::Program => program::run(),
     }
 }

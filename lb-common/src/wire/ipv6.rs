@@ -23,6 +23,12 @@ impl Address6 {
         Self { high: u64::from_ne_bytes(high), low: u64::from_ne_bytes(low) }
     }
 
+    /// `::ffff:0:0/96` (RFC 4291, 2.5.5.2): a way to write IPv4 addresses, never one on the wire.
+    #[inline(always)]
+    pub const fn is_mapped_v4(self) -> bool {
+        self.high == 0 && self.low as u32 == 0xffff_0000
+    }
+
     pub const fn bytes(self) -> [u8; 16] {
         let high = self.high.to_ne_bytes();
         let low = self.low.to_ne_bytes();
@@ -85,6 +91,16 @@ mod tests {
     fn first_word_holds_version_class_and_label() {
         let word = Ipv6::first_word(0xb9, 0xfff1_2345).get();
         assert_eq!(word, 0x6b91_2345);
+    }
+
+    #[test]
+    fn mapped_addresses_are_told_apart() {
+        let mapped = core::net::Ipv4Addr::new(192, 0, 2, 7).to_ipv6_mapped();
+        assert!(Address6::from_bytes(mapped.octets()).is_mapped_v4());
+        for near in ["::192.0.2.7", "::1:ffff:192.0.2.7", "1::ffff:192.0.2.7", "::ffff:0:192.0.2.7"] {
+            let near: core::net::Ipv6Addr = near.parse().unwrap();
+            assert!(!Address6::from_bytes(near.octets()).is_mapped_v4(), "{near}");
+        }
     }
 
     #[test]

@@ -2,19 +2,20 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
-use lb_common::abi::{Features, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{Egress, Features, Path, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
+use lb_common::wire::{Address6, Mac};
 use tracing::{info, warn};
 
 use super::interfaces::{self, Wanted};
 use super::status;
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{CheckKind, Config, Forward};
+use crate::config::model::{Check, CheckKind, Config, Forward};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::lookup::{self, Explanation, Names, Query};
 use crate::nexthop::{NextHop, Resolver, Unresolved};
@@ -55,6 +56,8 @@ pub struct Core {
     /// What has been applied. Always equal to the maps.
     image: Image,
     attached: Vec<Attached>,
+    /// The interfaces as they were last attached.
+    wanted: Wanted,
     checker: Checker<BackendKey>,
     fsms: HashMap<BackendKey, Fsm>,
     next_hops: HashMap<IpAddr, Result<NextHop, Unresolved>>,
@@ -69,7 +72,7 @@ pub struct Core {
 impl Core {
     /// Loads the program, attaches it and takes over what an earlier agent left. Writes no tables yet.
     pub async fn start(
-        path: &Path,
+        path: &std::path::Path,
         config: Config,
         fs: BpfFs,
         resolver: &Resolver,
@@ -89,6 +92,7 @@ impl Core {
             datapath,
             image,
             attached: Vec::new(),
+            wanted: Wanted::default(),
             checker,
             next_hops: HashMap::new(),
             empty: HashSet::new(),
@@ -100,6 +104,7 @@ impl Core {
             info!("maps of an earlier agent taken over; flows stay where they are");
         }
         core.fsms = core.adopt_health();
+        core.next_hops = core.adopt_next_hops(&wanted);
         core.attach(&wanted)?;
         core.detach_others(&wanted)?;
         Ok(core)
@@ -109,7 +114,7 @@ impl Core {
         &self.config
     }
 
-    pub fn config_path(&self) -> &Path {
+    pub fn config_path(&self) -> &std::path::Path {
         &self.path
     }
 
@@ -136,6 +141,7 @@ impl Core {
             }
         }
         self.attached = attached;
+        self.wanted = wanted.clone();
         Ok(())
     }
 
@@ -154,16 +160,34 @@ impl Core {
         let holders: HashSet<u16> = live_slots(&self.image).map(|(_, slot)| slot.cur()).collect();
         let ids = ids(&self.image);
         let now = Instant::now();
+        let holds = |pool: &str, forward, address| {
+            ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
+        };
         keys(&self.config)
-            .map(|(key, pool, backend)| {
+            .map(|(key, pool, _)| {
+                // The file may name another way to a backend than the one it was reached by; its health is the same.
+                let held = Forward::ALL.iter().any(|&forward| holds(&key.pool, forward, key.address));
                 let pool = &self.config.pools[pool];
-                let identity = backend_identity(pool, pool.backends[backend].address);
-                let held = ids.get(&identity).is_some_and(|id| holders.contains(id));
+                let held = held || pool.check.kind == CheckKind::None;
                 let (rise, fall) = (pool.check.rise, pool.check.fall);
                 let fsm = if held { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
                 (key, fsm)
             })
             .collect()
+    }
+
+    /// Next hops as the maps show them: they hold until the kernel says otherwise.
+    fn adopt_next_hops(&self, wanted: &Wanted) -> NextHops {
+        let ids = ids(&self.image);
+        let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
+            let forward = self.config.pools[pool].forward;
+            let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
+            let path = Path::from_bits(self.image.backends[usize::from(id)].path);
+            let egress =
+                self.image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
+            Some((key.address, Ok(adopted_hop(key.address, path, egress, wanted))))
+        };
+        keys(&self.config).filter_map(adopt).collect()
     }
 
     pub fn start_checks(&mut self) {
@@ -181,6 +205,9 @@ impl Core {
             self.changed = true;
             let backend = name_of(&self.config, key);
             let check = fsm.outcome().unwrap_or_default();
+            let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
+            let unchecked = pool.is_some_and(|pool| pool.check.kind == CheckKind::None);
+            let check = if unchecked { "not checked" } else { check.as_str() };
             match transition.to {
                 State::Up => info!(pool = %key.pool, %backend, address = %key.address, check, "backend up"),
                 State::Down => {
@@ -207,14 +234,14 @@ impl Core {
     pub fn on_next_hops(&mut self, found: NextHops) {
         for (address, result) in found {
             let known = self.next_hops.get(&address);
-            // A neighbour that does not answer just now may still forward: its checks decide.
-            let silent = matches!(
-                result,
-                Err(Unresolved::NeighbourMissing { .. }
-                    | Unresolved::NeighbourFailed { .. }
-                    | Unresolved::Netlink(_))
-            );
-            if known == Some(&result) || (silent && matches!(known, Some(Ok(_)))) {
+            // A neighbour that does not answer just now may still forward: its checks decide. And the
+            // kernel calls it missing and failed by turns, which is no news.
+            let keeps = match known {
+                Some(Ok(_)) => is_silent(&result),
+                Some(before) => is_silent(before) && is_silent(&result),
+                None => false,
+            };
+            if keeps || known == Some(&result) {
                 continue;
             }
             match &result {
@@ -302,8 +329,21 @@ impl Core {
         }
     }
 
-    /// Takes over another configuration, or leaves everything as it is. Whether the program was loaded again.
-    pub async fn reload(&mut self, config: Config, resolver: &Resolver) -> anyhow::Result<bool> {
+    /// Backends of a configuration whose health is not known: new, or never judged.
+    pub fn unknown(&self, config: &Config) -> Vec<(BackendKey, Check)> {
+        let judged = |key: &BackendKey| self.fsms.get(key).is_some_and(|fsm| fsm.state() != State::Checking);
+        let unknown = keys(config).filter(|(key, ..)| !judged(key));
+        unknown.map(|(key, pool, _)| (key, config.pools[pool].check.clone())).collect()
+    }
+
+    /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
+    /// whose health was not known. Whether the program was loaded again.
+    pub async fn reload(
+        &mut self,
+        config: Config,
+        first: &[(BackendKey, Probe)],
+        resolver: &Resolver,
+    ) -> anyhow::Result<bool> {
         if Capacity::new(&config.limits) != self.capacity {
             bail!(
                 "`limits` cannot change while the maps are in use; stop the agent, run `xlb detach` (traffic stops), and start it again"
@@ -318,7 +358,13 @@ impl Core {
         // Old and new modes side by side until the tables have changed.
         let (old, new) = (Features::from_bits(self.datapath.meta().features), features(&config));
         let mut refitted = self.refit(config.seed, old.with(new))?;
-        self.attach(&wanted)?;
+        if let Err(error) = self.attach(&wanted) {
+            // Interfaces that were swapped already go back to the program that they had.
+            let before = self.wanted.clone();
+            self.refit(self.config.seed, old)?;
+            self.attach(&before)?;
+            return Err(error.into());
+        }
 
         let known = std::mem::take(&mut self.fsms);
         let previous = std::mem::replace(&mut self.config, config);
@@ -326,14 +372,24 @@ impl Core {
         self.changed = true;
         let found = resolver.resolve_all(&self.addresses_to_resolve(false), FIRST_RESOLVE_OF_RELOAD).await;
         self.on_next_hops(found);
+        for (key, probe) in first {
+            self.on_probe(Instant::now(), key, probe);
+        }
         self.reconcile().context("the tables cannot be written")?;
         self.start_checks();
         self.detach_others(&wanted)?;
-        if self.refit(self.config.seed, new)? {
-            self.attach(&wanted)?;
-            refitted = true;
-        }
+        refitted |= self.settle(resolver).await?;
         self.note_reload(Ok(()));
+        Ok(refitted)
+    }
+
+    /// Takes features out of the program that only the tables of before needed. Whether it was loaded again.
+    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<bool> {
+        let refitted = self.refit(self.config.seed, features(&self.config))?;
+        if refitted {
+            let wanted = Wanted::look_up(&self.config, self.datapath.fs(), resolver).await?;
+            self.attach(&wanted)?;
+        }
         Ok(refitted)
     }
 
@@ -347,16 +403,18 @@ impl Core {
     fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
         let old_kinds: HashMap<&str, &CheckKind> =
             previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
+        let now = Instant::now();
         keys(&self.config)
             .map(|(key, pool, _)| {
                 let check = &self.config.pools[pool].check;
                 let mut fsm = known.remove(&key).unwrap_or_else(|| Fsm::new(check.rise, check.fall));
                 fsm.set_thresholds(check.rise, check.fall);
-                // A backend that was never checked is not known to be up by another kind of check.
-                if old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None)
-                    && check.kind != CheckKind::None
-                {
-                    fsm = Fsm::adopted(fsm.is_up(), Instant::now(), check.rise, check.fall);
+                // Not checked is up; what another kind of check then says counts from anew.
+                let unchecked_before = old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None);
+                if check.kind == CheckKind::None {
+                    fsm = Fsm::adopted(true, now, check.rise, check.fall);
+                } else if unchecked_before {
+                    fsm = Fsm::adopted(fsm.is_up(), now, check.rise, check.fall);
                 }
                 (key, fsm)
             })
@@ -381,7 +439,7 @@ impl Core {
         let mut names = Names::default();
         for (key, pool, backend) in keys(&self.config) {
             let pool = &self.config.pools[pool];
-            if let Some(id) = ids.get(&backend_identity(pool, key.address)) {
+            if let Some(id) = ids.get(&backend_identity(&pool.name, pool.forward, key.address)) {
                 names.backends.insert(*id, (pool.name.clone(), pool.backends[backend].name.clone()));
             }
         }
@@ -413,6 +471,35 @@ impl Core {
 }
 
 const FIRST_RESOLVE_OF_RELOAD: Duration = Duration::from_secs(1);
+
+fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) -> NextHop {
+    let link = wanted.links.iter().find(|(link, _)| link.ifindex == egress.ifindex);
+    let [high, low] = egress.source6;
+    let source = match address {
+        IpAddr::V4(_) => IpAddr::from(egress.source4.to_ne_bytes()),
+        IpAddr::V6(_) => IpAddr::from(Address6 { high, low }.bytes()),
+    };
+    NextHop {
+        ifindex: egress.ifindex,
+        interface: link
+            .map_or_else(|| format!("interface {}", egress.ifindex), |(link, _)| link.name.clone()),
+        source_mac: Mac::from_bits(egress.source_mac).bytes(),
+        mac: path.mac().bytes(),
+        mtu: egress.mtu.min(u32::from(u16::MAX)) as u16,
+        preferred_source: Some(source).filter(|source| !source.is_unspecified()),
+        gateway: None,
+    }
+}
+
+/// Whether a neighbour does not answer, or could not be asked: no evidence against a path that worked.
+fn is_silent(result: &Result<NextHop, Unresolved>) -> bool {
+    matches!(
+        result,
+        Err(Unresolved::NeighbourMissing { .. }
+            | Unresolved::NeighbourFailed { .. }
+            | Unresolved::Netlink(_))
+    )
+}
 
 /// All backends: key, pool, place in the pool.
 pub fn keys(config: &Config) -> impl Iterator<Item = (BackendKey, usize, usize)> + '_ {

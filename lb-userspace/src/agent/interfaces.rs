@@ -10,6 +10,7 @@ use crate::bpf::BpfFs;
 use crate::config::model::{Config, Mode};
 use crate::nexthop::{Link, Resolver};
 
+#[derive(Debug, Clone, Default)]
 pub struct Wanted {
     pub links: Vec<(Link, Mode)>,
     /// Carry the program and are not configured: name and index, 0 where the interface is gone.
@@ -40,7 +41,7 @@ pub async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::
         for vip in &service.vips {
             if let Some(interface) = addresses.get(vip) {
                 bail!(
-                    "the VIP {vip} of service {} is an address of {interface} on this host; take it off (route it to this host, or set vip_arp: true)",
+                    "the VIP {vip} of service {} is an address of {interface} on this host; take it off {interface}, then route it to this host or set vip_arp: true",
                     service.name
                 );
             }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use futures_util::{StreamExt, stream};
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -22,7 +23,8 @@ use tracing::{error, info, warn};
 use crate::api;
 use crate::bpf::{self, BpfFs, Trace};
 use crate::config;
-use crate::health::{Checker, Probe};
+use crate::config::model::{Check, CheckKind, Config};
+use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::{Explanation, Query};
 use crate::nexthop::Resolver;
 
@@ -39,6 +41,9 @@ const RESOLVE_ALL: u32 = 5;
 
 /// How long the first look at next hops may take before forwarding begins without the missing ones.
 const FIRST_RESOLVE: Duration = Duration::from_secs(1);
+
+/// How long a backend whose health is not known may take to answer before tables are made without it.
+const FIRST_PROBE: Duration = Duration::from_secs(1);
 
 /// Traced decisions wait this long in their ring at the most.
 const FLUSH_TRACE: Duration = Duration::from_millis(50);
@@ -62,7 +67,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         warn!("{warning}");
     }
-    let _lock = lock(&options.run_dir)?;
+    let lock = lock(&options.run_dir)?;
     let resolver = Arc::new(Resolver::new().context("netlink is not to be had")?);
     let fs = BpfFs::open(&options.run_dir).with_context(|| {
         format!("the BPF file system at {} cannot be used", options.run_dir.join("bpf").display())
@@ -71,6 +76,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (probe_tx, mut probes) = mpsc::channel(1024);
     let (hops_tx, mut hops) = mpsc::channel(4);
     let (request_tx, mut requests) = mpsc::channel(64);
+    let (reload_tx, mut reloads) = mpsc::channel(1);
     let checker: Checker<BackendKey> = Checker::new(probe_tx);
     let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
     let fresh = !fs.is_used()?;
@@ -84,11 +90,18 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             return Err(error);
         }
     };
-    let mut trace = tracer(&mut core);
     tokio::spawn(socket.serve(request_tx));
 
-    core.on_next_hops(core.resolve_now(&resolver, FIRST_RESOLVE).await);
+    // Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before the first tables.
+    let unknown = core.unknown(core.config());
+    let (found, first) = tokio::join!(core.resolve_now(&resolver, FIRST_RESOLVE), first_probes(unknown));
+    core.on_next_hops(found);
+    for (key, probe) in &first {
+        core.on_probe(Instant::now(), key, probe);
+    }
     core.reconcile().context("the first tables cannot be written")?;
+    core.settle(&resolver).await?;
+    let mut trace = tracer(&mut core);
     core.start_checks();
     info!(
         services = core.config().services.len(),
@@ -128,7 +141,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 continue;
             }
             _ = hangup.recv() => {
-                if reload(&mut core, &resolver).await {
+                if let Some(config) = read_again(&mut core) {
+                    let (unknown, to) = (core.unknown(&config), reload_tx.clone());
+                    // The loop goes on meanwhile: health and requests do not wait for a reload.
+                    tokio::spawn(async move { to.send((config, first_probes(unknown).await)).await });
+                }
+                continue;
+            }
+            Some((config, first)) = reloads.recv() => {
+                if reload(&mut core, config, &first, &resolver).await {
                     trace = tracer(&mut core);
                 }
             }
@@ -145,6 +166,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             error!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
         }
     }
+    api::remove_socket(&options.run_dir);
+    lock.set_len(0)?;
     info!("stopping; forwarding goes on with the tables as they are (`xlb detach` ends it)");
     Ok(())
 }
@@ -164,24 +187,27 @@ fn answer(core: &mut Core, request: Request) {
     }
 }
 
-/// Reads the file again. A bad file changes nothing. Whether the program was loaded again.
-async fn reload(core: &mut Core, resolver: &Resolver) -> bool {
+/// Asks backends once, all at the same time, so that a table is not made before they could answer. One
+/// that does not answer in this time is asked again by its checks.
+async fn first_probes(unknown: Vec<(BackendKey, Check)>) -> Vec<(BackendKey, Probe)> {
+    let probes = unknown.into_iter().filter(|(_, check)| check.kind != CheckKind::None).map(
+        |(key, check)| async move {
+            let probe = tokio::time::timeout(FIRST_PROBE, probe(&check, key.address)).await.ok()?;
+            Some((key, probe))
+        },
+    );
+    let answers = stream::iter(probes).buffer_unordered(DEFAULT_CONCURRENCY).filter_map(std::future::ready);
+    answers.collect().await
+}
+
+/// Reads the file again. A bad file changes nothing.
+fn read_again(core: &mut Core) -> Option<Config> {
     match config::load(core.config_path()) {
         Ok(loaded) => {
             for warning in &loaded.warnings {
                 warn!("{warning}");
             }
-            match core.reload(loaded.config, resolver).await {
-                Ok(refitted) => {
-                    info!(file = %core.config_path().display(), "reloaded");
-                    refitted
-                }
-                Err(error) => {
-                    error!(error = %format!("{error:#}"), "reload refused; the last good configuration goes on");
-                    core.note_reload(Err(format!("{error:#}")));
-                    false
-                }
-            }
+            Some(loaded.config)
         }
         Err(problems) => {
             for problem in &problems.0 {
@@ -189,6 +215,21 @@ async fn reload(core: &mut Core, resolver: &Resolver) -> bool {
             }
             error!(problems = problems.0.len(), "reload refused; the last good configuration goes on");
             core.note_reload(Err(problems.to_string()));
+            None
+        }
+    }
+}
+
+/// Takes over a configuration that is valid. Whether the program was loaded again.
+async fn reload(core: &mut Core, config: Config, first: &[(BackendKey, Probe)], resolver: &Resolver) -> bool {
+    match core.reload(config, first, resolver).await {
+        Ok(refitted) => {
+            info!(file = %core.config_path().display(), "reloaded");
+            refitted
+        }
+        Err(error) => {
+            error!(error = %format!("{error:#}"), "reload refused; the last good configuration goes on");
+            core.note_reload(Err(format!("{error:#}")));
             false
         }
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::{BackendKey, Reload};
 use crate::bpf::{Attached, Maps};
-use crate::config::model::Config;
+use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, State};
 use crate::nexthop::NextHop;
 use crate::reconcile::desired::{backend_identity, protocol_number};
@@ -127,7 +127,7 @@ impl View<'_> {
             .map(|(key, pool_index, index)| {
                 let pool = &self.config.pools[pool_index];
                 let backend = &pool.backends[index];
-                let id = self.ids.get(&backend_identity(pool, backend.address)).copied();
+                let id = self.ids.get(&backend_identity(&pool.name, pool.forward, backend.address)).copied();
                 let traffic = id.and_then(|id| self.maps.backend_traffic(id).ok()).unwrap_or_default();
                 let (state, check) = self.state(&key, pool_index);
                 BackendStatus {
@@ -149,6 +149,9 @@ impl View<'_> {
     fn state(&self, key: &BackendKey, pool: usize) -> (String, String) {
         if let Err(reason) = (self.next_hop)(pool, key.address) {
             return ("unresolved".into(), reason);
+        }
+        if self.config.pools[pool].check.kind == CheckKind::None {
+            return ("up".into(), "not checked".into());
         }
         let Some(fsm) = self.fsms.get(key) else { return ("checking".into(), String::new()) };
         let state = match fsm.state() {

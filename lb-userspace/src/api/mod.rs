@@ -25,6 +25,11 @@ pub use client::{Client, ClientError};
 /// The socket's name in the run directory.
 pub const SOCKET: &str = "xlb.sock";
 
+/// Takes the socket away at the end. What is left of it is no harm: the next agent binds over it.
+pub fn remove_socket(run_dir: &Path) {
+    _ = std::fs::remove_file(run_dir.join(SOCKET));
+}
+
 /// An error as the API tells it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ApiError {

@@ -37,20 +37,8 @@ pub struct Decap {
 
 impl Decap {
     pub fn attach(config: &DecapConfig) -> anyhow::Result<Self> {
-        let mut loader = EbpfLoader::new();
-        loader.map_max_entries(map::DECAP_VIPS, config.vips.len().max(1) as u32);
-        for name in [map::DECAP_FROM4, map::DECAP_FROM6] {
-            loader.map_max_entries(name, config.from.len().max(1) as u32);
-        }
-        let mut ebpf = loader.load(super::DECAP).context("the decap program cannot be loaded")?;
-        // Before maps are taken out of the object: that closes their descriptors.
-        let program: &mut Xdp =
-            ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
-        program.load().context("the kernel refused the decap program")?;
-        fill(&mut ebpf, config).context("the decap program's maps cannot be filled")?;
-        let outcomes = PerCpuArray::try_from(take(&mut ebpf, map::DECAP_OUTCOMES)?)?;
-        let program: &mut Xdp =
-            ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?;
+        let DecapProgram { mut ebpf, outcomes } = DecapProgram::load(&config.vips, &config.from)?;
+        let program = program(&mut ebpf)?;
         let mode = match config.mode {
             Mode::Generic => XdpMode::Skb,
             Mode::Auto | Mode::Native => XdpMode::Driver,
@@ -70,18 +58,58 @@ impl Decap {
 
     /// Packets of an outcome, over all CPUs.
     pub fn outcome(&self, outcome: DecapOutcome) -> io::Result<u64> {
-        let values = self.outcomes.get(&(outcome as u32), 0).map_err(io::Error::other)?;
-        Ok(values.iter().sum())
+        count(&self.outcomes, outcome)
     }
+}
+
+/// The program, loaded and told what to let through, but on no interface.
+pub struct DecapProgram {
+    ebpf: Ebpf,
+    outcomes: PerCpuArray<MapData, u64>,
+}
+
+impl DecapProgram {
+    pub fn load(vips: &[IpAddr], from: &[IpNetwork]) -> anyhow::Result<Self> {
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries(map::DECAP_VIPS, vips.len().max(1) as u32);
+        for name in [map::DECAP_FROM4, map::DECAP_FROM6] {
+            loader.map_max_entries(name, from.len().max(1) as u32);
+        }
+        let mut ebpf = loader.load(super::DECAP).context("the decap program cannot be loaded")?;
+        // Before maps are taken out of the object: that closes their descriptors.
+        program(&mut ebpf)?.load().context("the kernel refused the decap program")?;
+        fill(&mut ebpf, vips, from).context("the decap program's maps cannot be filled")?;
+        let outcomes = PerCpuArray::try_from(take(&mut ebpf, map::DECAP_OUTCOMES)?)?;
+        Ok(Self { ebpf, outcomes })
+    }
+
+    /// As `Datapath::test_run`.
+    pub fn test_run(&mut self, frame: &[u8], out: &mut [u8]) -> anyhow::Result<(u32, usize)> {
+        Ok(super::program::test_run(program(&mut self.ebpf)?, frame, out)?)
+    }
+
+    /// Packets of an outcome, over all CPUs.
+    pub fn outcome(&self, outcome: DecapOutcome) -> io::Result<u64> {
+        count(&self.outcomes, outcome)
+    }
+}
+
+fn program(ebpf: &mut Ebpf) -> anyhow::Result<&mut Xdp> {
+    Ok(ebpf.program_mut(PROGRAM).context("the object has no decap program")?.try_into()?)
+}
+
+fn count(outcomes: &PerCpuArray<MapData, u64>, outcome: DecapOutcome) -> io::Result<u64> {
+    let values = outcomes.get(&(outcome as u32), 0).map_err(io::Error::other)?;
+    Ok(values.iter().sum())
 }
 
 fn take(ebpf: &mut Ebpf, name: &'static str) -> anyhow::Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the object has no map {name}"))
 }
 
-fn fill(ebpf: &mut Ebpf, config: &DecapConfig) -> anyhow::Result<()> {
+fn fill(ebpf: &mut Ebpf, accepted: &[IpAddr], from: &[IpNetwork]) -> anyhow::Result<()> {
     let mut vips = BpfHashMap::<_, DecapVip, u8>::try_from(take(ebpf, map::DECAP_VIPS)?)?;
-    for vip in &config.vips {
+    for vip in accepted {
         let key = match vip {
             IpAddr::V4(v4) => DecapVip::v4(u32::from_ne_bytes(v4.octets())),
             IpAddr::V6(v6) => DecapVip::v6(Address6::from_bytes(v6.octets())),
@@ -90,7 +118,7 @@ fn fill(ebpf: &mut Ebpf, config: &DecapConfig) -> anyhow::Result<()> {
     }
     let mut from4 = LpmTrie::<_, u32, u8>::try_from(take(ebpf, map::DECAP_FROM4)?)?;
     let mut from6 = LpmTrie::<_, [u64; 2], u8>::try_from(take(ebpf, map::DECAP_FROM6)?)?;
-    for prefix in &config.from {
+    for prefix in from {
         let length = u32::from(prefix.prefix());
         match prefix {
             IpNetwork::V4(v4) => {

@@ -79,13 +79,14 @@ const PINNED: [&str; 13] = [
 impl Maps {
     pub const PINNED: [&str; 13] = PINNED;
 
-    /// Whether there are pinned maps, after comparing them with what this build and these limits need.
+    /// What pinned maps say of themselves, after comparing them with what this build and these limits need; nothing
+    /// where there are none.
     ///
     /// aya takes a pinned map without comparing type or sizes.
-    pub fn pinned(fs: &BpfFs, capacity: &Capacity) -> Result<bool, MapsError> {
+    pub fn pinned(fs: &BpfFs, capacity: &Capacity) -> Result<Option<Meta>, MapsError> {
         let present: Vec<bool> = PINNED.iter().map(|name| fs.map(name).exists()).collect();
         if !present.contains(&true) {
-            return Ok(false);
+            return Ok(None);
         }
         for (name, present) in PINNED.into_iter().zip(present) {
             if !present {
@@ -110,7 +111,7 @@ impl Maps {
         if meta.abi_version != ABI_VERSION {
             return Err(MapsError::Abi { found: meta.abi_version });
         }
-        Ok(true)
+        Ok(Some(meta))
     }
 
     /// Takes the maps out of a loaded object.

@@ -1,5 +1,6 @@
 //! The kernel: maps, programs, links and where they are pinned. The only folder that knows aya.
 
+mod bench;
 mod bpffs;
 mod decap;
 mod ethtool;
@@ -9,8 +10,9 @@ mod maps;
 mod mmap;
 mod program;
 
+pub use bench::{Bench, FRAME_BYTES, Packets, Target};
 pub use bpffs::BpfFs;
-pub use decap::{Decap, DecapConfig};
+pub use decap::{Decap, DecapConfig, DecapProgram};
 pub use figures::{Figures, figures, stack_bytes};
 pub use maps::{Maps, MapsError};
 pub use program::{Attached, Datapath, DatapathError, Trace, detach};
@@ -30,5 +32,6 @@ macro_rules! object {
 }
 
 object!(BALANCER, "balancer");
+object!(BENCH, "bench");
 object!(DECAP, "decap");
 object!(PASS, "pass");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::xdp::XdpLink;
-use aya::programs::{ProgramError, Xdp, XdpMode};
+use aya::programs::{ProgramError, TestRun, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{ABI_VERSION, Constants, Features, Interface, Meta, constant};
 use lb_common::flow::{self, HASH_VERSION};
@@ -40,7 +40,7 @@ pub enum DatapathError {
     )]
     Busy { interface: String, holder: String },
     #[error(
-        "{interface}: native XDP is not possible with its MTU of {mtu} (the frame must fit one page; on veth the peer's MTU counts too); lower the MTU, or use mode: generic"
+        "{interface}: native XDP is not possible with this MTU: a frame must fit one page, at both ends of a veth ({interface} has {mtu}); lower the larger MTU, or use mode: generic"
     )]
     Mtu { interface: String, mtu: u32 },
     #[error("{interface}: its driver has no native XDP; use mode: auto or mode: generic")]
@@ -92,9 +92,11 @@ impl std::fmt::Debug for Datapath {
 }
 
 impl Datapath {
-    /// Loads the program over the pinned maps of `fs`, which are made if there are none.
+    /// Loads the program over the pinned maps of `fs`, which are made if there are none. It has the features that
+    /// the tables of an earlier agent need as well; [`Self::refit`] takes them out when the tables have changed.
     pub fn open(fs: BpfFs, capacity: Capacity, seed: u64, features: Features) -> Result<Self, DatapathError> {
-        let adopted = Maps::pinned(&fs, &capacity)?;
+        let pinned = Maps::pinned(&fs, &capacity)?;
+        let features = pinned.map_or(features, |before| features.with(Features::from_bits(before.features)));
         let meta = Meta {
             abi_version: ABI_VERSION,
             hash_version: HASH_VERSION,
@@ -105,6 +107,7 @@ impl Datapath {
         };
         let mut ebpf = load(&fs, &capacity, &meta)?;
         let maps = Maps::take(&mut ebpf, &capacity)?;
+        let adopted = pinned.is_some();
         if adopted {
             maps.set_meta(&meta);
         } else {
@@ -180,6 +183,12 @@ impl Datapath {
         &self.fs
     }
 
+    /// Runs the program on a frame of 14 bytes or more, as if it came in on the loopback interface:
+    /// the XDP verdict, and the bytes of `out` that the frame takes afterwards. Counts like any run.
+    pub fn test_run(&mut self, frame: &[u8], out: &mut [u8]) -> Result<(u32, usize), DatapathError> {
+        test_run(self.program()?, frame, out).map_err(|error| DatapathError::Program(Box::new(error)))
+    }
+
     fn fs_error(&self, source: io::Error) -> DatapathError {
         DatapathError::BpfFs { path: self.fs.path().display().to_string(), source }
     }
@@ -237,6 +246,12 @@ impl Datapath {
         Ok(generic)
     }
 
+    /// The loaded program, for running it without an interface.
+    pub fn program_fd(&mut self) -> Result<aya::programs::ProgramFd, DatapathError> {
+        let fd = self.program()?.fd().and_then(|fd| Ok(fd.try_clone()?));
+        fd.map_err(|error| DatapathError::Program(Box::new(error)))
+    }
+
     /// A reader of the program's log records.
     pub fn trace(&mut self) -> Result<Trace, aya_log::Error> {
         aya_log::EbpfLogger::init(&mut self.ebpf)
@@ -285,6 +300,14 @@ fn load(fs: &BpfFs, capacity: &Capacity, meta: &Meta) -> Result<Ebpf, DatapathEr
     let program: &mut Xdp = program.try_into().map_err(|error| DatapathError::Program(Box::new(error)))?;
     program.load().map_err(|error| DatapathError::Program(Box::new(error)))?;
     Ok(ebpf)
+}
+
+/// One run (BPF_PROG_TEST_RUN). Repeats would begin with what the run before left of the frame.
+pub(super) fn test_run(program: &Xdp, frame: &[u8], out: &mut [u8]) -> Result<(u32, usize), ProgramError> {
+    let options =
+        TestRunOptions { data_in: Some(frame), data_out: Some(out), repeat: 1, ..TestRunOptions::default() };
+    let result = program.test_run(options)?;
+    Ok((result.return_value, result.data_size_out as usize))
 }
 
 fn pin_error(

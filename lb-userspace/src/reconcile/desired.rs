@@ -66,7 +66,7 @@ pub fn desired(config: &Config, world: &World) -> Desired {
     let mut desired = Desired::default();
     for (index, pool) in config.pools.iter().enumerate() {
         for backend in &pool.backends {
-            let identity = backend_identity(pool, backend.address);
+            let identity = backend_identity(&pool.name, pool.forward, backend.address);
             let next_hop = world
                 .next_hops
                 .get(&backend.address)
@@ -135,9 +135,9 @@ fn kind(forward: Forward, address: IpAddr) -> BackendKind {
 }
 
 /// What a backend is: the same in every run and on every balancer.
-pub fn backend_identity(pool: &Pool, address: IpAddr) -> u64 {
+pub fn backend_identity(pool: &str, forward: Forward, address: IpAddr) -> u64 {
     // Never 0, which is a free row.
-    fingerprint(1, format!("{}/{address}/{}", pool.name, kind(pool.forward, address) as u8).as_bytes()).max(1)
+    fingerprint(1, format!("{pool}/{address}/{}", kind(forward, address) as u8).as_bytes()).max(1)
 }
 
 pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> u64 {
@@ -185,9 +185,12 @@ fn table(seed: u64, pool: &Pool, up: impl Fn(usize) -> bool) -> DesiredTable {
         OnEmpty::All if anyone => (up, Target::Nobody),
         OnEmpty::All => (vec![true; weights.len()], Target::Nobody),
     };
-    let targets: Vec<Target> =
-        pool.backends.iter().map(|b| Target::Backend(backend_identity(pool, b.address))).collect();
-    let slots = overlay::apply(&base, 1 << log2_length, &weights, &up)
+    let targets: Vec<Target> = pool
+        .backends
+        .iter()
+        .map(|b| Target::Backend(backend_identity(&pool.name, pool.forward, b.address)))
+        .collect();
+    let slots = overlay::apply(&base, 1 << log2_length, &members, &up)
         .into_iter()
         .map(|index| targets.get(usize::from(index)).copied().unwrap_or(nobody))
         .collect();

@@ -8,3 +8,6 @@ pub mod desired;
 pub mod image;
 pub mod op;
 pub mod plan;
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! Additions come in the order in which packets read in reverse: egress, backends, slots, table
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
-//! packet can reach any more.
+//! packet can reach any more. A next hop that is lost is a removal.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -28,7 +28,7 @@ pub enum PlanError {
     #[error("the VIPs do not fit the buckets that limits.vips = {limit} made; raise limits.vips")]
     Buckets { limit: u32 },
     #[error(
-        "{needed} tables (one for each pool, protocol and scheduler) are more than the limit of {limit}; raise limits.slots"
+        "{needed} tables (one for each pool, protocol and scheduler), with those they replace, are more than the limit of {limit}; raise limits.slots"
     )]
     Tables { needed: usize, limit: u32 },
     #[error("no room for a table of {slots} slots beside those in use; raise limits.slots")]
@@ -41,17 +41,33 @@ pub enum PlanError {
 
 /// The writes that turn the image into what is desired; empty if it is that already.
 pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
-    let mut planner = Planner { image, desired, capacity, add: Vec::new(), remove: Vec::new() };
+    let mut planner = Planner {
+        image,
+        desired,
+        capacity,
+        add: Vec::new(),
+        lose: Vec::new(),
+        remove: Vec::new(),
+        moved: false,
+    };
     let ids = planner.backends()?;
     let tables = planner.tables(&ids)?;
     planner.vips(&tables)?;
-    let Planner { mut add, mut remove, .. } = planner;
-    if !remove.is_empty() {
-        remove.reverse();
-        add.push(MapOp::Grace);
-        add.append(&mut remove);
+    let Planner { add: mut ops, lose, mut remove, moved, .. } = planner;
+    remove.reverse();
+    // A path goes once no packet that read the old slots is at work, and its way out once none that
+    // read the path is. The place that a table left is free for the next plan: after a grace, too.
+    if moved || !lose.is_empty() || !remove.is_empty() {
+        ops.push(MapOp::Grace);
     }
-    Ok(add)
+    if !lose.is_empty() && !remove.is_empty() {
+        ops.extend(lose);
+        ops.push(MapOp::Grace);
+        ops.extend(remove);
+    } else {
+        ops.extend(lose.into_iter().chain(remove));
+    }
+    Ok(ops)
 }
 
 struct Planner<'a> {
@@ -59,8 +75,12 @@ struct Planner<'a> {
     desired: &'a Desired,
     capacity: &'a Capacity,
     add: Vec<MapOp>,
+    /// Paths of backends that lost their next hop: slots leave them first.
+    lose: Vec<MapOp>,
     /// In the order of the additions; reversed at the end.
     remove: Vec<MapOp>,
+    /// Whether a table leaves its place.
+    moved: bool,
 }
 
 impl Planner<'_> {
@@ -85,7 +105,8 @@ impl Planner<'_> {
                     ids.insert(row.identity, id);
                     let path = path_of(&wanted.next_hop);
                     if path.bits() != row.path {
-                        self.add.push(MapOp::SetPath { id, path });
+                        let list = if path == Path::default() { &mut self.lose } else { &mut self.add };
+                        list.push(MapOp::SetPath { id, path });
                     }
                 }
                 None if *row == Backend::default() => free.push(id),
@@ -197,6 +218,7 @@ impl Planner<'_> {
         let first_row = regions.take(length / SLOTS_PER_ROW).ok_or(PlanError::Slots { slots: length })?;
         self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words: words.collect() });
         self.add.push(MapOp::SetTableWord { table, word: TableWord::new(first_row, wanted.log2_length) });
+        self.moved |= word != TableWord::default();
         Ok(())
     }
 
@@ -225,8 +247,10 @@ impl Planner<'_> {
             }
         }
         // Counter rows of entries that are about to go are still counted into: not given away yet.
-        let resting: HashSet<u32> = present.values().map(|target| target.vip).collect();
-        let mut free = (0..limit)
+        // Entries that mark an address have none.
+        let counted = present.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
+        let resting: HashSet<u32> = counted.map(|(_, target)| target.vip).collect();
+        let mut free = (0..self.capacity.vip_rows())
             .filter(|vip| !used.contains(vip) && !resting.contains(vip))
             .collect::<Vec<_>>()
             .into_iter();

@@ -4,6 +4,8 @@
 //! it brings exactly those back. A pure function of (base, weights, who is up): balancers that see
 //! the same health agree.
 
+use super::maglev::Member;
+
 /// Where a slot goes that has nobody.
 pub const NOBODY: u16 = u16::MAX;
 
@@ -16,24 +18,26 @@ const ROLLS: u32 = 64;
 
 /// The table with every slot of a dead backend given to a living one. With nobody up, or an empty
 /// base, every slot goes to `NOBODY`.
-pub fn apply(base: &[u16], length: usize, weights: &[u8], up: &[bool]) -> Vec<u16> {
-    let lives = |index: usize| up[index] && weights[index] > 0;
-    let living_weight: u64 = (0..weights.len()).filter(|&i| lives(i)).map(|i| u64::from(weights[i])).sum();
+pub fn apply(base: &[u16], length: usize, members: &[Member], up: &[bool]) -> Vec<u16> {
+    let weight = |index: usize| u64::from(members[index].weight);
+    let lives = |index: usize| up[index] && weight(index) > 0;
+    let living_weight: u64 = (0..members.len()).filter(|&i| lives(i)).map(weight).sum();
     if living_weight == 0 || base.is_empty() {
         return vec![NOBODY; length];
     }
-    let mut room: Vec<i64> = weights
-        .iter()
-        .enumerate()
-        .map(|(i, &weight)| if lives(i) { cap(length as u64, u64::from(weight), living_weight) } else { 0 })
+    let mut room: Vec<i64> = (0..members.len())
+        .map(|i| if lives(i) { cap(length as u64, weight(i), living_weight) } else { 0 })
         .collect();
+    // By key: the order of the configuration must not matter.
+    let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
+    ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
     for &index in base {
         room[usize::from(index)] -= 1;
     }
     let mut table = base.to_vec();
     for (slot, index) in table.iter_mut().enumerate() {
         if !lives(usize::from(*index)) {
-            *index = heir(base, slot, &room, lives);
+            *index = heir(base, slot, &ranks, &room, lives);
             room[usize::from(*index)] -= 1;
         }
     }
@@ -46,7 +50,7 @@ fn cap(length: u64, weight: u64, living_weight: u64) -> i64 {
 }
 
 /// Who takes over a slot. Rolling on the base table gives each backend chances by its weight.
-fn heir(base: &[u16], slot: usize, room: &[i64], lives: impl Fn(usize) -> bool) -> u16 {
+fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], lives: impl Fn(usize) -> bool) -> u16 {
     for roll in 0..ROLLS {
         let candidate = base[dice(slot as u64, roll) as usize & (base.len() - 1)];
         if lives(usize::from(candidate)) && room[usize::from(candidate)] > 0 {
@@ -54,11 +58,10 @@ fn heir(base: &[u16], slot: usize, room: &[i64], lives: impl Fn(usize) -> bool) 
         }
     }
     // Few of many are up. The caps add up to more than the table, so somebody has room.
-    let start = dice(slot as u64, ROLLS) as usize % room.len();
-    (0..room.len())
-        .map(|step| (start + step) % room.len())
-        .find(|&index| lives(index) && room[index] > 0)
-        .map_or(NOBODY, |index| index as u16)
+    let start = dice(slot as u64, ROLLS) as usize % ranks.len();
+    let (before, after) = ranks.split_at(start);
+    let mut round = after.iter().chain(before).copied();
+    round.find(|&index| lives(usize::from(index)) && room[usize::from(index)] > 0).unwrap_or(NOBODY)
 }
 
 /// A well-mixed number for a slot and a roll (SplitMix64's finaliser).
@@ -72,32 +75,35 @@ fn dice(slot: u64, roll: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tables::maglev::{Member, build, log2_length};
+    use crate::tables::maglev::{build, log2_length};
     use proptest::prelude::*;
 
-    fn base(weights: &[u8]) -> Vec<u16> {
+    fn members(weights: &[u8]) -> Vec<Member> {
         let address = |i: usize| std::net::Ipv4Addr::from(0x0a00_0100 + i as u32).into();
-        let members: Vec<_> =
-            weights.iter().enumerate().map(|(i, &weight)| Member::new(7, address(i), weight)).collect();
-        build(log2_length(weights.len()), &members)
+        weights.iter().enumerate().map(|(i, &weight)| Member::new(7, address(i), weight)).collect()
+    }
+
+    fn base(members: &[Member]) -> Vec<u16> {
+        build(log2_length(members.len()), members)
     }
 
     #[test]
     fn losing_one_of_n_moves_only_its_slots_and_healing_brings_them_back() {
         for n in [2, 3, 10, 41] {
             let weights = vec![100; n];
-            let base = base(&weights);
+            let members = members(&weights);
+            let base = base(&members);
             for dead in 0..n {
                 let mut up = vec![true; n];
                 up[dead] = false;
-                let table = apply(&base, base.len(), &weights, &up);
+                let table = apply(&base, base.len(), &members, &up);
                 for (before, after) in base.iter().zip(&table) {
                     assert_ne!(usize::from(*after), dead);
                     if usize::from(*before) != dead {
                         assert_eq!(before, after);
                     }
                 }
-                assert_eq!(apply(&base, base.len(), &weights, &vec![true; n]), base);
+                assert_eq!(apply(&base, base.len(), &members, &vec![true; n]), base);
             }
         }
     }
@@ -105,30 +111,48 @@ mod tests {
     #[test]
     fn nobody_up_leaves_nobody() {
         let weights = [100, 100];
-        let base = base(&weights);
-        assert!(apply(&base, base.len(), &weights, &[false, false]).iter().all(|&i| i == NOBODY));
+        let members = members(&weights);
+        let base = base(&members);
+        assert!(apply(&base, base.len(), &members, &[false, false]).iter().all(|&i| i == NOBODY));
         assert!(apply(&[], 4096, &[], &[]).iter().all(|&i| i == NOBODY));
     }
 
     #[test]
     fn one_of_many_up_takes_everything() {
         let weights = vec![100; 200];
-        let base = base(&weights);
+        let members = members(&weights);
+        let base = base(&members);
         let mut up = vec![false; 200];
         up[17] = true;
-        assert!(apply(&base, base.len(), &weights, &up).iter().all(|&i| i == 17));
+        assert!(apply(&base, base.len(), &members, &up).iter().all(|&i| i == 17));
+    }
+
+    #[test]
+    fn the_order_of_members_does_not_matter_when_few_of_many_are_up() {
+        let weights = vec![100; 200];
+        let ordered = members(&weights);
+        let turned: Vec<Member> = ordered.iter().rev().copied().collect();
+        let mut up = vec![false; 200];
+        (up[17], up[170]) = (true, true);
+        let up_turned: Vec<bool> = up.iter().rev().copied().collect();
+        let keys = |of: &[Member], up: &[bool]| -> Vec<u64> {
+            let base = base(of);
+            apply(&base, base.len(), of, up).iter().map(|&index| of[usize::from(index)].key).collect()
+        };
+        assert_eq!(keys(&ordered, &up), keys(&turned, &up_turned));
     }
 
     proptest! {
         #[test]
         fn every_slot_is_with_the_living_and_nobody_is_over_its_cap(
-            members in prop::collection::vec((0u8..=100, any::<bool>()), 1..60),
+            parts in prop::collection::vec((0u8..=100, any::<bool>()), 1..60),
         ) {
-            let weights: Vec<u8> = members.iter().map(|m| m.0).collect();
-            let up: Vec<bool> = members.iter().map(|m| m.1).collect();
-            let base = base(&weights);
+            let weights: Vec<u8> = parts.iter().map(|m| m.0).collect();
+            let up: Vec<bool> = parts.iter().map(|m| m.1).collect();
+            let members = members(&weights);
+            let base = base(&members);
             let length = 1 << log2_length(weights.len());
-            let table = apply(&base, length, &weights, &up);
+            let table = apply(&base, length, &members, &up);
             let living: u64 = weights.iter().zip(&up).filter(|(_, up)| **up).map(|(w, _)| u64::from(*w)).sum();
             prop_assert_eq!(table.len(), length);
             let mut counts = vec![0i64; weights.len()];

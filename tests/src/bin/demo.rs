@@ -7,13 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use tests::balancer::{Balancer, decap, xlb};
-use tests::lab::{self, Host, HttpLoad, Lab, Nginx, NginxServer, Request};
+use tests::balancer::{Balancer, xlb};
+use tests::lab::{self, HttpLoad, Lab, Request};
+use tests::stage::{self, Stage, URL4, URLS, VIP4};
 
-const VIPS: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
-const URLS: [&str; 2] = ["http://203.0.113.10/", "http://[2001:db8:113::10]/"];
-const TUNNEL_SOURCES: [&str; 2] = ["10.255.0.0/24", "fd00:255::/64"];
-const BACKENDS: [&str; 3] = ["web1", "web2", "web3"];
+const BACKENDS: usize = 3;
 const KILLED: usize = 1;
 
 /// fall x interval + timeout of examples/demo.yaml, and 0.2 s of slack.
@@ -44,65 +42,48 @@ fn main() -> Result<()> {
     }
     lab::clean_up_on_signals()?;
     let lab = Lab::new("demo")?;
-    let stage = Stage::set(&lab, &arguments.config)?;
-    stage.balance()?;
-    stage.kill_and_heal()?;
-    println!("\n== xlb status\n\n{}", stage.balancer.xlb(&["status"])?);
+    let mut demo = Demo::begin(lab, &arguments.config)?;
+    demo.balance()?;
+    demo.kill_and_heal()?;
+    println!("\n== xlb status\n\n{}", demo.balancer.xlb(&["status"])?);
     if arguments.keep {
-        lab.keep()?;
-        return stage.say_how_to_play();
+        demo.stage.lab.keep()?;
+        return demo.say_how_to_play();
     }
-    println!("{}", stage.balancer.process_ends()?);
-    lab.close()?;
+    println!("{}", demo.balancer.process_ends()?);
+    demo.stage.lab.close()?;
     println!("== done; namespaces, processes, maps and pins are removed");
     Ok(())
 }
 
 /// Everything that plays a part.
-struct Stage {
-    client: Host,
+struct Demo {
+    stage: Stage,
     balancer: Balancer,
-    web: Vec<(Host, NginxServer)>,
 }
 
-impl Stage {
-    fn set(lab: &Lab, config: &Path) -> Result<Self> {
-        println!(
-            "== a client, a balancer and {} nginx backends, each in a network namespace",
-            BACKENDS.len()
-        );
-        let client = lab.host("client", &["10.111.0.2/24", "fd00:111::2/64"])?;
-        client.set_mtu("eth0", 1500)?;
-        let host = lab.host("balancer", &["10.111.0.3/24", "fd00:111::3/64"])?;
-        client.route("203.0.113.10/32 via 10.111.0.3")?;
-        client.route("2001:db8:113::10/128 via fd00:111::3")?;
-        let mut web = Vec::new();
-        for (name, number) in BACKENDS.iter().zip(11..) {
-            let addresses = [format!("10.111.0.{number}/24"), format!("fd00:111::{number}/64")];
-            let backend = lab.host(name, &[&addresses[0], &addresses[1]])?;
-            lab::backend_dsr(&backend, &VIPS)?;
-            decap(&backend, &VIPS, &TUNNEL_SOURCES)?;
-            let nginx = lab::nginx(&backend, name, Nginx::default())?;
-            web.push((backend, nginx));
-        }
+impl Demo {
+    fn begin(lab: Lab, config: &Path) -> Result<Self> {
+        println!("== a client, a balancer and {BACKENDS} nginx backends, each in a network namespace");
+        let stage = Stage::set_in(lab, BACKENDS)?;
         let yaml = std::fs::read_to_string(config).with_context(|| config.display().to_string())?;
         println!("== xlb run -c {}", config.display());
-        let balancer = Balancer::start(&host, &lab.dir().join("xlb"), &yaml)?;
-        balancer.wait_for_backends(BACKENDS.len(), Duration::from_secs(15))?;
+        let balancer = Balancer::start(&stage.balancer, &stage.lab.dir().join("xlb"), &yaml)?;
+        balancer.wait_for_backends(BACKENDS, Duration::from_secs(15))?;
         for interface in balancer.status()?.interfaces {
             println!(
                 "   {} carries the program in {} mode; all backends are up",
                 interface.name, interface.mode
             );
         }
-        Ok(Self { client, balancer, web })
+        Ok(Self { stage, balancer })
     }
 
     /// Real requests over both families; each backend's share.
     fn balance(&self) -> Result<()> {
         for url in URLS {
             let begin = Instant::now();
-            let requests = lab::http_load(&self.client, url, 1500, 4)?;
+            let requests = lab::http_load(&self.stage.client, url, 1500, 4)?;
             let failed = lab::failures(&requests);
             println!(
                 "\n== {} requests to {url} in {:.1} s, one connection each; {} failed",
@@ -115,39 +96,39 @@ impl Stage {
                 println!("   {backend}  {count:5}  {:4.1} %", *count as f32 * 100.0 / requests.len() as f32);
             }
             ensure!(failed.is_empty(), "first failure: {:?}", failed[0].result);
-            ensure!(shares.len() == BACKENDS.len(), "not every backend got requests");
+            ensure!(shares.len() == BACKENDS, "not every backend got requests");
         }
         Ok(())
     }
 
     /// Kills one backend under load, measures how long requests fail, heals it.
-    fn kill_and_heal(&self) -> Result<()> {
-        let name = BACKENDS[KILLED];
+    fn kill_and_heal(&mut self) -> Result<()> {
+        let name = &stage::name(KILLED);
         let before = self.places()?;
-        let load = HttpLoad::new(URLS[0], 100_000)
+        let load = HttpLoad::new(URL4, 100_000)
             .parallel(4)
             .rate(100)
             .timeouts(Duration::from_millis(500), Duration::from_secs(2))
-            .start(&self.client)?;
+            .start(&self.stage.client)?;
         std::thread::sleep(Duration::from_millis(500));
         println!("\n== nginx on {name} is killed, under 400 requests a second");
         let killed = Instant::now();
-        self.web[KILLED].1.process.kill();
+        self.stage.backends[KILLED].nginx.process.kill();
         std::thread::sleep(Duration::from_secs(3));
-        let moved = moved(&before, &self.places()?);
+        let moved = moved(&before, &self.places()?, name);
         let requests = load.stop()?;
         report_outage(&requests, killed)?;
         println!("   of {} flows that {name} did not hold, {} moved", moved.others, moved.others_moved);
         ensure!(moved.others_moved == 0, "flows of living backends moved");
 
         let healed = Instant::now();
-        lab::nginx(&self.web[KILLED].0, name, Nginx::default())?;
-        self.balancer.wait_for_backends(BACKENDS.len(), Duration::from_secs(10))?;
+        self.stage.backends[KILLED].heal()?;
+        self.balancer.wait_for_backends(BACKENDS, Duration::from_secs(10))?;
         println!("\n== nginx on {name} is started again; up after {:.1} s", healed.elapsed().as_secs_f32());
-        let requests = lab::http_load(&self.client, URLS[0], 500, 4)?;
+        let requests = lab::http_load(&self.stage.client, URL4, 500, 4)?;
         let failed = lab::failures(&requests);
         ensure!(failed.is_empty(), "a request failed after {name} was healed: {:?}", failed[0].result);
-        ensure!(lab::backends(&requests).contains_key(name), "{name} gets no requests");
+        ensure!(lab::backends(&requests).contains_key(name.as_str()), "{name} gets no requests");
         println!("   500 requests, none failed, {name} takes part again");
         Ok(())
     }
@@ -155,7 +136,7 @@ impl Stage {
     /// Where the packet path sends some flows just now.
     fn places(&self) -> Result<BTreeMap<u16, String>> {
         let place = |port: u16| {
-            let backend = self.balancer.lookup(&format!("10.111.0.2:{port}"), "203.0.113.10:80")?;
+            let backend = self.balancer.lookup(&format!("10.111.0.2:{port}"), &format!("{VIP4}:80"))?;
             Ok((port, backend))
         };
         (40000..40060).map(place).collect()
@@ -167,7 +148,7 @@ impl Stage {
         let xlb = xlb.display();
         let on_balancer = self.balancer.host.enter_command();
         println!("== the lab keeps running. Try:");
-        println!("   {} curl {}", self.client.enter_command(), URLS[0]);
+        println!("   {} curl {}", self.stage.client.enter_command(), URL4);
         println!("   {on_balancer} {xlb} status --run-dir {run_dir}");
         println!("   {on_balancer} {xlb} lookup 10.111.0.2:40000 203.0.113.10:80 --run-dir {run_dir}");
         println!(
@@ -187,8 +168,8 @@ struct Moved {
     others_moved: usize,
 }
 
-fn moved(before: &BTreeMap<u16, String>, after: &BTreeMap<u16, String>) -> Moved {
-    let others: Vec<_> = before.iter().filter(|(_, backend)| *backend != BACKENDS[KILLED]).collect();
+fn moved(before: &BTreeMap<u16, String>, after: &BTreeMap<u16, String>, killed: &str) -> Moved {
+    let others: Vec<_> = before.iter().filter(|(_, backend)| *backend != killed).collect();
     let others_moved = others.iter().filter(|(port, backend)| after.get(*port) != Some(*backend)).count();
     Moved { others: others.len(), others_moved }
 }

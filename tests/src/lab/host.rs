@@ -153,6 +153,18 @@ impl Host {
         command
     }
 
+    /// A command at the other end of the host's links: in the switch's namespace, where `eth0` of this host is plugged
+    /// into the port `<name>-0`.
+    pub fn exec_at_switch<I>(&self, args: I) -> Command
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let mut command = command_in(&self.shared.namespace(SWITCH));
+        command.args(args);
+        command
+    }
+
     /// Runs a program to its end (within a minute) and returns its stdout; a failure is an error with its stderr.
     pub fn run<I>(&self, args: I) -> Result<String>
     where

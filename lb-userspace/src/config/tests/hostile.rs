@@ -139,8 +139,8 @@ fn a_few_lines_that_name_many_triples_are_counted_and_not_compared() {
     let services: String = (0..10).map(service).collect();
     let text = format!("interfaces: [eth0]\npools: {{a: {{forward: ipip}}}}\nservices:\n{services}");
     let problems = at_once("triples", &text).0;
-    let expected = "xlb.yaml:1:1 limits.vips: 4096 is the limit, but the file has 200000 \
-                    (VIP, port, protocol) triples; set limits.vips: 200000 or more";
+    let expected = "xlb.yaml:1:1 limits.vips: 2048 is the limit, but the file has 200000 \
+                    (VIP, port, protocol) triples; more than 32768 are not possible";
     assert_eq!(problems[0].to_string(), expected);
     let expected = "xlb.yaml:5:10 services[1].vip[0]: 10.0.0.1:1 tcp (and 19999 more) already belongs to \
                     s0 at line 4 (services[0].vip[0]); remove it from one of the two services";

@@ -1,0 +1,1010 @@
+//! What holds for every sequence of configurations, health and next hops: the plan leads to what is
+//! desired, a second one is empty, and no packet is lost or misled midway.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use lb_common::abi::{
+    ABI_VERSION, BACKEND_NOBODY, BACKEND_PASS, Backend as BackendRow, Egress, MOST_BACKENDS, Meta, Path,
+    PortKey, SLOTS_PER_ROW, TableWord,
+};
+use lb_common::forward::forward;
+use lb_common::outcome::{Action, Outcome};
+use lb_common::packet::Buffer;
+use lb_common::slots::Slot;
+use lb_common::wire::Ports;
+use proptest::prelude::*;
+
+use super::desired::{Desired, Target, World, backend_identity, desired, features};
+use super::image::{Image, Traced};
+use super::op::MapOp;
+use super::plan::{PlanError, plan, present_vips};
+use crate::capacity::Capacity;
+use crate::config::model::{
+    Backend, Check, CheckKind, Config, Forward, Limits, OnEmpty, OuterSource, Pool, Protocol, Scheduler,
+    Service,
+};
+use crate::nexthop::NextHop;
+
+const LIMITS: Limits = Limits { vips: 64, backends: 512, slots: 48 << 12 };
+const INGRESS: u32 = 1;
+
+// ---- States of the world -------------------------------------------------------------------------
+
+/// A configuration with what is alive, small enough to be changed at random.
+#[derive(Debug, Clone, PartialEq)]
+struct State {
+    pools: BTreeMap<u8, PoolState>,
+    services: BTreeMap<u8, ServiceState>,
+    /// Next hop of a backend's address: interface, MTU, last byte of the MAC; `None` is unresolved.
+    hops: BTreeMap<u16, Option<(u32, u16, u8)>>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct PoolState {
+    /// A rename makes it another pool.
+    name: u8,
+    forward: Forward,
+    on_empty: OnEmpty,
+    /// Host part of the address -> weight, up.
+    backends: BTreeMap<u16, (u8, bool)>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct ServiceState {
+    pool: u8,
+    vips: BTreeSet<u8>,
+    ports: BTreeSet<u16>,
+    protocols: Vec<Protocol>,
+}
+
+impl State {
+    fn empty() -> Self {
+        Self { pools: BTreeMap::new(), services: BTreeMap::new(), hops: BTreeMap::new() }
+    }
+
+    fn hop(&self, host: u16) -> Option<(u32, u16, u8)> {
+        self.hops.get(&host).copied().unwrap_or(Some((INGRESS, 1500, 1)))
+    }
+
+    fn config(&self) -> Config {
+        let order: Vec<u8> = self.pools.keys().copied().collect();
+        let services = self.services.iter().filter(|(_, service)| self.pools.contains_key(&service.pool));
+        Config {
+            interfaces: Vec::new(),
+            seed: 7,
+            outer_source: OuterSource::default(),
+            vip_arp: false,
+            trace: false,
+            limits: LIMITS,
+            pools: self.pools.values().map(PoolState::model).collect(),
+            services: services
+                .map(|(name, service)| Service {
+                    name: format!("service-{name}"),
+                    vips: service.vips.iter().map(|&vip| vip_address(vip)).collect(),
+                    // Ports are the service's own: no triple appears twice.
+                    ports: service.ports.iter().map(|port| u16::from(*name) * 100 + port).collect(),
+                    protocols: service.protocols.clone(),
+                    pool: order.iter().position(|pool| *pool == service.pool).expect("filtered above"),
+                    scheduler: Scheduler::Maglev,
+                })
+                .collect(),
+        }
+    }
+
+    fn world(&self) -> World {
+        let mut world = World::default();
+        for (index, pool) in self.pools.values().enumerate() {
+            for (backend, (&host, &(_, up))) in pool.backends.iter().enumerate() {
+                let hop = self.hop(host);
+                // What the agent says of a backend without a next hop.
+                world.up.insert((index, backend), up && hop.is_some());
+                if let Some(hop) = hop {
+                    world.next_hops.insert(backend_address(host), next_hop(hop));
+                }
+            }
+        }
+        world
+    }
+
+    fn desired(&self) -> Desired {
+        desired(&self.config(), &self.world())
+    }
+}
+
+impl PoolState {
+    fn model(&self) -> Pool {
+        let backend = |(&host, &(weight, _)): (&u16, &(u8, bool))| Backend {
+            name: host.to_string(),
+            address: backend_address(host),
+            weight,
+        };
+        Pool {
+            name: format!("pool-{}", self.name),
+            forward: self.forward,
+            check: Check {
+                kind: CheckKind::None,
+                port: 0,
+                interval: Duration::from_secs(1),
+                timeout: Duration::from_secs(1),
+                rise: 1,
+                fall: 1,
+            },
+            on_empty: self.on_empty,
+            backends: self.backends.iter().map(backend).collect(),
+        }
+    }
+}
+
+/// Even hosts are IPv4, odd ones IPv6.
+fn backend_address(host: u16) -> IpAddr {
+    if host.is_multiple_of(2) {
+        Ipv4Addr::from(0x0a00_0000 + u32::from(host)).into()
+    } else {
+        Ipv6Addr::from((0x2001_0db8_u128 << 96) + u128::from(host)).into()
+    }
+}
+
+fn vip_address(vip: u8) -> IpAddr {
+    if vip.is_multiple_of(2) {
+        Ipv4Addr::new(203, 0, 113, vip).into()
+    } else {
+        Ipv6Addr::from((0x2001_0db8_0113_u128 << 80) + u128::from(vip)).into()
+    }
+}
+
+fn next_hop((ifindex, mtu, last): (u32, u16, u8)) -> NextHop {
+    NextHop {
+        ifindex,
+        interface: format!("if{ifindex}"),
+        source_mac: [2, 0, 0, 0, 0, ifindex as u8],
+        mac: [2, 0xbe, 0, 0, 0, last],
+        mtu,
+        preferred_source: Some(Ipv4Addr::new(10, 0, 255, 1).into()),
+        gateway: None,
+    }
+}
+
+// ---- Packets -------------------------------------------------------------------------------------
+
+type VipKey = (IpAddr, u32);
+
+/// A SYN or a datagram to a VIP.
+fn packet(vip: IpAddr, key: PortKey, flow: u16) -> Vec<u8> {
+    let ports = Ports::new(1024 + flow, key.port()).both.to_ne_bytes();
+    let mut frame = vec![0; 12];
+    match vip {
+        IpAddr::V4(vip) => {
+            frame.extend([
+                0x08,
+                0x00,
+                0x45,
+                0,
+                0,
+                40,
+                0,
+                0,
+                0,
+                0,
+                64,
+                key.protocol(),
+                0,
+                0,
+                192,
+                0,
+                2,
+                flow as u8,
+            ]);
+            frame.extend(vip.octets());
+        }
+        IpAddr::V6(vip) => {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, key.protocol(), 64]);
+            frame.extend([0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, flow as u8]);
+            frame.extend(vip.octets());
+        }
+    }
+    frame.extend(ports);
+    frame.extend([0; 16]);
+    frame
+}
+
+/// Where a packet ended: the outcome, and the row of the backend that took it.
+fn send(image: &Image, vip: &VipKey, flow: u16) -> (Outcome, Option<BackendRow>) {
+    let mut bytes = vec![0; 64];
+    bytes.extend(packet(vip.0, PortKey(vip.1), flow));
+    let tables = Traced::new(image);
+    let decision = forward(&mut Buffer::new(&mut bytes, 64, INGRESS), &tables);
+    let took = decision.backend as usize;
+    (decision.outcome, (took != 0).then(|| image.backends[took]))
+}
+
+/// Where packets to each VIP may end in a state.
+fn ends(desired: &Desired) -> BTreeMap<VipKey, BTreeSet<Target>> {
+    let services = desired.vips.iter().filter_map(|(vip, entry)| Some((*vip, entry.table?)));
+    services.map(|(vip, table)| (vip, desired.tables[&table].slots.iter().copied().collect())).collect()
+}
+
+/// Whether a packet may end so where these are the targets.
+fn is_right(
+    desired: &Desired,
+    targets: &BTreeSet<Target>,
+    outcome: Outcome,
+    took: Option<BackendRow>,
+) -> bool {
+    match outcome {
+        Outcome::ForwardTransmit | Outcome::ForwardRedirect => {
+            took.is_some_and(|row| targets.contains(&Target::Backend(row.identity)))
+        }
+        Outcome::DropNoBackend => targets.contains(&Target::Nobody),
+        Outcome::PassNoBackend => targets.contains(&Target::Pass),
+        // `on_empty: all` may name a backend that has no next hop.
+        Outcome::DropUnresolved => targets.iter().any(|target| match target {
+            Target::Backend(identity) => desired.backends[identity].next_hop.is_none(),
+            Target::Nobody | Target::Pass => false,
+        }),
+        _ => false,
+    }
+}
+
+/// Whether a forwarded packet went where the backend's next hop is, or was.
+fn knows_next_hop(desired: &Desired, identity: u64, path: Path, egress: &Egress) -> bool {
+    desired.backends.get(&identity).is_some_and(|backend| {
+        backend.next_hop.as_ref().is_some_and(|(mac, way)| *mac == path.mac() && way == egress)
+    })
+}
+
+// ---- Applying ------------------------------------------------------------------------------------
+
+fn capacity() -> Capacity {
+    Capacity::new(&LIMITS)
+}
+
+fn fresh() -> Image {
+    let all = lb_common::abi::Features::ALL
+        .iter()
+        .fold(Default::default(), |all: lb_common::abi::Features, f| all.with(f.0));
+    let meta = Meta { abi_version: ABI_VERSION, seed: 7, features: all.bits(), ..Meta::default() };
+    Image::empty(&capacity(), meta)
+}
+
+/// What the image says, in the words of `Desired`: ids and places are left out.
+fn read_back(image: &Image) -> Desired {
+    let mut read = Desired::default();
+    for row in
+        image.backends[1..usize::from(BACKEND_PASS)].iter().filter(|row| **row != BackendRow::default())
+    {
+        let path = Path::from_bits(row.path);
+        let egress = image.egress[usize::from(path.egress())];
+        let next_hop = (path != Path::default()).then(|| (path.mac(), egress));
+        let desired = super::desired::DesiredBackend { row: BackendRow { path: 0, ..*row }, next_hop };
+        assert!(read.backends.insert(row.identity, desired).is_none(), "two rows of one backend");
+    }
+    for (word, state) in image.tables.iter().zip(&image.table_states).filter(|(_, state)| state.identity != 0)
+    {
+        let word = TableWord::from_bits(*word);
+        let slots = (0..word.length()).map(|index| {
+            let slot = image.slot(word.first_row() * SLOTS_PER_ROW + index);
+            assert!(slot.is_clean());
+            match slot.cur() {
+                BACKEND_NOBODY => Target::Nobody,
+                BACKEND_PASS => Target::Pass,
+                id => Target::Backend(image.backends[usize::from(id)].identity),
+            }
+        });
+        let table = super::desired::DesiredTable { log2_length: word.log2_length(), slots: slots.collect() };
+        assert!(read.tables.insert(state.identity, table).is_none(), "two tables of one identity");
+    }
+    for (key, target) in present_vips(image) {
+        let marker = PortKey(key.1) == PortKey::ADDRESS;
+        let table = (!marker).then(|| image.table_states[usize::from(target.table)].identity);
+        read.vips.insert(key, super::desired::DesiredVip { table });
+    }
+    read
+}
+
+fn ids(image: &Image) -> HashMap<u64, u16> {
+    let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
+    rows.map(|(id, row)| (row.identity, id as u16)).collect()
+}
+
+/// Slots that tables take, by table.
+fn regions(image: &Image) -> Vec<std::ops::Range<u32>> {
+    let words = image
+        .tables
+        .iter()
+        .map(|&bits| TableWord::from_bits(bits))
+        .filter(|word| *word != TableWord::default());
+    words
+        .map(|word| word.first_row() * SLOTS_PER_ROW..word.first_row() * SLOTS_PER_ROW + word.length())
+        .collect()
+}
+
+/// What program runs that began before the last grace may still read: rows that were reachable at
+/// some moment since. Writing any of them but by a single store misleads such a run.
+#[derive(Default)]
+struct Readable {
+    slots: Vec<std::ops::Range<u32>>,
+    backends: HashSet<u16>,
+    egress: HashSet<u16>,
+    buckets4: HashSet<u32>,
+    buckets6: HashSet<u32>,
+}
+
+impl Readable {
+    /// What a packet that comes in now can reach.
+    fn of(image: &Image) -> Self {
+        let mut readable = Self::default();
+        readable.note(image);
+        readable
+    }
+
+    fn note_slots(&mut self, words: &[u32], image: &Image) {
+        self.backends.extend(words.iter().map(|&word| Slot::from_bits(word).cur()));
+        self.note_ways_out(image);
+    }
+
+    fn note_ways_out(&mut self, image: &Image) {
+        for &id in &self.backends {
+            let egress = Path::from_bits(image.backends[usize::from(id)].path).egress();
+            if egress != 0 {
+                self.egress.insert(egress);
+            }
+        }
+    }
+
+    /// Adds what a packet that comes in now can reach.
+    fn note(&mut self, image: &Image) {
+        let tables: BTreeSet<u16> = present_vips(image)
+            .iter()
+            .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
+            .map(|(_, t)| t.table)
+            .collect();
+        for table in tables {
+            let word = TableWord::from_bits(image.tables[usize::from(table)]);
+            let first = word.first_row() * SLOTS_PER_ROW;
+            let region = first..first + word.length();
+            let mut last = BACKEND_NOBODY;
+            for index in region.clone() {
+                let id = image.slot(index).cur();
+                if id != last {
+                    last = id;
+                    self.backends.insert(id);
+                }
+            }
+            if !self.slots.contains(&region) {
+                self.slots.push(region);
+            }
+        }
+        self.note_ways_out(image);
+        let rows =
+            |word: lb_common::abi::VipWord| word.first_row()..word.first_row() + (1 << word.log2_buckets());
+        self.buckets4.extend(rows(image.vip_word4()));
+        self.buckets6.extend(rows(image.vip_word6()));
+    }
+
+    /// Why a run that is under way would be misled by the operation.
+    fn objection(&self, image: &Image, op: &MapOp) -> Option<String> {
+        match op {
+            MapOp::WriteEgress { row, .. } => {
+                self.egress.contains(row).then(|| format!("egress row {row} is in use"))
+            }
+            MapOp::WriteBackend { id, .. } => {
+                self.backends.contains(id).then(|| format!("backend row {id} is in use"))
+            }
+            MapOp::WriteSlots { first, words } => {
+                let written = *first..*first + words.len() as u32;
+                // In a live table each slot changes by one store; a place that was left may not change.
+                let live = regions(image);
+                let stale = self.slots.iter().filter(|region| !live.contains(region));
+                let hit = stale
+                    .into_iter()
+                    .find(|region| region.start < written.end && written.start < region.end)?;
+                Some(format!("slots {written:?} were those of a table ({hit:?}) a moment ago"))
+            }
+            MapOp::WriteVips4 { row, buckets } => {
+                let hit = (*row..*row + buckets.len() as u32).find(|row| self.buckets4.contains(row));
+                hit.map(|row| format!("IPv4 bucket {row} is in use"))
+            }
+            MapOp::WriteVips6 { row, buckets } => {
+                let hit = (*row..*row + buckets.len() as u32).find(|row| self.buckets6.contains(row));
+                hit.map(|row| format!("IPv6 bucket {row} is in use"))
+            }
+            MapOp::SetPath { .. }
+            | MapOp::ResetBackendTraffic { .. }
+            | MapOp::ResetVipTraffic { .. }
+            | MapOp::WriteTableState { .. }
+            | MapOp::SetTableWord { .. }
+            | MapOp::SetVipWord4 { .. }
+            | MapOp::SetVipWord6 { .. }
+            | MapOp::Grace => None,
+        }
+    }
+}
+
+/// Balancer tables under a sequence of states.
+struct Run {
+    image: Image,
+    state: Desired,
+    readable: Readable,
+}
+
+impl Run {
+    fn new() -> Self {
+        let image = fresh();
+        let readable = Readable::of(&image);
+        Self { image, state: Desired::default(), readable }
+    }
+
+    /// Goes to the next state, looking at packets after every operation.
+    fn step(&mut self, next: Desired, flows: &[u16]) -> Result<(), TestCaseError> {
+        let old = std::mem::take(&mut self.state);
+        let ops = match plan(&self.image, &next, &capacity()) {
+            Ok(ops) => ops,
+            Err(error) => return Err(TestCaseError::fail(format!("refused: {error}"))),
+        };
+        let (before, after) = (ends(&old), ends(&next));
+        let ids_before = ids(&self.image);
+        let stays: Vec<&VipKey> = before.keys().filter(|vip| after.contains_key(vip)).collect();
+        let vip_flows: Vec<(&VipKey, u16)> =
+            stays.iter().flat_map(|&vip| flows.iter().map(move |&flow| (vip, flow))).collect();
+        for (number, op) in ops.iter().enumerate() {
+            let objection = self.readable.objection(&self.image, op);
+            prop_assert!(
+                objection.is_none(),
+                "op {} of {}, {}: {}",
+                number,
+                ops.len(),
+                brief(op),
+                objection.unwrap()
+            );
+            self.image.apply(op);
+            match op {
+                MapOp::Grace => self.readable = Readable::of(&self.image),
+                // Of a live table or of none: `note` sees the latter when a word makes it live.
+                MapOp::WriteSlots { words, .. } => self.readable.note_slots(words, &self.image),
+                _ => self.readable.note(&self.image),
+            }
+            for (vip, flow) in &vip_flows {
+                let (outcome, took) = send(&self.image, vip, *flow);
+                // A VIP that changes its pool meets, for a moment, the new members of the old one.
+                let right = is_right(&old, &before[vip], outcome, took)
+                    || is_right(&next, &after[vip], outcome, took)
+                    || took.is_some_and(|row| {
+                        next.backends.contains_key(&row.identity) && moved(&old, &next, vip)
+                    });
+                prop_assert!(
+                    right,
+                    "after op {} of {}, {}: {:?} ends as {:?}",
+                    number,
+                    ops.len(),
+                    brief(op),
+                    vip,
+                    outcome
+                );
+                if let Some(row) = took {
+                    let path = Path::from_bits(row.path);
+                    let egress = &self.image.egress[usize::from(path.egress())];
+                    let known = [&old, &next]
+                        .into_iter()
+                        .any(|state| knows_next_hop(state, row.identity, path, egress));
+                    prop_assert!(
+                        known,
+                        "after op {} of {}, {}: a way that nobody told",
+                        number,
+                        ops.len(),
+                        brief(op)
+                    );
+                }
+            }
+            for vip in before.keys().filter(|vip| !after.contains_key(vip)) {
+                let (outcome, took) = send(&self.image, vip, flows[0]);
+                let gone = matches!(outcome, Outcome::PassNotVip | Outcome::DropVipPort);
+                prop_assert!(
+                    gone || is_right(&old, &before[vip], outcome, took) || took.is_some(),
+                    "{:?}: {:?}",
+                    vip,
+                    outcome
+                );
+            }
+        }
+        prop_assert_eq!(&read_back(&self.image), &next);
+        prop_assert_eq!(plan(&self.image, &next, &capacity()).map(|ops| ops.len()), Ok(0), "planned twice");
+        self.ids_stay(&ids_before, &next, &ops)?;
+        self.nothing_overlaps()?;
+        self.state = next;
+        Ok(())
+    }
+
+    fn ids_stay(
+        &self,
+        before: &HashMap<u64, u16>,
+        next: &Desired,
+        ops: &[MapOp],
+    ) -> Result<(), TestCaseError> {
+        let now = ids(&self.image);
+        for (identity, id) in before {
+            if next.backends.contains_key(identity) {
+                prop_assert_eq!(now.get(identity), Some(id), "the id of an unchanged backend");
+            }
+        }
+        let freed: HashSet<u16> = before
+            .iter()
+            .filter(|(identity, _)| !next.backends.contains_key(identity))
+            .map(|(_, id)| *id)
+            .collect();
+        for op in ops {
+            if let MapOp::WriteBackend { id, backend } = op {
+                prop_assert!(
+                    *backend == BackendRow::default() || !freed.contains(id),
+                    "id {} is given away while it rests",
+                    id
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn nothing_overlaps(&self) -> Result<(), TestCaseError> {
+        let mut regions = regions(&self.image);
+        regions.sort_by_key(|region| region.start);
+        for pair in regions.windows(2) {
+            prop_assert!(pair[0].end <= pair[1].start, "{:?} overlap", pair);
+        }
+        for region in regions {
+            for index in region.step_by(97) {
+                let id = self.image.slot(index).cur();
+                let row = &self.image.backends[usize::from(id)];
+                prop_assert!(
+                    id == BACKEND_NOBODY || id == BACKEND_PASS || row.identity != 0,
+                    "slot {} names a free id",
+                    index
+                );
+            }
+        }
+        let mut counters = HashSet::new();
+        for (key, target) in present_vips(&self.image) {
+            let marker = PortKey(key.1) == PortKey::ADDRESS;
+            prop_assert!(marker || counters.insert(target.vip), "two VIPs share counters");
+        }
+        Ok(())
+    }
+}
+
+/// Whether the VIP leads to another table than before.
+fn moved(old: &Desired, next: &Desired, vip: &VipKey) -> bool {
+    old.vips[vip] != next.vips[vip]
+}
+
+fn brief(op: &MapOp) -> String {
+    let text = format!("{op:?}");
+    text.chars().take(120).collect()
+}
+
+// ---- Random changes ------------------------------------------------------------------------------
+
+#[derive(Debug, Clone)]
+enum Change {
+    AddPool(u8, u8, bool, u8),
+    RemovePool(u8),
+    RenamePool(u8, u8),
+    OnEmpty(u8, u8),
+    AddBackends(u8, u16, u8),
+    RemoveBackends(u8, u8),
+    Weight(u8, u8, u8),
+    Flip(u8, u8),
+    FlipAll(u8, bool),
+    Hop(u16, Option<(u32, u16, u8)>),
+    /// Every hop of an interface becomes another, as when a gateway or an MTU changes.
+    AllHops(Option<(u32, u16, u8)>),
+    AddService(u8, u8, BTreeSet<u8>, BTreeSet<u16>, bool),
+    RemoveService(u8),
+    /// The service goes to another pool.
+    MoveService(u8, u8),
+    /// To 41 backends, over a length class, or back to 40.
+    Class(u8, bool),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let hop = || prop::option::weighted(0.8, (1u32..4, prop::sample::select(vec![1280u16, 1500]), 1u8..4));
+    let small = 0u8..5;
+    let weight = prop::sample::select(vec![0u8, 1, 50, 100]);
+    let vips = prop::collection::btree_set(0u8..6, 1..3);
+    let ports = prop::collection::btree_set(1u16..5, 1..3);
+    prop_oneof![
+        2 => (small.clone(), 1u8..6, any::<bool>(), 0u8..3)
+            .prop_map(|(p, n, l2, e)| Change::AddPool(p, n, l2, e)),
+        1 => small.clone().prop_map(Change::RemovePool),
+        1 => (small.clone(), 0u8..10).prop_map(|(p, n)| Change::RenamePool(p, n)),
+        1 => (small.clone(), 0u8..3).prop_map(|(p, e)| Change::OnEmpty(p, e)),
+        3 => (small.clone(), 0u16..300, 1u8..4).prop_map(|(p, h, n)| Change::AddBackends(p, h, n)),
+        2 => (small.clone(), 1u8..4).prop_map(|(p, n)| Change::RemoveBackends(p, n)),
+        2 => (small.clone(), 0u8..8, weight).prop_map(|(p, b, w)| Change::Weight(p, b, w)),
+        4 => (small.clone(), 0u8..8).prop_map(|(p, b)| Change::Flip(p, b)),
+        1 => (small.clone(), any::<bool>()).prop_map(|(p, up)| Change::FlipAll(p, up)),
+        3 => (0u16..300, hop()).prop_map(|(host, hop)| Change::Hop(host, hop)),
+        1 => hop().prop_map(Change::AllHops),
+        3 => (small.clone(), small.clone(), vips, ports, any::<bool>())
+            .prop_map(|(s, p, v, ports, both)| Change::AddService(s, p, v, ports, both)),
+        1 => small.clone().prop_map(Change::RemoveService),
+        2 => (small.clone(), small.clone()).prop_map(|(s, p)| Change::MoveService(s, p)),
+        1 => (small, any::<bool>()).prop_map(|(p, grow)| Change::Class(p, grow)),
+    ]
+}
+
+fn on_empty(number: u8) -> OnEmpty {
+    [OnEmpty::Drop, OnEmpty::Pass, OnEmpty::All][usize::from(number % 3)]
+}
+
+fn apply(state: &mut State, change: &Change) {
+    match change {
+        Change::AddPool(pool, backends, l2, empty) => {
+            state.pools.entry(*pool).or_insert_with(|| PoolState {
+                name: *pool,
+                forward: if *l2 { Forward::L2 } else { Forward::Ipip },
+                on_empty: on_empty(*empty),
+                backends: (0..u16::from(*backends))
+                    .map(|host| (u16::from(*pool) * 50 + host, (100, true)))
+                    .collect(),
+            });
+        }
+        Change::RemovePool(pool) => {
+            state.pools.remove(pool);
+            state.services.retain(|_, service| service.pool != *pool);
+        }
+        Change::RenamePool(pool, name) => {
+            let taken = state.pools.values().any(|pool| pool.name == *name);
+            if let (Some(pool), false) = (state.pools.get_mut(pool), taken) {
+                pool.name = *name;
+            }
+        }
+        Change::OnEmpty(pool, empty) => {
+            if let Some(pool) = state.pools.get_mut(pool) {
+                pool.on_empty = on_empty(*empty);
+            }
+        }
+        Change::AddBackends(pool, first, count) => {
+            if let Some(pool) = state.pools.get_mut(pool) {
+                (0..u16::from(*count))
+                    .for_each(|i| _ = pool.backends.entry(first + i).or_insert((100, true)));
+            }
+        }
+        Change::RemoveBackends(pool, count) => {
+            if let Some(pool) = state.pools.get_mut(pool) {
+                (0..*count).for_each(|_| _ = pool.backends.pop_first());
+            }
+        }
+        Change::Weight(pool, backend, weight) => {
+            if let Some(backend) = nth(state, *pool, *backend) {
+                backend.0 = *weight;
+            }
+        }
+        Change::Flip(pool, backend) => {
+            if let Some(backend) = nth(state, *pool, *backend) {
+                backend.1 = !backend.1;
+            }
+        }
+        Change::FlipAll(pool, up) => {
+            if let Some(pool) = state.pools.get_mut(pool) {
+                pool.backends.values_mut().for_each(|backend| backend.1 = *up);
+            }
+        }
+        Change::Hop(host, hop) => _ = state.hops.insert(*host, *hop),
+        Change::AllHops(hop) => {
+            let hosts: Vec<u16> =
+                state.pools.values().flat_map(|pool| pool.backends.keys().copied()).collect();
+            state.hops.extend(hosts.into_iter().map(|host| (host, *hop)));
+        }
+        Change::AddService(service, pool, vips, ports, both) => {
+            let protocols = if *both { vec![Protocol::Tcp, Protocol::Udp] } else { vec![Protocol::Tcp] };
+            if state.pools.contains_key(pool) {
+                let new = ServiceState { pool: *pool, vips: vips.clone(), ports: ports.clone(), protocols };
+                state.services.insert(*service, new);
+            }
+        }
+        Change::RemoveService(service) => _ = state.services.remove(service),
+        Change::MoveService(service, pool) => {
+            if let (Some(service), true) = (state.services.get_mut(service), state.pools.contains_key(pool)) {
+                service.pool = *pool;
+            }
+        }
+        Change::Class(pool, grow) => {
+            if let Some(pool) = state.pools.get_mut(pool) {
+                let want = if *grow { 41 } else { 40 };
+                let mut host = 1000;
+                while pool.backends.len() < want {
+                    pool.backends.insert(host, (100, true));
+                    host += 1;
+                }
+                while pool.backends.len() > want {
+                    pool.backends.pop_last();
+                }
+            }
+        }
+    }
+}
+
+fn nth(state: &mut State, pool: u8, backend: u8) -> Option<&mut (u8, bool)> {
+    let pool = state.pools.get_mut(&pool)?;
+    let count = pool.backends.len();
+    pool.backends.values_mut().nth(usize::from(backend) % count.max(1))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 32,
+        failure_persistence: None,
+        max_shrink_iters: 500,
+        ..ProptestConfig::default()
+    })]
+
+    /// Several changes may come at once, as they do in a configuration that is read again.
+    #[test]
+    fn every_operation_of_every_plan_leaves_packets_with_a_backend_of_the_old_or_the_new_state(
+        steps in prop::collection::vec(prop::collection::vec(change(), 1..6), 1..14),
+        flows in prop::collection::vec(0u16..50_000, 3),
+    ) {
+        let mut run = Run::new();
+        let mut state = State::empty();
+        // Something to begin with.
+        apply(&mut state, &Change::AddPool(0, 4, false, 0));
+        apply(&mut state, &Change::AddService(0, 0, BTreeSet::from([0, 1]), BTreeSet::from([1, 2]), true));
+        run.step(state.desired(), &flows)?;
+        for changes in &steps {
+            changes.iter().for_each(|change| apply(&mut state, change));
+            run.step(state.desired(), &flows)?;
+        }
+        run.step(Desired::default(), &flows)?;
+        prop_assert_eq!(run.image.backends, fresh().backends, "nothing is left of the backends");
+        prop_assert_eq!(run.image.egress, fresh().egress, "nothing is left of the ways out");
+        prop_assert_eq!((run.image.tables, run.image.vip_words), (fresh().tables, fresh().vip_words));
+    }
+
+    /// A write that fails, or an agent that dies, may stop a plan anywhere.
+    #[test]
+    fn a_plan_that_breaks_off_anywhere_is_completed_by_the_next(
+        steps in prop::collection::vec(
+            (prop::collection::vec(change(), 1..6), any::<prop::sample::Index>()),
+            1..8,
+        ),
+    ) {
+        let mut image = fresh();
+        let mut state = State::empty();
+        for (changes, stop) in &steps {
+            changes.iter().for_each(|change| apply(&mut state, change));
+            let next = state.desired();
+            let Ok(ops) = plan(&image, &next, &capacity()) else { continue };
+            ops[..stop.index(ops.len() + 1)].iter().for_each(|op| image.apply(op));
+            // Another state comes before the first was reached, or the same is planned again.
+            if stop.index(2) == 0 {
+                let again = plan(&image, &next, &capacity());
+                prop_assert!(again.is_ok(), "{:?}", again);
+                again.unwrap().iter().for_each(|op| image.apply(op));
+                prop_assert_eq!(&read_back(&image), &next);
+            }
+        }
+    }
+}
+
+// ---- Single promises -----------------------------------------------------------------------------
+
+/// One service on one VIP and a pool of so many backends.
+fn simple(backends: u16) -> State {
+    let mut state = State::empty();
+    let backends = (0..backends).map(|host| (host * 2, (100, true))).collect();
+    let pool = PoolState { name: 0, forward: Forward::Ipip, on_empty: OnEmpty::Drop, backends };
+    state.pools.insert(0, pool);
+    let (vips, ports) = (BTreeSet::from([0]), BTreeSet::from([1]));
+    state.services.insert(0, ServiceState { pool: 0, vips, ports, protocols: vec![Protocol::Tcp] });
+    state
+}
+
+fn applied(image: &mut Image, state: &State) -> Vec<MapOp> {
+    let ops = plan(image, &state.desired(), &capacity()).expect("within the limits");
+    ops.iter().for_each(|op| image.apply(op));
+    ops
+}
+
+fn only_vip(state: &State) -> VipKey {
+    *ends(&state.desired()).keys().next().expect("a VIP")
+}
+
+/// Slot words of the one table.
+fn words(image: &Image) -> Vec<Slot> {
+    regions(image).into_iter().next().expect("a table").map(|index| image.slot(index)).collect()
+}
+
+fn identity_in_first_pool(state: &State, address: IpAddr) -> u64 {
+    let pool = &state.config().pools[0];
+    backend_identity(&pool.name, pool.forward, address)
+}
+
+#[test]
+fn losing_one_of_n_changes_its_slots_and_nothing_else() {
+    for n in [2, 3, 7, 40, 41] {
+        let mut state = simple(n);
+        let mut image = fresh();
+        applied(&mut image, &state);
+        let before = words(&image);
+        let identity = identity_in_first_pool(&state, backend_address(2));
+        let dead = ids(&image)[&identity];
+        state.pools.get_mut(&0).unwrap().backends.get_mut(&2).unwrap().1 = false;
+        let ops = applied(&mut image, &state);
+        assert!(ops.iter().all(|op| matches!(op, MapOp::WriteSlots { .. })), "{n}: {ops:?}");
+        let written: usize =
+            ops.iter().map(|op| if let MapOp::WriteSlots { words, .. } = op { words.len() } else { 0 }).sum();
+        let after = words(&image);
+        let lost = before.iter().filter(|slot| slot.cur() == dead).count();
+        assert_eq!(written, lost, "{n}: slots written");
+        for (old, new) in before.iter().zip(&after) {
+            assert_eq!(old == new, old.cur() != dead, "{n}: {old:?} became {new:?}");
+        }
+        state.pools.get_mut(&0).unwrap().backends.get_mut(&2).unwrap().1 = true;
+        applied(&mut image, &state);
+        assert_eq!(words(&image), before, "{n}: healing brings exactly those back");
+    }
+}
+
+#[test]
+fn a_backend_that_leaves_takes_its_slots_only_and_its_id_rests_for_one_plan() {
+    let mut state = simple(5);
+    let mut image = fresh();
+    applied(&mut image, &state);
+    let gone = ids(&image)[&identity_in_first_pool(&state, backend_address(4))];
+    let pool = state.pools.get_mut(&0).unwrap();
+    pool.backends.remove(&4);
+    pool.backends.insert(100, (100, true));
+    applied(&mut image, &state);
+    let new = ids(&image)[&identity_in_first_pool(&state, backend_address(100))];
+    assert_ne!(new, gone, "in the plan that frees it, the id is not given away");
+    state.pools.get_mut(&0).unwrap().backends.insert(102, (100, true));
+    applied(&mut image, &state);
+    let later = ids(&image)[&identity_in_first_pool(&state, backend_address(102))];
+    assert_eq!(later, gone, "in the next it is");
+}
+
+#[test]
+fn a_table_that_crosses_a_length_class_moves_whole_and_its_old_place_rests_for_a_grace() {
+    let mut image = fresh();
+    let mut state = simple(40);
+    applied(&mut image, &state);
+    let short = regions(&image);
+    state.pools.get_mut(&0).unwrap().backends.insert(1000, (100, true));
+    let ops = applied(&mut image, &state);
+    let moved = ops.iter().position(|op| matches!(op, MapOp::SetTableWord { .. })).expect("a new place");
+    assert!(
+        ops[moved..].contains(&MapOp::Grace),
+        "whoever read the old word must be done before the place is used again"
+    );
+    assert_eq!(words(&image).len(), 1 << 14);
+    assert!(!regions(&image).contains(&short[0]));
+    state.pools.get_mut(&0).unwrap().backends.remove(&1000);
+    applied(&mut image, &state);
+    assert_eq!(words(&image).len(), 1 << 12);
+}
+
+#[test]
+fn the_place_that_a_table_left_is_filled_anew_only_when_nobody_reads_it() {
+    let mut run = Run::new();
+    let mut state = simple(40);
+    let mut step =
+        |state: &State| run.step(state.desired(), &[1, 2, 3]).unwrap_or_else(|error| panic!("{error}"));
+    step(&state);
+    state.pools.get_mut(&0).unwrap().backends.insert(1000, (100, true));
+    step(&state);
+    // The next plan begins with a table that fits the old place.
+    apply(&mut state, &Change::AddPool(1, 3, false, 0));
+    apply(&mut state, &Change::AddService(1, 1, BTreeSet::from([0]), BTreeSet::from([1]), false));
+    step(&state);
+}
+
+#[test]
+fn a_next_hop_that_goes_takes_the_slots_away_before_the_path() {
+    let mut image = fresh();
+    let mut state = simple(3);
+    applied(&mut image, &state);
+    state.hops.insert(2, None);
+    let vip = only_vip(&state);
+    for op in plan(&image, &state.desired(), &capacity()).unwrap() {
+        image.apply(&op);
+        for flow in 0..60 {
+            let (outcome, _) = send(&image, &vip, flow);
+            assert_eq!(outcome.action(), Action::Transmit, "after {}: {outcome:?}", brief(&op));
+        }
+    }
+    assert_eq!(read_back(&image), state.desired());
+}
+
+#[test]
+fn a_next_hop_that_changes_is_one_store_and_its_old_way_out_is_cleared_after_a_grace() {
+    let mut image = fresh();
+    let mut state = simple(1);
+    applied(&mut image, &state);
+    state.hops.insert(0, Some((2, 1280, 9)));
+    let ops = applied(&mut image, &state);
+    let kinds: Vec<&str> = ops
+        .iter()
+        .map(|op| match op {
+            MapOp::WriteEgress { egress, .. } if *egress == Egress::default() => "clear egress",
+            MapOp::WriteEgress { .. } => "fill egress",
+            MapOp::SetPath { .. } => "path",
+            MapOp::Grace => "grace",
+            _ => "other",
+        })
+        .collect();
+    assert_eq!(kinds, ["fill egress", "path", "grace", "clear egress"]);
+    assert_eq!(send(&image, &only_vip(&state), 1).0, Outcome::ForwardRedirect);
+}
+
+/// Each is refused as a whole: a plan is all or nothing.
+#[test]
+fn limits_are_refused_before_anything_is_planned() {
+    let base = simple(3);
+    let refused = |limits: Limits, state: &State| {
+        let capacity = Capacity::new(&limits);
+        let image = Image::empty(&capacity, Meta::default());
+        plan(&image, &state.desired(), &capacity).err()
+    };
+    assert_eq!(refused(LIMITS, &base), None);
+    let mut ports = base.clone();
+    ports.services.get_mut(&0).unwrap().ports = (1..20).collect();
+    let vips = refused(Limits { vips: 10, ..LIMITS }, &ports);
+    assert_eq!(vips, Some(PlanError::Vips { needed: 19, limit: 10 }));
+    let mut protocols = base.clone();
+    protocols.services.get_mut(&0).unwrap().protocols = vec![Protocol::Tcp, Protocol::Udp];
+    let tables = refused(Limits { slots: 1 << 12, ..LIMITS }, &protocols);
+    assert_eq!(tables, Some(PlanError::Tables { needed: 2, limit: 1 }));
+    let slots = refused(Limits { slots: 2 << 12, ..LIMITS }, &simple(41));
+    assert_eq!(slots, Some(PlanError::Slots { slots: 1 << 14 }));
+    let mut capacity = Capacity::new(&LIMITS);
+    capacity.egress_rows = 2;
+    let image = Image::empty(&capacity, Meta::default());
+    let mut hops = base.clone();
+    hops.hops.insert(2, Some((2, 1500, 1)));
+    let egress = plan(&image, &hops.desired(), &capacity).err();
+    assert_eq!(egress, Some(PlanError::Egress { limit: 2 }));
+    let mut capacity = Capacity::new(&LIMITS);
+    capacity.backend_rows = 4;
+    let image = Image { backends: vec![BackendRow::default(); 4], ..fresh() };
+    let backends = plan(&image, &base.desired(), &capacity).err();
+    assert_eq!(backends, Some(PlanError::Backends { needed: 3, limit: MOST_BACKENDS }));
+}
+
+/// What fits the limits can be reached from everything else that fits them.
+#[test]
+fn vips_up_to_the_limit_can_be_replaced_by_as_many_others() {
+    let limits = Limits { vips: 8, ..LIMITS };
+    let capacity = Capacity::new(&limits);
+    let mut image = Image::empty(&capacity, fresh().meta);
+    let mut state = simple(2);
+    for (first, count) in [(1u16, 8), (9, 8), (5, 8), (1, 1), (2, 8), (40, 8)] {
+        state.services.get_mut(&0).unwrap().ports = (first..first + count).collect();
+        let ops = plan(&image, &state.desired(), &capacity);
+        let ops = ops.unwrap_or_else(|error| panic!("ports from {first}: {error}"));
+        ops.iter().for_each(|op| image.apply(op));
+        let rows: Vec<u32> = present_vips(&image)
+            .iter()
+            .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
+            .map(|(_, t)| t.vip)
+            .collect();
+        let rows_of_map =
+            capacity.rows().iter().find(|map| map.name == lb_common::abi::map::VIP_TRAFFIC).unwrap().rows;
+        assert!(
+            rows.iter().all(|&row| row < rows_of_map),
+            "counters beyond the map: {rows:?} of {rows_of_map}"
+        );
+    }
+}
+
+#[test]
+fn features_follow_what_is_configured() {
+    use lb_common::abi::Features;
+    let mut state = simple(1);
+    assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPIP4));
+    state.pools.get_mut(&0).unwrap().backends.insert(1, (100, true));
+    assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPIP4).with(Features::IPIP6));
+    state.services.get_mut(&0).unwrap().vips.insert(1);
+    state.pools.get_mut(&0).unwrap().forward = Forward::L2;
+    assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPV6).with(Features::L2));
+    assert_eq!(features(&State::empty().config()), Features::default());
+}

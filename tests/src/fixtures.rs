@@ -1,0 +1,17 @@
+//! Frames with what must become of them: built and checked by etherparse, which shares no code with
+//! the packet path. Host runs and program runs take the same rows.
+
+mod balancer;
+mod build;
+mod check;
+mod decap;
+mod site;
+
+pub use balancer::{Expect, Row, rows};
+pub use build::{Dice, Transport, packet};
+pub use check::{check, xdp_verdict};
+pub use decap::{DecapRow, DecapSite, check_decap, decap_rows};
+pub use site::{AWAY, INGRESS, SEED, Setting, VIP4, VIP6, capacity, image, interface, meta};
+
+/// Room in front of a frame in host runs: what the kernel leaves (XDP_PACKET_HEADROOM).
+pub const HEADROOM: usize = 256;

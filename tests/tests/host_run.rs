@@ -1,0 +1,383 @@
+//! The packet path on byte buffers: every fixture, every shorter form of it, random frames, and the
+//! spread of flows. Needs neither root nor a kernel; `program_run` does the same in the kernel.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use lb_common::abi::{BACKEND_NOBODY, Backend, Path, SLOTS_PER_ROW, TableWord};
+use lb_common::decap::decap;
+use lb_common::forward::forward;
+use lb_common::outcome::{Action, DecapOutcome, Outcome};
+use lb_common::packet::Buffer;
+use lb_common::wire::Mac;
+use lb_userspace::reconcile::desired::desired;
+use lb_userspace::reconcile::image::{Image, Traced, Trail};
+use lb_userspace::reconcile::plan::plan;
+use proptest::prelude::*;
+use tests::fixtures::{
+    self, AWAY, DecapSite, Dice, HEADROOM, INGRESS, Row, Setting, Transport, VIP4, VIP6, check, check_decap,
+    decap_rows, packet, rows,
+};
+
+/// What became of a frame.
+struct Run {
+    outcome: Outcome,
+    ifindex: u32,
+    output: Vec<u8>,
+    trail: Trail,
+}
+
+fn run_with_room(image: &Image, frame: &[u8], room: usize) -> Run {
+    // Whatever lay in the headroom must not show up in the output.
+    let mut bytes = vec![0xa5; room];
+    bytes.extend_from_slice(frame);
+    let mut packet = Buffer::new(&mut bytes, room, INGRESS);
+    let tables = Traced::new(image);
+    let decision = forward(&mut packet, &tables);
+    let output = packet.frame().to_vec();
+    Run { outcome: decision.outcome, ifindex: decision.ifindex, output, trail: tables.into_trail() }
+}
+
+fn run(image: &Image, frame: &[u8]) -> Run {
+    run_with_room(image, frame, HEADROOM)
+}
+
+fn images() -> HashMap<Setting, Image> {
+    Setting::ALL.into_iter().map(|setting| (setting, fixtures::image(setting))).collect()
+}
+
+/// What holds for every frame, whatever it is.
+fn assert_sound(name: &str, frame: &[u8], run: &Run) {
+    assert_eq!(run.trail.outcomes, [run.outcome], "{name}: the outcome is counted once");
+    let forwarded = matches!(run.outcome, Outcome::ForwardTransmit | Outcome::ForwardRedirect);
+    assert_eq!(run.trail.vip.is_some(), forwarded, "{name}: the VIP's counter");
+    assert_eq!(run.trail.backend.is_some(), forwarded, "{name}: the backend's counter");
+    assert_eq!(run.ifindex != 0, run.outcome.action() == Action::Redirect, "{name}: the way out");
+    match run.outcome.action() {
+        Action::Pass | Action::Drop => assert_eq!(run.output, frame, "{name}: changed, but not sent"),
+        Action::Transmit | Action::Redirect => {
+            let length = ip_length(&run.output);
+            assert!(
+                length.is_none_or(|length| 14 + length <= run.output.len()),
+                "{name}: {length:?} of IP in {run:?}"
+            );
+        }
+    }
+}
+
+impl std::fmt::Debug for Run {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}, {} bytes: {:02x?}", self.outcome, self.output.len(), self.output)
+    }
+}
+
+/// The length that the frame's first IP header promises.
+fn ip_length(frame: &[u8]) -> Option<usize> {
+    let field = |at: usize| frame.get(at..at + 2).map(|b| usize::from(u16::from_be_bytes([b[0], b[1]])));
+    match field(12) {
+        Some(0x0800) => field(16),
+        Some(0x86dd) => field(18).map(|payload| 40 + payload),
+        _ => None,
+    }
+}
+
+#[test]
+fn every_fixture_ends_as_its_row_says() {
+    let images = images();
+    let mut failures = Vec::new();
+    for row in &rows() {
+        let run = run(&images[&row.setting], &row.frame);
+        assert_sound(&row.name, &row.frame, &run);
+        if let Err(error) = check(row, run.outcome, &run.output) {
+            failures.push(format!("{}: {error}", row.name));
+        }
+        if run.outcome == Outcome::ForwardRedirect {
+            assert_eq!(run.ifindex, AWAY, "{}", row.name);
+        }
+        if let Some((_, traffic)) = run.trail.vip {
+            let inner = ip_length(&row.frame).expect("IP is forwarded, nothing else");
+            assert_eq!(traffic.bytes, inner as u64, "{}: bytes are those of IP, without padding", row.name);
+            assert_eq!(run.trail.backend.map(|(_, traffic)| traffic), Some(traffic), "{}", row.name);
+        }
+    }
+    assert!(failures.is_empty(), "{} rows:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn no_shorter_form_of_a_fixture_panics_or_promises_more_than_it_has() {
+    let images = images();
+    for Row { name, setting, frame, .. } in &rows() {
+        for length in 0..frame.len() {
+            let short = &frame[..length];
+            assert_sound(&format!("{name}, cut to {length}"), short, &run(&images[setting], short));
+        }
+    }
+}
+
+#[test]
+fn without_room_for_a_tunnel_header_the_frame_is_dropped_and_counted() {
+    let images = images();
+    for Row { name, setting, frame, expect } in &rows() {
+        let fixtures::Expect::Tunnel { .. } = expect else { continue };
+        let whole = run(&images[setting], frame);
+        let growth = whole.output.len() - frame.len();
+        assert_eq!(run_with_room(&images[setting], frame, growth).outcome, whole.outcome, "{name}");
+        let dropped = run_with_room(&images[setting], frame, growth - 1);
+        assert_eq!(dropped.outcome, Outcome::DropHeadroom, "{name}");
+        assert_sound(name, frame, &dropped);
+    }
+}
+
+/// Each contradiction is one that only a fault of the agent could bring about.
+#[test]
+fn tables_that_contradict_each_other_drop_and_count() {
+    let whole = fixtures::image(Setting::Everything);
+    let frame = packet_to(80, 40_000);
+    let id = run(&whole, &frame).trail.met.expect("a backend");
+    let (table, _) = run(&whole, &frame).trail.table.expect("a table");
+    type Spoil<'s> = &'s dyn Fn(&mut Image);
+    let broken: [(&str, Spoil<'_>); 6] = [
+        ("a backend of a kind that this version does not know", &|i| i.backends[usize::from(id)].kind = 200),
+        ("a path to an egress row that does not exist", &|i| {
+            i.backends[usize::from(id)].path = Path::new(Mac::BROADCAST, u16::MAX).bits();
+        }),
+        ("fewer tables than VIPs name", &|i| i.tables.truncate(usize::from(table))),
+        ("fewer slots than a table names", &|i| i.slots.truncate(1)),
+        ("fewer backends than slots name", &|i| i.backends.truncate(1)),
+        ("a table that lies behind the slots", &|i| {
+            i.tables[usize::from(table)] = TableWord::new(1 << 28, 20).bits()
+        }),
+    ];
+    for (name, spoil) in broken {
+        let mut image = whole.clone();
+        spoil(&mut image);
+        let run = run(&image, &frame);
+        assert_eq!(run.outcome, Outcome::DropInconsistent, "{name}");
+        assert_sound(name, &frame, &run);
+    }
+    let mut nobody = whole.clone();
+    nobody.backends[usize::from(id)] = Backend::default();
+    assert_eq!(run(&nobody, &frame).outcome, Outcome::DropNoBackend, "a free row");
+    let mut unattached = whole;
+    unattached.interfaces.clear();
+    for row in rows().iter().filter(|row| matches!(row.expect, fixtures::Expect::ArpReply)) {
+        let outcome = run(&unattached, &row.frame).outcome;
+        assert_eq!(outcome, Outcome::PassNotIp, "on an interface that nobody noted: {}", row.name);
+    }
+}
+
+fn packet_to(port: u16, source_port: u16) -> Vec<u8> {
+    let ip = etherparse::Ipv4Header::new(0, 64, etherparse::IpNumber::TCP, [192, 0, 2, 77], VIP4.octets());
+    let ip = etherparse::IpHeaders::Ipv4(ip.expect("no payload"), Default::default());
+    packet(ip, Transport::Tcp, (source_port, port), 0)
+}
+
+/// Pools of many backends of both families, and of different weights, behind one VIP of each family.
+fn spread_image(backends: usize, weights: &[u8]) -> Image {
+    let mut config = Setting::Everything.config();
+    let template = config.pools[0].clone();
+    config.pools.truncate(1);
+    config.services.truncate(1);
+    config.pools[0].backends = (0..backends)
+        .map(|i| {
+            let address: IpAddr = std::net::Ipv4Addr::from(0x0a01_0000 + i as u32).into();
+            let weight = weights[i % weights.len()];
+            lb_userspace::config::model::Backend { name: address.to_string(), address, weight }
+        })
+        .collect();
+    let mut world = Setting::Everything.world();
+    let hop = world.next_hops[&template.backends[0].address].clone();
+    for (index, backend) in config.pools[0].backends.iter().enumerate() {
+        world.up.insert((0, index), true);
+        world.next_hops.insert(backend.address, hop.clone());
+    }
+    let mut image = Image::empty(&fixtures::capacity(), fixtures::meta(Setting::Everything.features()));
+    let ops = plan(&image, &desired(&config, &world), &fixtures::capacity()).expect("within the limits");
+    ops.iter().for_each(|op| image.apply(op));
+    image
+}
+
+/// The backends' slots of a table.
+fn shares(image: &Image, word: TableWord) -> HashMap<u16, u32> {
+    let mut shares = HashMap::new();
+    for index in 0..word.length() {
+        *shares.entry(image.slot(word.first_row() * SLOTS_PER_ROW + index).cur()).or_insert(0) += 1;
+    }
+    shares
+}
+
+/// The value that a chi-square of `df` degrees of freedom exceeds with p = 0.001 (Wilson, Hilferty, 1931).
+fn chi2_limit(df: usize) -> f64 {
+    let df = df as f64;
+    let step = 2.0 / (9.0 * df);
+    df * (1.0 - step + 3.090 * step.sqrt()).powi(3)
+}
+
+fn chi2(cells: impl Iterator<Item = (f64, f64)>) -> f64 {
+    cells.map(|(seen, expected)| (seen - expected).powi(2) / expected).sum()
+}
+
+/// 100,000 random flows through the whole path, parsing included.
+#[test]
+fn random_flows_spread_over_slots_and_backends_as_the_table_says() {
+    const FLOWS: usize = 100_000;
+    for (name, backends, weights) in [
+        ("3 equal", 3, &[100][..]),
+        ("40 equal", 40, &[100]),
+        ("41 equal", 41, &[100]),
+        ("30 weighted", 30, &[100, 50, 10]),
+    ] {
+        let image = spread_image(backends, weights);
+        let mut dice = Dice(7);
+        for family in ["IPv4", "IPv6"] {
+            let mut by_backend: HashMap<u16, u32> = HashMap::new();
+            let mut by_slot: HashMap<u32, u32> = HashMap::new();
+            let mut word = TableWord::default();
+            let template = if family == "IPv4" { packet_to(80, 1) } else { packet6_to(80, 1) };
+            for _ in 0..FLOWS {
+                let mut frame = template.clone();
+                let (source, ports) = if family == "IPv4" { (26..30, 34) } else { (22..38, 54) };
+                frame[source].iter_mut().for_each(|byte| *byte = dice.roll() as u8);
+                frame[ports..ports + 2].copy_from_slice(&(dice.roll() as u16).to_be_bytes());
+                let run = run(&image, &frame);
+                assert_eq!(run.outcome, Outcome::ForwardTransmit);
+                let (slot, _) = run.trail.slot.expect("a slot");
+                word = run.trail.table.expect("a table").1;
+                *by_slot.entry(slot).or_insert(0) += 1;
+                *by_backend.entry(run.trail.backend.expect("a backend").0).or_insert(0) += 1;
+            }
+            let length = f64::from(word.length());
+            let even = FLOWS as f64 / length;
+            let slots =
+                (0..word.length()).map(|slot| (f64::from(by_slot.get(&slot).copied().unwrap_or(0)), even));
+            let (seen, limit) = (chi2(slots), chi2_limit(word.length() as usize - 1));
+            assert!(seen < limit, "{name}, {family}: chi-square over slots {seen:.1}, limit {limit:.1}");
+
+            let shares = shares(&image, word);
+            assert!(!shares.contains_key(&BACKEND_NOBODY), "{name}: slots without a backend");
+            assert_eq!(shares.len(), backends, "{name}: backends with slots");
+            let cells = shares.iter().map(|(id, &share)| {
+                (
+                    f64::from(by_backend.get(id).copied().unwrap_or(0)),
+                    f64::from(share) / length * FLOWS as f64,
+                )
+            });
+            let (seen, limit) = (chi2(cells), chi2_limit(backends - 1));
+            assert!(seen < limit, "{name}, {family}: chi-square over backends {seen:.1}, limit {limit:.1}");
+            if weights.len() == 1 {
+                let most = f64::from(*shares.values().max().expect("a backend"));
+                let mean = length / backends as f64;
+                assert!(most / mean <= 1.02, "{name}: the largest share is {:.4} of the mean", most / mean);
+            }
+        }
+    }
+}
+
+fn packet6_to(port: u16, source_port: u16) -> Vec<u8> {
+    let header = etherparse::Ipv6Header { destination: VIP6.octets(), hop_limit: 64, ..Default::default() };
+    packet(etherparse::IpHeaders::Ipv6(header, Default::default()), Transport::Tcp, (source_port, port), 0)
+}
+
+#[test]
+fn packets_of_a_flow_stay_together_and_families_and_protocols_share_nothing_but_the_backends() {
+    let image = fixtures::image(Setting::Everything);
+    for source_port in [1, 40_000, 65_535] {
+        let frame = packet_to(80, source_port);
+        let first = run(&image, &frame).trail.met;
+        let mut later = frame.clone();
+        // Sequence number, flags, TOS and TTL differ from packet to packet.
+        later[38] ^= 0xff;
+        later[47] ^= 0x12;
+        later[15] ^= 0xfc;
+        later[22] = 3;
+        assert_eq!(run(&image, &later).trail.met, first);
+    }
+}
+
+fn decap_run(frame: &[u8]) -> (DecapOutcome, Vec<u8>) {
+    let site = DecapSite::default();
+    let mut bytes = frame.to_vec();
+    let mut packet = Buffer::new(&mut bytes, 0, INGRESS);
+    let outcome = decap(&mut packet, &site);
+    assert_eq!(*site.counted.borrow(), [outcome], "counted once");
+    (outcome, packet.frame().to_vec())
+}
+
+#[test]
+fn every_decap_fixture_ends_as_its_row_says() {
+    for row in &decap_rows() {
+        let (outcome, output) = decap_run(&row.frame);
+        if let Err(error) = check_decap(row, outcome, &output) {
+            panic!("{}: {error}", row.name);
+        }
+    }
+}
+
+#[test]
+fn no_shorter_form_of_a_decap_fixture_panics() {
+    for row in &decap_rows() {
+        for length in 0..row.frame.len() {
+            let (outcome, output) = decap_run(&row.frame[..length]);
+            if outcome != DecapOutcome::Decapsulated {
+                assert_eq!(output, row.frame[..length], "{}, cut to {length}", row.name);
+            }
+        }
+    }
+}
+
+/// Forwarding and decapsulating are inverse to each other.
+#[test]
+fn what_goes_into_a_tunnel_comes_out_of_it() {
+    let images = images();
+    let mut tried = 0;
+    for row in &rows() {
+        let tunnelled =
+            matches!(row.expect, fixtures::Expect::Tunnel { .. }) && row.setting != Setting::RouteSource;
+        if !tunnelled {
+            continue;
+        }
+        let (outcome, output) = decap_run(&run(&images[&row.setting], &row.frame).output);
+        assert_eq!(outcome, DecapOutcome::Decapsulated, "{}", row.name);
+        assert_eq!(output[12..], row.frame[12..], "{}", row.name);
+        tried += 1;
+    }
+    assert!(tried > 40, "{tried} tunnels");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 2000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), seed: u64) {
+        static IMAGES: std::sync::LazyLock<Vec<Image>> =
+            std::sync::LazyLock::new(|| Setting::ALL.into_iter().map(fixtures::image).collect());
+        let noise = Dice(seed).noise();
+        for image in IMAGES.iter() {
+            assert_sound("random bytes", &bytes, &run(image, &bytes));
+            assert_sound("noise", &noise, &run(image, &noise));
+        }
+        decap_run(&bytes);
+        decap_run(&noise);
+    }
+
+    #[test]
+    fn mutated_fixtures_never_panic(seed: u64) {
+        static ROWS: std::sync::LazyLock<Vec<Vec<u8>>> = std::sync::LazyLock::new(|| {
+            let decap = decap_rows().into_iter().map(|row| row.frame);
+            rows().into_iter().map(|row| row.frame).chain(decap).collect()
+        });
+        static IMAGES: std::sync::LazyLock<Vec<Image>> =
+            std::sync::LazyLock::new(|| Setting::ALL.into_iter().map(fixtures::image).collect());
+        let frames: Vec<&[u8]> = ROWS.iter().map(Vec::as_slice).collect();
+        let mut dice = Dice(seed);
+        for image in IMAGES.iter() {
+            let frame = dice.mutated(&frames);
+            assert_sound("a mutated fixture", &frame, &run(image, &frame));
+            decap_run(&frame);
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The agent under an operator's hands while traffic flows: reload, kill, restart, stop, detach.
+
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use lb_userspace::bpf::{BpfFs, Maps};
+use lb_userspace::reconcile::image::Image;
+use tests::balancer::Balancer;
+use tests::lab::{self, HttpLoad, RunningLoad, Signal};
+use tests::stage::{self, Config, PATIENCE, Stage, URL4, URL6, URLS, VIP4, VIP6};
+
+const CLIENTS: usize = 4;
+
+/// 200 requests a second until it is stopped.
+fn traffic(stage: &Stage) -> Result<RunningLoad> {
+    let load = HttpLoad::new(URL4, 100_000).parallel(CLIENTS as u32).rate(50).start(&stage.client)?;
+    sleep(Duration::from_millis(300));
+    Ok(load)
+}
+
+/// The kernel's tables, read from their pins.
+fn tables(balancer: &Balancer) -> Result<Image> {
+    let fs = BpfFs::existing(&balancer.run_dir)?.context("nothing is pinned")?;
+    Ok(Maps::from_pins(&fs)?.image()?)
+}
+
+/// Where 200 flows of both families go.
+fn places(balancer: &Balancer) -> Result<BTreeMap<String, String>> {
+    let flows = (40000..40100).flat_map(|port| {
+        [
+            (format!("10.111.0.2:{port}"), format!("{VIP4}:80")),
+            (format!("[fd00:111::2]:{port}"), format!("[{VIP6}]:80")),
+        ]
+    });
+    flows.map(|(source, vip)| Ok((source.clone(), balancer.lookup(&source, &vip)?))).collect()
+}
+
+/// The id of the link that holds the program on the balancer's interface.
+fn link_id(balancer: &Balancer) -> Result<String> {
+    let pin = balancer.run_dir.join("bpf/link_eth0");
+    let shown = balancer.host.run(["bpftool", "link", "show", "pinned", &pin.to_string_lossy()])?;
+    Ok(shown.split(':').next().unwrap_or_default().to_owned())
+}
+
+fn program_id(balancer: &Balancer) -> Result<String> {
+    let shown = balancer.host.ip("link show eth0")?;
+    let id = shown.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next());
+    Ok(id.with_context(|| shown.clone())?.to_owned())
+}
+
+#[test]
+fn backends_come_and_go_by_reload_under_traffic() -> Result<()> {
+    let Some(mut stage) = Stage::set("pools", 3)? else { return Ok(()) };
+    let mut config = stage.config();
+    let balancer = stage.start(&config)?;
+    let load = traffic(&stage)?;
+
+    stage.add_backend()?;
+    config.backends.push(stage::backend(3, false));
+    let mut changes = Vec::new();
+    let mut change = |config: &Config| -> Result<()> {
+        let begin = Instant::now();
+        balancer.reload(&config.to_string())?;
+        balancer.wait_for_backends(config.backends.len(), PATIENCE)?;
+        changes.push([begin, Instant::now()]);
+        sleep(Duration::from_millis(300));
+        Ok(())
+    };
+    change(&config)?;
+    ensure!(balancer.backends()?.iter().all(|backend| backend.slots > 0));
+    // Its process lives: who is taken out of the file gets nothing more, dead or not.
+    config.backends.remove(0);
+    change(&config)?;
+    config.backends[1] = stage::weighted(2, false, 20);
+    change(&config)?;
+    let requests = load.stop()?;
+
+    let whole = [changes[0][0], changes[2][1]];
+    stage::none_failed_but_in_flight(&requests, changes.len() * CLIENTS, whole)?;
+    let late = changes[1][1] + Duration::from_millis(200);
+    let after: Vec<_> = requests.into_iter().filter(|request| request.start > late).collect();
+    let shares = lab::backends(&after);
+    ensure!(!shares.contains_key("web1") && shares.contains_key("web4"), "{shares:?}");
+    // 100, 20, 100.
+    let slots: Vec<u64> = balancer.backends()?.iter().map(|backend| backend.slots).collect();
+    let ratio = slots[1] as f64 / slots[0] as f64;
+    ensure!((0.18..0.22).contains(&ratio), "{slots:?}");
+    Ok(())
+}
+
+#[test]
+fn ports_families_and_ways_to_backends_change_without_a_failed_request() -> Result<()> {
+    let Some(stage) = Stage::set("services", 3)? else { return Ok(()) };
+    let mut config = Config { services: vec![stage::service("www", &[VIP4], "80", "tcp")], ..stage.config() };
+    let balancer = stage.start(&config)?;
+    for backend in &stage.backends {
+        lab::nginx(
+            &backend.host,
+            &format!("{}-second", backend.host.name()),
+            lab::Nginx { ports: vec![8080], ..lab::Nginx::default() },
+        )?;
+    }
+    let flows = || -> Result<Vec<String>> {
+        (40000..40050)
+            .map(|port| balancer.lookup(&format!("10.111.0.2:{port}"), &format!("{VIP4}:80")))
+            .collect()
+    };
+    let (before, link) = (flows()?, link_id(&balancer)?);
+    let load = traffic(&stage)?;
+    let change = |config: &Config| -> Result<()> {
+        balancer.reload(&config.to_string())?;
+        sleep(Duration::from_millis(200));
+        ensure!(flows()? == before, "flows moved");
+        Ok(())
+    };
+
+    config.services[0] = stage::service("www", &[VIP4], "[80, 8080]", "tcp");
+    change(&config)?;
+    let answer = lab::http_get(&stage.client, "http://203.0.113.10:8080/")?.1;
+    ensure!(answer.ends_with("-second\n"), "{answer}");
+
+    // IPv6 is not in the program until a service needs it.
+    let program = program_id(&balancer)?;
+    config.services.push(stage::service("www6", &[VIP6], "80", "tcp"));
+    change(&config)?;
+    ensure!(lab::http_get(&stage.client, URL6)?.0 == 200);
+    ensure!(program_id(&balancer)? != program, "the program was not swapped");
+
+    config.forward = "l2".to_owned();
+    change(&config)?;
+    let decapsulated = balancer.backends()?;
+    ensure!(decapsulated.iter().all(|backend| backend.forward == "l2" && backend.state == "up"));
+    config.forward = "ipip".to_owned();
+    change(&config)?;
+    config.services.pop();
+    change(&config)?;
+    ensure!(balancer.outcome("forward_transmit")? > 0);
+    ensure!(link_id(&balancer)? == link, "the interface was detached in between");
+    stage::none_failed(&load.stop()?)
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_the_log_has_its_places() -> Result<()> {
+    let Some(stage) = Stage::set("badfile", 2)? else { return Ok(()) };
+    let config = stage.config();
+    let balancer = stage.start(&config)?;
+    let before = tables(&balancer)?;
+    let load = traffic(&stage)?;
+    let bad = config.to_string().replace("weight: 100", "weight: 1000");
+    let refused = balancer.reload(&bad).expect_err("a bad file was taken").to_string();
+    ensure!(refused.contains("weight") && refused.contains("1000"), "{refused}");
+    let log = balancer.process.log();
+    let line = log.lines().find(|line| line.contains("backends[0].weight")).context("no line names it")?;
+    let place = line.split("xlb.yaml:").nth(1).context("no place")?;
+    let number = 1 + bad.lines().position(|line| line.contains("1000")).context("the mistake")?;
+    ensure!(place.starts_with(&format!("{number}:")), "not line {number}: {line}");
+    ensure!(log.contains("the last good configuration goes on"), "{log}");
+    ensure!(balancer.xlb(&["status"])?.contains("The last reload was refused"));
+
+    // Half a file, as an editor leaves it for a moment.
+    let whole = config.to_string();
+    let half = &whole[..whole.find("services:").context("services")? + 14];
+    ensure!(balancer.reload(half).is_err());
+    // What the file asks for cannot be had.
+    let elsewhere = Config { interfaces: "[eth0, eth7]".to_owned(), ..config.clone() };
+    let refused = balancer.reload(&elsewhere.to_string()).expect_err("no such interface").to_string();
+    ensure!(refused.contains("eth7"), "{refused}");
+    let limits = Config { top: "limits: {backends: 100}\n".to_owned(), ..config.clone() };
+    ensure!(balancer.reload(&limits.to_string()).is_err());
+    ensure!(tables(&balancer)? == before, "a refused file changed the tables");
+
+    balancer.reload(&config.to_string())?;
+    ensure!(!balancer.xlb(&["status"])?.contains("refused"));
+    ensure!(tables(&balancer)? == before, "the same file changed the tables");
+    ensure!(balancer.backends()?.iter().all(|backend| backend.state == "up"));
+    stage::none_failed(&load.stop()?)
+}
+
+#[test]
+fn a_killed_agent_leaves_traffic_flowing_and_the_next_one_takes_over() -> Result<()> {
+    let Some(stage) = Stage::set("killagent", 3)? else { return Ok(()) };
+    let mut balancer = stage.start(&stage.config())?;
+    let (before, flows, link) = (tables(&balancer)?, places(&balancer)?, link_id(&balancer)?);
+    let load = traffic(&stage)?;
+
+    balancer.process.kill();
+    ensure!(balancer.status().is_err());
+    stage.balances(URL6, 200, 3)?;
+    // The pinned maps tell, by address: names died with the agent.
+    for (source, vip) in
+        [("10.111.0.2:40000", "203.0.113.10:80"), ("[fd00:111::2]:40000", "[2001:db8:113::10]:80")]
+    {
+        let told = balancer.xlb(&["lookup", source, vip])?;
+        let name = &flows[source];
+        let index = name.strip_prefix("web").and_then(|n| n.parse::<usize>().ok()).context(name.clone())? - 1;
+        ensure!(told.contains(&format!("at {} ", stage::address(index, false))), "{name} is not in {told}");
+    }
+
+    balancer.restart()?;
+    balancer.process.wait_for_log("maps of an earlier agent taken over", PATIENCE)?;
+    // At once: backends are up until their first verdict says otherwise.
+    ensure!(places(&balancer)? == flows, "flows moved");
+    ensure!(tables(&balancer)? == before, "the tables changed");
+    ensure!(link_id(&balancer)? == link, "attached anew");
+    balancer.wait_for_backends(3, PATIENCE)?;
+    ensure!(tables(&balancer)? == before, "the tables changed with the first verdicts");
+    stage::none_failed(&load.stop()?)
+}
+
+/// The file may have changed while no agent ran; packets go on by the old tables until there are new ones.
+#[test]
+fn an_agent_that_starts_with_another_file_takes_over_without_a_failed_request() -> Result<()> {
+    let Some(stage) = Stage::set("otherfile", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    let mut balancer = stage.start(&config)?;
+    // Keeps the first look at next hops waiting for all of its time.
+    config.backends.push("{address: 10.111.0.99, name: ghost}".to_owned());
+    let load = traffic(&stage)?;
+    for forward in ["l2", "ipip"] {
+        balancer.process.kill();
+        config.forward = forward.to_owned();
+        std::fs::write(&balancer.config, config.to_string())?;
+        balancer.restart()?;
+        let running = || balancer.process.log().contains("running");
+        lab::wait_for("the agent runs", PATIENCE, running)?;
+        ensure!(balancer.backends()?[0].forward == forward);
+        sleep(Duration::from_millis(300));
+    }
+    ensure!(balancer.outcome("drop_inconsistent")? == 0, "the program met tables that it cannot read");
+    stage::none_failed(&load.stop()?)
+}
+
+#[test]
+fn an_interface_that_left_the_file_while_no_agent_ran_is_given_back() -> Result<()> {
+    let Some(stage) = Stage::set("leftfile", 1)? else { return Ok(()) };
+    let inside = stage.lab.switch("inside")?;
+    stage.balancer.add_interface(&inside, &["10.112.0.3/24"])?;
+    stage.balancer.run(["ethtool", "-K", "eth1", "gro", "on"])?;
+    let gro = || -> Result<bool> {
+        let list = stage.balancer.run(["ethtool", "-k", "eth1"])?;
+        Ok(list.contains("generic-receive-offload: on"))
+    };
+    let mut config =
+        Config { interfaces: "[eth0, {name: eth1, mode: generic}]".to_owned(), ..stage.config() };
+    let mut balancer = stage.start(&config)?;
+    ensure!(!gro()?);
+    balancer.process.kill();
+    config.interfaces = "[eth0]".to_owned();
+    std::fs::write(&balancer.config, config.to_string())?;
+    balancer.restart()?;
+    ensure!(!stage.balancer.ip("link show eth1")?.contains("xdp"));
+    ensure!(tables(&balancer)?.interfaces.len() == 1);
+    ensure!(gro()?, "GRO stays off");
+    Ok(())
+}
+
+#[test]
+fn a_backend_that_dies_while_no_agent_runs_is_found_by_the_next_one() -> Result<()> {
+    let Some(stage) = Stage::set("deadmeanwhile", 3)? else { return Ok(()) };
+    let health = "{type: tcp, interval: 300ms, timeout: 300ms, rise: 1, fall: 2}".to_owned();
+    let mut balancer = stage.start(&Config { health, ..stage.config() })?;
+    let flows = places(&balancer)?;
+    balancer.process.kill();
+    stage.backends[2].nginx.process.kill();
+    balancer.restart()?;
+    balancer.wait_for_backends(2, PATIENCE)?;
+    let now = places(&balancer)?;
+    for (source, place) in &flows {
+        let right = if place == "web3" { now[source] != "web3" } else { now[source] == *place };
+        ensure!(right, "{source}: {place} to {}", now[source]);
+    }
+    stage.balances(URL4, 200, 2)
+}
+
+#[test]
+fn stopping_leaves_traffic_flowing_and_detach_removes_everything() -> Result<()> {
+    let Some(stage) = Stage::set("stop", 2)? else { return Ok(()) };
+    let balancer = stage.start(&stage.config())?;
+    let load = traffic(&stage)?;
+    let refused = format!("{:#}", balancer.xlb(&["detach"]).expect_err("detached under a running agent"));
+    ensure!(refused.contains("an agent runs in"), "{refused}");
+
+    balancer.process.signal(Signal::TERM)?;
+    let status = balancer.process.wait_exit(PATIENCE)?;
+    ensure!(status.success(), "{status}");
+    ensure!(balancer.process.log().contains("forwarding goes on"));
+    for url in URLS {
+        stage.balances(url, 200, 2)?;
+    }
+    stage::none_failed(&load.stop()?)?;
+
+    let told = balancer.xlb(&["detach"])?;
+    ensure!(told.contains("detached from eth0"), "{told}");
+    let link = stage.balancer.ip("link show eth0")?;
+    ensure!(!link.contains("xdp"), "{link}");
+    ensure!(BpfFs::existing(&balancer.run_dir)?.is_none());
+    ensure!(!balancer.run_dir.join("bpf").exists());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let run_dir = balancer.run_dir.to_string_lossy();
+    ensure!(!mounts.contains(&*run_dir), "still mounted");
+    let short = Duration::from_millis(300);
+    ensure!(lab::http_get_within(&stage.client, URL4, short, short).is_err(), "who forwards?");
+    ensure!(balancer.xlb(&["detach"])?.contains("nothing is pinned"));
+    Ok(())
+}

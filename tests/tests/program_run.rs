@@ -1,0 +1,427 @@
+//! The real program in the real kernel (BPF_PROG_TEST_RUN) against the packet path on byte buffers:
+//! equal verdict, equal bytes, equal counters, on every fixture and on random frames.
+//!
+//! Needs root and BPF; without them it fails, unless XLB_SKIP_ROOT is set.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use lb_common::abi::{self, Features, Traffic, constant, map};
+use lb_common::decap::decap;
+use lb_common::forward::forward;
+use lb_common::outcome::{DecapOutcome, Outcome};
+use lb_common::packet::Buffer;
+use lb_userspace::bpf::{BALANCER, BpfFs, DECAP, Datapath, DecapProgram, Maps, detach, figures};
+use lb_userspace::reconcile::desired::desired;
+use lb_userspace::reconcile::image::{Image, Traced, Trail};
+use lb_userspace::reconcile::plan::plan;
+use tests::fixtures::{
+    self, DecapSite, Dice, HEADROOM, INGRESS, Row, SEED, Setting, check, check_decap, decap_rows, rows,
+    xdp_verdict,
+};
+
+/// Shortest frame that a program run takes.
+const SHORTEST: usize = 14;
+/// Longest frame in these tests, with room for a tunnel header.
+const LONGEST: usize = 4096;
+
+/// Whether the tests of this file are left out. Says so, or why they cannot run.
+fn left_out(test: &str) -> bool {
+    if std::env::var_os("XLB_SKIP_ROOT").is_some() {
+        eprintln!("{test}: left out, XLB_SKIP_ROOT is set");
+        return true;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc is mounted");
+    let user = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:"))
+        .and_then(|ids| ids.split_whitespace().nth(1));
+    assert_eq!(
+        user,
+        Some("0"),
+        "{test} loads BPF programs and mounts a bpffs: run it as root, or set XLB_SKIP_ROOT"
+    );
+    false
+}
+
+/// A run directory of its own, with its bpffs; gone when it is dropped, also in a panic.
+struct RunDir(PathBuf);
+
+impl RunDir {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("xlb-program-run-{}-{number}", std::process::id()));
+        std::fs::create_dir(&path).expect("a fresh run directory");
+        Self(path)
+    }
+
+    fn fs(&self) -> BpfFs {
+        BpfFs::open(&self.0).expect("a bpffs can be mounted (are CAP_SYS_ADMIN and CAP_BPF there?)")
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // Whatever happened, nothing stays mounted; a second panic here would abort and hide the first.
+        let removed = match BpfFs::existing(&self.0) {
+            Ok(Some(fs)) => detach(fs, &[]).map(drop),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed.and_then(|()| std::fs::remove_dir(&self.0)) {
+            eprintln!("{} stays behind: {error}", self.0.display());
+        }
+    }
+}
+
+/// The loaded program, and what its counters should show.
+struct Kernel {
+    datapath: Datapath,
+    image: Image,
+    outcomes: Vec<u64>,
+    vips: Vec<Traffic>,
+    backends: Vec<Traffic>,
+    frames: u64,
+    // Last: the maps are closed before the directory goes.
+    _dir: RunDir,
+}
+
+impl Kernel {
+    fn load(setting: Setting, features: Features) -> Self {
+        let dir = RunDir::new();
+        let capacity = fixtures::capacity();
+        let mut datapath = Datapath::open(dir.fs(), capacity, SEED, features)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        datapath.maps.set_interface(INGRESS, fixtures::interface()).expect("the interface's row");
+        let before = datapath.maps.image().expect("a copy of fresh maps");
+        let desired = desired(&setting.config(), &setting.world());
+        for op in plan(&before, &desired, &capacity).expect("the fixtures are within their limits") {
+            datapath.maps.apply(&op).unwrap_or_else(|error| panic!("{op:?}: {}", chain(&error)));
+        }
+        let image = datapath.maps.image().expect("a copy of the filled maps");
+        assert!(plan(&image, &desired, &capacity).expect("as before").is_empty(), "the maps are as desired");
+        Self {
+            outcomes: vec![0; Outcome::ALL.len()],
+            vips: vec![Traffic::default(); capacity.vips as usize],
+            backends: vec![Traffic::default(); 128],
+            frames: 0,
+            datapath,
+            image,
+            _dir: dir,
+        }
+    }
+
+    /// Runs a frame in the kernel and on the host, and compares. Returns the outcome and the output.
+    fn compare(&mut self, name: &str, frame: &[u8]) -> (Outcome, Vec<u8>) {
+        let (outcome, ifindex, expected, trail) = host(&self.image, frame);
+        let mut out = vec![0; LONGEST];
+        let (verdict, length) = self
+            .datapath
+            .test_run(frame, &mut out)
+            .unwrap_or_else(|error| panic!("{name}: {}", chain(&error)));
+        out.truncate(length);
+        self.frames += 1;
+        assert_eq!(
+            verdict,
+            xdp_verdict(outcome.action()),
+            "{name}: verdict; the host says {outcome:?}, {ifindex}"
+        );
+        assert_eq!(out, expected, "{name}: bytes; the host says {outcome:?}");
+        self.outcomes[outcome as usize] += 1;
+        self.assert_outcomes(name);
+        self.assert_traffic(name, &trail);
+        (outcome, out)
+    }
+
+    fn assert_outcomes(&self, name: &str) {
+        for (outcome, expected) in Outcome::ALL.iter().zip(&self.outcomes) {
+            let counted = self.datapath.maps.outcome(*outcome).expect("a counter");
+            assert_eq!(counted, *expected, "{name}: {}", outcome.counter());
+        }
+    }
+
+    fn assert_traffic(&mut self, name: &str, trail: &Trail) {
+        if let Some((vip, traffic)) = trail.vip {
+            add(&mut self.vips[vip as usize], traffic);
+            let counted = self.datapath.maps.vip_traffic(vip).expect("a counter");
+            assert_eq!(counted, self.vips[vip as usize], "{name}: VIP {vip}");
+        }
+        if let Some((id, traffic)) = trail.backend {
+            add(&mut self.backends[usize::from(id)], traffic);
+            let counted = self.datapath.maps.backend_traffic(id).expect("a counter");
+            assert_eq!(counted, self.backends[usize::from(id)], "{name}: backend {id}");
+        }
+    }
+
+    /// Nothing was counted anywhere but where it was expected. Returns the number of frames.
+    fn finish(self) -> u64 {
+        for (vip, expected) in self.vips.iter().enumerate() {
+            assert_eq!(
+                self.datapath.maps.vip_traffic(vip as u32).expect("a counter"),
+                *expected,
+                "VIP {vip}"
+            );
+        }
+        for (id, expected) in self.backends.iter().enumerate() {
+            assert_eq!(
+                self.datapath.maps.backend_traffic(id as u16).expect("a counter"),
+                *expected,
+                "backend {id}"
+            );
+        }
+        assert_eq!(self.outcomes.iter().sum::<u64>(), self.frames, "every frame has one outcome");
+        assert_eq!(self.datapath.maps.image().expect("a copy"), self.image, "packets change no table");
+        self.frames
+    }
+}
+
+fn add(sum: &mut Traffic, traffic: Traffic) {
+    sum.packets += traffic.packets;
+    sum.bytes += traffic.bytes;
+}
+
+fn host(image: &Image, frame: &[u8]) -> (Outcome, u32, Vec<u8>, Trail) {
+    let mut bytes = vec![0xa5; HEADROOM];
+    bytes.extend_from_slice(frame);
+    let mut packet = Buffer::new(&mut bytes, HEADROOM, INGRESS);
+    let tables = Traced::new(image);
+    let decision = forward(&mut packet, &tables);
+    let output = packet.frame().to_vec();
+    (decision.outcome, decision.ifindex, output, tables.into_trail())
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+#[test]
+fn every_fixture_ends_in_the_kernel_as_on_the_host_and_as_its_row_says() {
+    if left_out("every_fixture_ends_in_the_kernel_as_on_the_host_and_as_its_row_says") {
+        return;
+    }
+    let rows = rows();
+    for setting in Setting::ALL {
+        let mut kernel = Kernel::load(setting, setting.features());
+        for row in rows.iter().filter(|row| row.setting == setting) {
+            let (outcome, output) = kernel.compare(&row.name, &row.frame);
+            check(row, outcome, &output).unwrap_or_else(|error| panic!("{}: {error}", row.name));
+        }
+        let frames = kernel.finish();
+        let figures = figures(setting.features()).unwrap_or_else(|error| panic!("{error:#}"));
+        eprintln!("{setting:?}: {frames} fixtures, {figures:?}");
+    }
+}
+
+#[test]
+fn every_fixture_ends_alike_under_settings_that_it_was_not_made_for() {
+    if left_out("every_fixture_ends_alike_under_settings_that_it_was_not_made_for") {
+        return;
+    }
+    let rows = rows();
+    for setting in Setting::ALL {
+        let mut kernel = Kernel::load(setting, setting.features());
+        for Row { name, frame, .. } in rows.iter().filter(|row| row.setting != setting) {
+            kernel.compare(&format!("{name}, under {setting:?}"), frame);
+        }
+        kernel.finish();
+    }
+}
+
+#[test]
+fn every_shorter_form_of_a_fixture_ends_in_the_kernel_as_on_the_host() {
+    if left_out("every_shorter_form_of_a_fixture_ends_in_the_kernel_as_on_the_host") {
+        return;
+    }
+    let rows = rows();
+    let mut frames = 0;
+    for setting in Setting::ALL {
+        let mut kernel = Kernel::load(setting, setting.features());
+        for Row { name, frame, .. } in rows.iter().filter(|row| row.setting == setting) {
+            // Of long frames, the headers and the edges: nothing looks at the middle.
+            let lengths = (SHORTEST..frame.len()).filter(|&length| length < 160 || length + 48 > frame.len());
+            for length in lengths {
+                kernel.compare(&format!("{name}, cut to {length}"), &frame[..length]);
+            }
+        }
+        frames += kernel.finish();
+    }
+    eprintln!("{frames} cut frames");
+}
+
+#[test]
+fn random_and_mutated_frames_end_in_the_kernel_as_on_the_host() {
+    if left_out("random_and_mutated_frames_end_in_the_kernel_as_on_the_host") {
+        return;
+    }
+    let rows = rows();
+    let frames: Vec<&[u8]> = rows.iter().map(|row| row.frame.as_slice()).collect();
+    let mut dice = Dice(0x0b5e_55ed);
+    for (setting, count) in
+        [(Setting::Everything, 14_000), (Setting::RouteSource, 3_000), (Setting::OnlyIpv6, 3_000)]
+    {
+        let mut kernel = Kernel::load(setting, setting.features());
+        for number in 0..count {
+            let frame = if number % 5 == 0 { dice.noise() } else { dice.mutated(&frames) };
+            kernel.compare(&format!("random frame {number} under {setting:?}: {frame:02x?}"), &frame);
+        }
+        kernel.finish();
+    }
+}
+
+/// A plain read of a load-time constant is folded to its placeholder by the compiler, and the agent's
+/// value is ignored without a word: so every bit must be seen to make a difference in the kernel.
+#[test]
+fn every_feature_bit_and_every_hash_key_bites() {
+    if left_out("every_feature_bit_and_every_hash_key_bites") {
+        return;
+    }
+    let rows = rows();
+    let everything = Features::ALL.iter().fold(Features::default(), |all, (feature, _)| all.with(*feature));
+    let bites = [
+        (Features::IPV4, "TCP over IPv4 goes to its backend in an IPv4 tunnel", Outcome::PassFamilyOff),
+        (Features::IPV6, "TCP over IPv6 goes to its backend in an IPv4 tunnel", Outcome::PassFamilyOff),
+        (Features::IPIP4, "UDP over IPv6 goes to its backend in an IPv4 tunnel", Outcome::DropInconsistent),
+        (Features::IPIP6, "UDP over IPv4 goes to its backend in an IPv6 tunnel", Outcome::DropInconsistent),
+        (
+            Features::L2,
+            "TCP over IPv4 goes to its on-link backend under another MAC",
+            Outcome::DropInconsistent,
+        ),
+        (Features::VIP_ARP, "an ARP request for a VIP is answered", Outcome::PassNotIp),
+        (Features::VIP_ARP, "a neighbour solicitation for a VIP is answered", Outcome::PassNotVip),
+    ];
+    let mut with_all = Kernel::load(Setting::Everything, everything);
+    for row in rows.iter().filter(|row| row.setting == Setting::Everything) {
+        let (outcome, output) = with_all.compare(&row.name, &row.frame);
+        check(row, outcome, &output).unwrap_or_else(|error| panic!("with tracing, {}: {error}", row.name));
+    }
+    for (feature, name, without) in bites {
+        let row = rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("no row `{name}`"));
+        let rest = Features::from_bits(everything.bits() & !feature.bits() & !Features::TRACE.bits());
+        let (outcome, _) = Kernel::load(Setting::Everything, rest).compare(name, &row.frame);
+        assert_eq!(outcome, without, "{name}, without {feature:?}");
+        assert_ne!(outcome, row.expect.outcome(), "{name}");
+    }
+    // Keys: `compare` sees another tunnel source or label as soon as one of them is not the host's.
+    let mut reseeded = Kernel::load(Setting::Everything, Setting::Everything.features());
+    let flow = rows.iter().find(|row| row.name.starts_with("flow 1 ")).expect("a flow");
+    let (_, before) = reseeded.compare(&flow.name, &flow.frame);
+    assert!(reseeded.datapath.refit(SEED ^ 1, Setting::Everything.features()).expect("loaded again"));
+    reseeded.image.meta = *reseeded.datapath.meta();
+    let (_, after) = reseeded.compare(&flow.name, &flow.frame);
+    assert_ne!(before, after, "another seed, another tunnel source");
+    assert!(!reseeded.datapath.refit(SEED ^ 1, Setting::Everything.features()).expect("nothing to do"));
+}
+
+/// Loading over the same maps keeps tables and counters.
+#[test]
+fn a_program_that_is_loaded_again_adopts_tables_and_counters() {
+    if left_out("a_program_that_is_loaded_again_adopts_tables_and_counters") {
+        return;
+    }
+    let rows = rows();
+    let row = rows.iter().find(|row| row.name.starts_with("flow 1 ")).expect("a flow");
+    let mut kernel = Kernel::load(Setting::Everything, Setting::Everything.features());
+    assert!(!kernel.datapath.adopted);
+    kernel.compare(&row.name, &row.frame);
+    let fs = kernel.datapath.fs().clone();
+    let reopened = Datapath::open(fs, fixtures::capacity(), SEED, Setting::Everything.features());
+    kernel.datapath = reopened.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert!(kernel.datapath.adopted);
+    kernel.compare(&row.name, &row.frame);
+    kernel.finish();
+}
+
+#[test]
+fn every_decap_fixture_ends_in_the_kernel_as_on_the_host() {
+    if left_out("every_decap_fixture_ends_in_the_kernel_as_on_the_host") {
+        return;
+    }
+    let mut program =
+        DecapProgram::load(&DecapSite::vips(), &DecapSite::from()).unwrap_or_else(|e| panic!("{e:#}"));
+    let mut counted = vec![0; DecapOutcome::ALL.len()];
+    let mut compare = |name: &str, frame: &[u8]| {
+        let site = DecapSite::default();
+        let mut bytes = frame.to_vec();
+        let mut packet = Buffer::new(&mut bytes, 0, INGRESS);
+        let outcome = decap(&mut packet, &site);
+        let mut out = vec![0; LONGEST];
+        let (verdict, length) = program.test_run(frame, &mut out).unwrap_or_else(|e| panic!("{name}: {e:#}"));
+        out.truncate(length);
+        assert_eq!(verdict, xdp_verdict(outcome.action()), "{name}: verdict; the host says {outcome:?}");
+        assert_eq!(out, packet.frame(), "{name}: bytes; the host says {outcome:?}");
+        counted[outcome as usize] += 1;
+        for (outcome, expected) in DecapOutcome::ALL.iter().zip(&counted) {
+            let found = program.outcome(*outcome).expect("a counter");
+            assert_eq!(found, *expected, "{name}: {}", outcome.counter());
+        }
+        (outcome, out)
+    };
+    let rows = decap_rows();
+    for row in &rows {
+        let (outcome, output) = compare(&row.name, &row.frame);
+        check_decap(row, outcome, &output).unwrap_or_else(|error| panic!("{}: {error}", row.name));
+        for length in SHORTEST..row.frame.len() {
+            compare(&format!("{}, cut to {length}", row.name), &row.frame[..length]);
+        }
+    }
+    let frames: Vec<&[u8]> = rows.iter().map(|row| row.frame.as_slice()).collect();
+    let mut dice = Dice(0xdeca);
+    for number in 0..4_000 {
+        let frame = if number % 5 == 0 { dice.noise() } else { dice.mutated(&frames) };
+        compare(&format!("random frame {number}: {frame:02x?}"), &frame);
+    }
+    eprintln!("{} decap fixtures, {} frames", rows.len(), counted.iter().sum::<u64>());
+}
+
+#[test]
+fn map_names_in_the_objects_are_those_of_the_abi() {
+    // Symbols of the ELF object, which end in a zero byte; no kernel is asked.
+    let has = |object: &[u8], name: &str| {
+        let symbol = [b"\0", name.as_bytes(), b"\0"].concat();
+        object.windows(symbol.len()).any(|window| window == symbol)
+    };
+    for name in Maps::PINNED {
+        assert!(has(BALANCER, name), "the balancer has no map {name}");
+    }
+    assert!(has(BALANCER, constant::CONSTANTS));
+    for name in [map::DECAP_VIPS, map::DECAP_FROM4, map::DECAP_FROM6, map::DECAP_OUTCOMES] {
+        assert!(has(DECAP, name), "decap has no map {name}");
+        assert!(name.len() <= 15, "the kernel cuts {name}");
+    }
+    assert_eq!(Maps::PINNED.len(), 13);
+    assert!(Maps::PINNED.iter().all(|name| name.len() <= 15));
+    assert!(abi::OUTCOME_ROWS as usize >= Outcome::ALL.len());
+}
+
+/// Maps of the loaded object, by the names under which they are pinned.
+#[test]
+fn all_maps_and_nothing_else_are_pinned_and_go_with_the_run_directory() {
+    if left_out("all_maps_and_nothing_else_are_pinned_and_go_with_the_run_directory") {
+        return;
+    }
+    let kernel = Kernel::load(Setting::OnlyIpv4, Setting::OnlyIpv4.features());
+    let directory = kernel.datapath.fs().path().to_owned();
+    let names = |directory: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(directory)
+            .expect("the bpffs")
+            .map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<_> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
+        // The kernel's own.
+        names.retain(|name| !name.ends_with(".debug"));
+        names.sort();
+        names
+    };
+    let mut expected = Maps::PINNED.map(str::to_owned).to_vec();
+    expected.sort();
+    assert_eq!(names(&directory), expected);
+    drop(kernel);
+    assert!(!directory.exists(), "{} stays behind", directory.display());
+}

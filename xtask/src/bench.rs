@@ -1,0 +1,252 @@
+//! Nanoseconds that a packet takes on its way through the balancer.
+//!
+//! A driver program in the kernel hands fresh packets of many flows to the program under test. In
+//! every round the harness alone, the floor (grow the head and transmit) and the balancer are timed one
+//! after the other; of each the lowest tenth of all rounds counts, because what disturbs a shared
+//! machine only ever adds time.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Subcommand;
+use etherparse::PacketBuilder;
+use lb_userspace::bpf::{self, BpfFs, Datapath, FRAME_BYTES, Packets, Target};
+use lb_userspace::capacity::Capacity;
+use lb_userspace::config;
+use lb_userspace::config::model::Config;
+use lb_userspace::nexthop::NextHop;
+use lb_userspace::reconcile::desired::{World, desired, features};
+use lb_userspace::reconcile::plan::plan;
+
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Every mode, both families, from one flow to a million
+    Packet {
+        /// How often each case is timed
+        #[arg(long, default_value_t = 60)]
+        rounds: u32,
+        /// Packets in one timing
+        #[arg(long, default_value_t = 100_000)]
+        packets: u32,
+    },
+}
+
+pub fn run(bench: Bench) -> Result<()> {
+    let Bench::Packet { rounds, packets } = bench;
+    pin_to_one_cpu()?;
+    println!(
+        "{:44} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "ns per packet", "flows", "harness", "floor", "net", "- floor"
+    );
+    for scene in scenes() {
+        let mut stage = Stage::set(&scene)?;
+        for flows in scene.flows {
+            let [nothing, floor, program] = stage.time(&scene, *flows, rounds, packets)?;
+            println!(
+                "{:44} {flows:9} {nothing:9.1} {:9.1} {:9.1} {:9.1}",
+                scene.name,
+                floor - nothing,
+                program - nothing,
+                program - floor
+            );
+        }
+    }
+    println!(
+        "\nharness: the driver alone; floor, net: beyond the harness; - floor: the balancer beyond the floor"
+    );
+    Ok(())
+}
+
+/// Timings wander when the thread does.
+fn pin_to_one_cpu() -> Result<()> {
+    let mut cpus = rustix::thread::CpuSet::new();
+    cpus.set(0);
+    rustix::thread::sched_setaffinity(None, &cpus).context("the thread cannot be bound to CPU 0")
+}
+
+const FLOWS: &[u32] = &[1, 1000, 100_000, 1_000_000];
+
+struct Scene {
+    name: &'static str,
+    services: u32,
+    forward: &'static str,
+    v6: bool,
+    udp: bool,
+    /// Addressed to no VIP.
+    stray: bool,
+    flows: &'static [u32],
+}
+
+fn scenes() -> Vec<Scene> {
+    let scene = Scene {
+        name: "IPv4 TCP, ipip",
+        services: 1,
+        forward: "ipip",
+        v6: false,
+        udp: false,
+        stray: false,
+        flows: FLOWS,
+    };
+    vec![
+        Scene { ..scene },
+        Scene { name: "IPv4 UDP, ipip", udp: true, ..scene },
+        Scene { name: "IPv6 TCP, ipip", v6: true, ..scene },
+        Scene { name: "IPv4 TCP, l2", forward: "l2", ..scene },
+        Scene { name: "IPv6 TCP, l2", forward: "l2", v6: true, ..scene },
+        Scene { name: "IPv4 TCP, ipip, 1,000 services x 10", services: 1000, ..scene },
+        Scene { name: "IPv6 TCP, ipip, 1,000 services x 10", services: 1000, v6: true, ..scene },
+        Scene { name: "IPv4, not a VIP", stray: true, flows: &[1000], ..scene },
+        Scene { name: "IPv6, not a VIP", stray: true, v6: true, flows: &[1000], ..scene },
+    ]
+}
+
+/// The first VIP; the others follow it. 198.18.0.0/15 is for benchmarks (RFC 2544), 2001:2::/48 too (RFC 5180).
+const VIP4: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
+const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0);
+const STRAY4: Ipv4Addr = Ipv4Addr::new(198, 19, 0, 0);
+const STRAY6: Ipv6Addr = Ipv6Addr::new(0x2001, 2, 0, 1, 0, 0, 0, 0);
+
+/// The balancer with a scene's tables, attached to nothing.
+struct Stage {
+    fs: BpfFs,
+    run_dir: PathBuf,
+    datapath: Option<Datapath>,
+}
+
+impl Stage {
+    fn set(scene: &Scene) -> Result<Self> {
+        let config = configuration(scene)?;
+        let run_dir = std::env::temp_dir().join(format!("xlb-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&run_dir)?;
+        let fs = BpfFs::open(&run_dir)?;
+        let mut stage = Self { fs: fs.clone(), run_dir, datapath: None };
+        let capacity = Capacity::new(&config.limits);
+        let mut datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
+        let image = datapath.maps.image()?;
+        for op in plan(&image, &desired(&config, &world(&config)), &capacity)? {
+            datapath.maps.apply(&op)?;
+        }
+        stage.datapath = Some(datapath);
+        Ok(stage)
+    }
+
+    /// Nanoseconds of the harness, the floor and the balancer.
+    fn time(&mut self, scene: &Scene, flows: u32, rounds: u32, packets: u32) -> Result<[f64; 3]> {
+        let datapath = self.datapath.as_mut().context("no datapath")?;
+        let mut bench = bpf::Bench::new(&frames(scene, flows)?, datapath.program_fd()?)?;
+        const TARGETS: [Target; 3] = [Target::Nothing, Target::Floor, Target::Program];
+        let mut times: [Vec<Duration>; 3] = Default::default();
+        for _ in 0..rounds {
+            for (target, times) in TARGETS.into_iter().zip(&mut times) {
+                times.push(bench.time(target, packets)?);
+            }
+        }
+        Ok(times.map(|times| lowest_tenth(times) / f64::from(packets)))
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.datapath = None;
+        let removed = bpf::detach(self.fs.clone(), &[]).and_then(|_| std::fs::remove_dir_all(&self.run_dir));
+        if let Err(error) = removed {
+            eprintln!("{}: {error}", self.run_dir.display());
+        }
+    }
+}
+
+/// The mean of the lowest tenth, nanoseconds.
+fn lowest_tenth(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    let count = times.len().div_ceil(10);
+    times[..count].iter().map(|time| time.as_nanos() as f64).sum::<f64>() / count as f64
+}
+
+fn vip(scene: &Scene, index: u32) -> IpAddr {
+    if scene.v6 {
+        Ipv6Addr::from(u128::from(VIP6) + u128::from(index)).into()
+    } else {
+        Ipv4Addr::from(u32::from(VIP4) + index).into()
+    }
+}
+
+/// Services with a pool of ten backends each, for TCP and UDP.
+fn configuration(scene: &Scene) -> Result<Config> {
+    use std::fmt::Write;
+    let slots = (scene.services * 2 + 2) * 4096;
+    let mut yaml = format!(
+        "interfaces: [lo]\nseed: 5f1d0c3a9be24771\nlimits: {{vips: {}, backends: 16384, slots: {slots}}}\n",
+        scene.services * 2
+    );
+    yaml += "outer_source: [10.255.0.0/24, \"fd00:255::/64\"]\ndefaults: {health: {type: none}}\npools:\n";
+    for service in 0..scene.services {
+        write!(yaml, "  p{service}: {{forward: {}, backends: [", scene.forward)?;
+        for backend in 0..10 {
+            let number = service * 10 + backend;
+            if scene.v6 {
+                write!(yaml, "\"fd00:1::{:x}:{:x}\", ", number >> 16, number & 0xffff)?;
+            } else {
+                write!(yaml, "{}, ", Ipv4Addr::from(0x0a01_0000 + number))?;
+            }
+        }
+        yaml += "]}\n";
+    }
+    yaml += "services:\n";
+    for service in 0..scene.services {
+        let vip = vip(scene, service);
+        writeln!(
+            yaml,
+            "  - {{name: s{service}, vip: \"{vip}\", ports: 80, protocol: [tcp, udp], pool: p{service}}}"
+        )?;
+    }
+    Ok(config::parse("bench", &yaml).map_err(|problems| anyhow!("{problems}"))?.config)
+}
+
+/// Everybody is up, behind one gateway on the interface that test runs come in on.
+fn world(config: &Config) -> World {
+    const LOOPBACK: u32 = 1;
+    let mut world = World::default();
+    for (pool_index, pool) in config.pools.iter().enumerate() {
+        for (index, backend) in pool.backends.iter().enumerate() {
+            let hop = NextHop {
+                ifindex: LOOPBACK,
+                interface: "lo".to_owned(),
+                source_mac: [2, 0, 0, 0, 0, 1],
+                mac: [2, 0, 0, 0, 0, 2],
+                mtu: 1500,
+                preferred_source: None,
+                gateway: None,
+            };
+            world.up.insert((pool_index, index), true);
+            world.next_hops.insert(backend.address, hop);
+        }
+    }
+    world
+}
+
+/// A TCP ACK or a datagram of the scene.
+fn frames(scene: &Scene, flows: u32) -> Result<Packets> {
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 3], [2, 0, 0, 0, 0, 1]);
+    let v6 = if scene.stray { STRAY6 } else { VIP6 };
+    let v4 = if scene.stray { STRAY4 } else { VIP4 };
+    let source6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0);
+    let builder = if scene.v6 {
+        builder.ipv6(source6.octets(), v6.octets(), 64)
+    } else {
+        builder.ipv4([10, 0, 0, 0], v4.octets(), 64)
+    };
+    // Offsets of the last four bytes of the addresses.
+    let (source_offset, destination_offset) = if scene.v6 { (34, 50) } else { (26, 30) };
+    let headers = 14 + if scene.v6 { 40 } else { 20 } + if scene.udp { 8 } else { 20 };
+    let payload = vec![0; FRAME_BYTES - headers];
+    let mut bytes = Vec::new();
+    if scene.udp {
+        builder.udp(40000, 80).write(&mut bytes, &payload)?;
+    } else {
+        builder.tcp(40000, 80, 1, 1000).ack(1).write(&mut bytes, &payload)?;
+    }
+    let frame = bytes.try_into().map_err(|_| anyhow!("the frame has another length"))?;
+    Ok(Packets { frame, flows, source_offset, destinations: scene.services, destination_offset })
+}
