@@ -1,0 +1,93 @@
+//! Reloads that take away what there was: every backend, the checks, an interface; and a restart that
+//! meets a silent network.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use tests::balancer::Balancer;
+use tests::lab::{HttpLoad, wait_for};
+use tests::stage::{self, PATIENCE, Stage, URL4};
+
+/// State, reason and slots of a backend.
+fn backend(balancer: &Balancer, name: &str) -> Result<(String, String, u64)> {
+    let found = balancer.backends()?.into_iter().find(|backend| backend.name == name);
+    let found = found.ok_or_else(|| anyhow::anyhow!("no backend {name}"))?;
+    Ok((found.state, found.check, found.slots))
+}
+
+#[test]
+fn a_reload_that_replaces_every_backend_leaves_no_gap() -> Result<()> {
+    let Some(mut stage) = Stage::set("replace", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    let balancer = stage.start(&config)?;
+    stage.add_backend()?;
+    stage.add_backend()?;
+    let load = HttpLoad::new(URL4, 100_000).parallel(4).rate(50).start(&stage.client)?;
+    sleep(Duration::from_millis(500));
+
+    config.backends = vec![stage::backend(2, false), stage::backend(3, false)];
+    let begin = Instant::now();
+    balancer.reload(&config.to_string())?;
+    let end = Instant::now();
+    sleep(Duration::from_millis(500));
+    let requests = load.stop()?;
+    stage::none_failed_but_in_flight(&requests, 4, [begin, end])?;
+    let last = requests.last().and_then(|request| request.backend());
+    ensure!(matches!(last, Some("web3" | "web4")), "the last request went to {last:?}");
+    Ok(())
+}
+
+#[test]
+fn a_backend_that_is_down_comes_up_when_checks_are_turned_off() -> Result<()> {
+    let Some(stage) = Stage::set("unchecked", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    config.health = "{type: http, path: /healthz, interval: 200ms, timeout: 200ms, rise: 3, fall: 2}".to_owned();
+    let balancer = stage.start(&config)?;
+    stage.backends[0].nginx.set_healthy(false)?;
+    wait_for("web1 is down", PATIENCE, || backend(&balancer, "web1").is_ok_and(|b| b.0 == "down" && b.2 == 0))?;
+
+    config.health = "{type: none}".to_owned();
+    balancer.reload(&config.to_string())?;
+    let (state, check, slots) = backend(&balancer, "web1")?;
+    ensure!(state == "up" && check == "not checked" && slots > 0, "{state}: {check}, {slots} slots");
+    stage.balances(URL4, 200, 2)
+}
+
+#[test]
+fn a_reload_that_cannot_attach_an_interface_changes_nothing() -> Result<()> {
+    let Some(stage) = Stage::set("busy", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    let balancer = stage.start(&config)?;
+    let other = stage.lab.switch("other")?;
+    stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
+    let pass = stage.lab.dir().join("pass.o");
+    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+    let before = balancer.backends()?.iter().map(|backend| backend.slots).collect::<Vec<_>>();
+
+    config.interfaces = "[eth0, eth1]".to_owned();
+    config.top = "vip_arp: true".to_owned();
+    config.backends.pop();
+    let refusal = balancer.reload(&config.to_string()).expect_err("eth1 is taken");
+    ensure!(format!("{refusal:#}").contains("another XDP program is attached"), "{refusal:#}");
+    let status = balancer.status()?;
+    ensure!(status.interfaces.len() == 1 && status.backends.len() == 2, "{status:?}");
+    ensure!(status.backends.iter().map(|backend| backend.slots).eq(before), "slots moved");
+    stage.balances(URL4, 200, 2)
+}
+
+#[test]
+fn a_restart_keeps_a_backend_whose_neighbour_does_not_answer_just_then() -> Result<()> {
+    let Some(stage) = Stage::set("silent", 2)? else { return Ok(()) };
+    let mut balancer = stage.start(&stage.config())?;
+    let before = backend(&balancer, "web1")?.2;
+    balancer.process.kill();
+    stage.backends[0].host.set_link("eth0", false)?;
+    stage.balancer.ip("neigh flush dev eth0")?;
+    balancer.restart()?;
+    let (state, check, slots) = backend(&balancer, "web1")?;
+    // Its checks, which are patient here, decide; not the first second of a restart.
+    ensure!(slots == before, "{state}: {check}: {slots} of {before} slots are left");
+    ensure!(balancer.process.log().contains("taken over"), "{}", balancer.process.log());
+    Ok(())
+}
