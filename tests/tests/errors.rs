@@ -87,10 +87,8 @@ fn jumbo(name: &str) -> Result<Option<(Lab, Host)>> {
 fn native_mode_that_the_mtu_forbids_fails_and_names_the_mtu() -> Result<()> {
     let Some((_lab, host)) = jumbo("jumbo")? else { return Ok(()) };
     let config = Config { top: "mode: native\n".to_owned(), ..config_with(&["10.111.0.11"]) };
-    refused(&host, &config)?.expect(
-        1,
-        &["eth0: native XDP is not possible with its MTU of 1600", "the peer's MTU", "mode: generic"],
-    )?;
+    refused(&host, &config)?
+        .expect(1, &["eth0: native XDP is not possible with this MTU", "eth0 has 1600", "mode: generic"])?;
     ensure!(!host.ip("link show eth0")?.contains("xdp"));
     Ok(())
 }

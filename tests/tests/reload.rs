@@ -42,10 +42,13 @@ fn a_reload_that_replaces_every_backend_leaves_no_gap() -> Result<()> {
 fn a_backend_that_is_down_comes_up_when_checks_are_turned_off() -> Result<()> {
     let Some(stage) = Stage::set("unchecked", 2)? else { return Ok(()) };
     let mut config = stage.config();
-    config.health = "{type: http, path: /healthz, interval: 200ms, timeout: 200ms, rise: 3, fall: 2}".to_owned();
+    config.health =
+        "{type: http, path: /healthz, interval: 200ms, timeout: 200ms, rise: 3, fall: 2}".to_owned();
     let balancer = stage.start(&config)?;
     stage.backends[0].nginx.set_healthy(false)?;
-    wait_for("web1 is down", PATIENCE, || backend(&balancer, "web1").is_ok_and(|b| b.0 == "down" && b.2 == 0))?;
+    wait_for("web1 is down", PATIENCE, || {
+        backend(&balancer, "web1").is_ok_and(|b| b.0 == "down" && b.2 == 0)
+    })?;
 
     config.health = "{type: none}".to_owned();
     balancer.reload(&config.to_string())?;

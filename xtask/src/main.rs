@@ -7,7 +7,7 @@ mod program;
 mod test;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
@@ -45,8 +45,19 @@ enum Task {
     Program,
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().task {
+/// Errors are told in a line: a backtrace would push the closing lines of the tests out of sight.
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(task: Task) -> Result<()> {
+    match task {
         Task::Ci => {
             run(Command::new("./scripts/demo"))?;
             lint::run()?;

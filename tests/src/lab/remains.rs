@@ -127,7 +127,18 @@ pub(super) fn remove(id: &str) -> Result<()> {
     }
     // Removing a directory with a mount in it would remove the files of what is mounted.
     ensure!(mounts_below(&dir)?.is_empty(), "{} still has mounts", dir.display());
-    match fs::remove_dir_all(&dir) {
+    let mut removed = fs::remove_dir_all(&dir);
+    // A sweeper that looks whether this lab is dead makes the lock file anew, in between.
+    for _ in 0..50 {
+        match &removed {
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {
+                std::thread::sleep(Duration::from_millis(10));
+                removed = fs::remove_dir_all(&dir);
+            }
+            _ => break,
+        }
+    }
+    match removed {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("removing {}", dir.display()))
         }
