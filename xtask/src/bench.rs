@@ -143,7 +143,7 @@ impl Stage {
                 times.push(bench.time(target, packets)?);
             }
         }
-        Ok(times.map(|times| lowest_tenth(times) / f64::from(packets)))
+        Ok(times.map(lowest_tenth))
     }
 }
 
