@@ -41,6 +41,25 @@ pub mod constant {
 /// Rows of `XLB_OUTCOMES`: room for outcomes to come, so that counters survive an upgrade.
 pub const OUTCOME_ROWS: u32 = 256;
 
+/// A word that is stored and loaded whole, and read field by field.
+macro_rules! word {
+    ($($name:ident),*) => {
+        $(impl $name {
+            #[inline(always)]
+            pub const fn from_bits(bits: u64) -> Self {
+                Self(bits)
+            }
+
+            #[inline(always)]
+            pub const fn bits(self) -> u64 {
+                self.0
+            }
+        })*
+    };
+}
+
+word!(Features, VipWord, TableWord, Path);
+
 /// Features of a loaded program. A feature that is off costs nothing: the verifier removes it.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -63,14 +82,6 @@ impl Features {
         (Self::VIP_ARP, "vip_arp"),
         (Self::TRACE, "trace"),
     ];
-
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
 
     #[inline(always)]
     pub const fn has(self, other: Self) -> bool {
@@ -125,15 +136,6 @@ pub struct VipWord(u64);
 impl VipWord {
     pub const fn new(seed: u32, first_row: u32, log2_buckets: u32) -> Self {
         Self(seed as u64 | (first_row as u64 & 0xff_ffff) << 32 | (log2_buckets as u64) << 56)
-    }
-
-    #[inline(always)]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    pub const fn bits(self) -> u64 {
-        self.0
     }
 
     #[inline(always)]
@@ -250,15 +252,6 @@ impl TableWord {
     }
 
     #[inline(always)]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-
-    #[inline(always)]
     pub const fn first_row(self) -> u32 {
         self.0 as u32
     }
@@ -352,15 +345,6 @@ pub struct Path(u64);
 impl Path {
     pub const fn new(mac: Mac, egress: u16) -> Self {
         Self(mac.bits() | (egress as u64) << 48)
-    }
-
-    #[inline(always)]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    pub const fn bits(self) -> u64 {
-        self.0
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lb_common::abi::{
     BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, PortKey, SHORTEST_TABLE_LOG2,
-    SLOTS_PER_ROW, TableState, TableWord, Vip4, Vip6, VipTarget, VipWord,
+    SLOTS_PER_ROW, TableState, TableWord, VipTarget, VipWord,
 };
 use lb_common::slots::Slot;
 use lb_common::wire::Address6;
@@ -18,7 +18,7 @@ use super::desired::{Desired, DesiredTable, Target};
 use super::image::Image;
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
-use crate::tables::buckets;
+use crate::tables::buckets::{self, Bucket};
 
 /// Why a desired state cannot be planned. Nothing has been written then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -262,60 +262,50 @@ impl Planner<'_> {
         if wanted == present {
             return Ok(());
         }
-        self.vips4(&wanted, &present)?;
-        self.vips6(&wanted, &present)
-    }
-
-    fn vips4(&mut self, wanted: &VipMap, present: &VipMap) -> Result<(), PlanError> {
-        let entries = |of: &VipMap| -> Vec<Vip4> {
-            let v4 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
-                IpAddr::V4(address) => Some(buckets::vip4(address, PortKey(key.1), *target)),
-                IpAddr::V6(_) => None,
-            };
-            of.iter().filter_map(v4).collect()
+        let half = self.capacity.vip4_half_log2;
+        let v4 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
+            IpAddr::V4(address) => Some(buckets::vip4(address, PortKey(key.1), *target)),
+            IpAddr::V6(_) => None,
         };
-        let wanted = entries(wanted);
-        if wanted == entries(present) {
-            return Ok(());
+        let write = |row, buckets| MapOp::WriteVips4 { row, buckets };
+        if let Some(word) = self.family(&wanted, &present, v4, self.image.vip_word4(), half, write)? {
+            self.add.push(MapOp::SetVipWord4 { word });
         }
-        let layout = buckets::lay_out(&wanted, self.capacity.vip4_half_log2)
-            .ok_or(PlanError::Buckets { limit: self.capacity.vips })?;
-        let row = idle_half(self.image.vip_word4(), self.capacity.vip4_half_log2);
-        self.add.push(MapOp::Grace);
-        self.add.push(MapOp::WriteVips4 { row, buckets: layout.buckets });
-        let word = if wanted.is_empty() {
-            VipWord::default()
-        } else {
-            VipWord::new(layout.seed, row, layout.log2_buckets)
+        let half = self.capacity.vip6_half_log2;
+        let v6 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
+            IpAddr::V6(address) => Some(buckets::vip6(address, PortKey(key.1), *target)),
+            IpAddr::V4(_) => None,
         };
-        self.add.push(MapOp::SetVipWord4 { word });
+        let write = |row, buckets| MapOp::WriteVips6 { row, buckets };
+        if let Some(word) = self.family(&wanted, &present, v6, self.image.vip_word6(), half, write)? {
+            self.add.push(MapOp::SetVipWord6 { word });
+        }
         Ok(())
     }
 
-    fn vips6(&mut self, wanted: &VipMap, present: &VipMap) -> Result<(), PlanError> {
-        let entries = |of: &VipMap| -> Vec<Vip6> {
-            let v6 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
-                IpAddr::V6(address) => Some(buckets::vip6(address, PortKey(key.1), *target)),
-                IpAddr::V4(_) => None,
-            };
-            of.iter().filter_map(v6).collect()
-        };
-        let wanted = entries(wanted);
-        if wanted == entries(present) {
-            return Ok(());
+    /// Writes the buckets of one family into the half that is not live. Returns the word that makes
+    /// them live, or nothing where no entry of the family differs.
+    fn family<B: Bucket<Entry: PartialEq>>(
+        &mut self,
+        wanted: &VipMap,
+        present: &VipMap,
+        entry: impl Fn((&VipKey, &VipTarget)) -> Option<B::Entry>,
+        live: VipWord,
+        half_log2: u32,
+        write: impl Fn(u32, Vec<B>) -> MapOp,
+    ) -> Result<Option<VipWord>, PlanError> {
+        let wanted: Vec<B::Entry> = wanted.iter().filter_map(&entry).collect();
+        if wanted.iter().eq(present.iter().filter_map(&entry).collect::<Vec<_>>().iter()) {
+            return Ok(None);
         }
-        let layout = buckets::lay_out(&wanted, self.capacity.vip6_half_log2)
-            .ok_or(PlanError::Buckets { limit: self.capacity.vips })?;
-        let row = idle_half(self.image.vip_word6(), self.capacity.vip6_half_log2);
+        let layout =
+            buckets::lay_out(&wanted, half_log2).ok_or(PlanError::Buckets { limit: self.capacity.vips })?;
+        // The half that was live before may still be read by who loaded its word.
         self.add.push(MapOp::Grace);
-        self.add.push(MapOp::WriteVips6 { row, buckets: layout.buckets });
-        let word = if wanted.is_empty() {
-            VipWord::default()
-        } else {
-            VipWord::new(layout.seed, row, layout.log2_buckets)
-        };
-        self.add.push(MapOp::SetVipWord6 { word });
-        Ok(())
+        let row = idle_half(live, half_log2);
+        self.add.push(write(row, layout.buckets));
+        let word = VipWord::new(layout.seed, row, layout.log2_buckets);
+        Ok(Some(if wanted.is_empty() { VipWord::default() } else { word }))
     }
 }
 
