@@ -1,5 +1,5 @@
-//! Reloads that take away what there was: every backend, the checks, an interface; and a restart that
-//! meets a silent network.
+//! Reloads that take away what there was: every backend, the checks, an interface; a reload that asks
+//! for a trace; and a restart that meets a silent network.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -92,5 +92,30 @@ fn a_restart_keeps_a_backend_whose_neighbour_does_not_answer_just_then() -> Resu
     // Its checks, which are patient here, decide; not the first second of a restart.
     ensure!(slots == before, "{state}: {check}: {slots} of {before} slots are left");
     ensure!(balancer.process.log().contains("taken over"), "{}", balancer.process.log());
+    Ok(())
+}
+
+#[test]
+fn decisions_are_logged_while_a_trace_is_asked_for() -> Result<()> {
+    let Some(stage) = Stage::set("trace", 1)? else { return Ok(()) };
+    let mut config = stage.config();
+    let balancer = stage.start(&config)?;
+    let decisions = || balancer.process.log().matches("forward_transmit in=").count();
+    stage.balances(URL4, 10, 1)?;
+    ensure!(decisions() == 0, "traced without being asked");
+
+    config.top = "trace: true".to_owned();
+    balancer.reload(&config.to_string())?;
+    stage.balances(URL4, 10, 1)?;
+    // A request is at least a SYN, an ACK, the request and a FIN.
+    wait_for("decisions are in the log", PATIENCE, || decisions() >= 40)?;
+
+    config.top = String::new();
+    balancer.reload(&config.to_string())?;
+    sleep(Duration::from_millis(300));
+    let before = decisions();
+    stage.balances(URL4, 10, 1)?;
+    sleep(Duration::from_millis(300));
+    ensure!(decisions() == before, "the trace goes on");
     Ok(())
 }

@@ -84,6 +84,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Ok(core) => core,
         Err(error) => {
             // A first start that fails leaves nothing; what an earlier agent left goes on.
+            api::remove_socket(&options.run_dir);
             if fresh {
                 bpf::detach(fs, &[])?;
             }

@@ -55,7 +55,7 @@ pub(super) fn port(text: &str) -> Leaf<u16> {
 }
 
 pub(super) fn weight(text: &str) -> Leaf<u8> {
-    number(text, 0..=100, " (0 drains)").map(|n| u8::try_from(n).unwrap_or(100))
+    number(text, 0..=100, " (0 takes no flows)").map(|n| u8::try_from(n).unwrap_or(100))
 }
 
 /// `slots:`, which tables take in units of the smallest of them.

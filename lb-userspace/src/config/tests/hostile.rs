@@ -181,7 +181,7 @@ fn all_mistakes_of_a_very_bad_file_are_reported_together_in_order() {
          a backend needs an address of its own: its packets would come back to the balancer",
         "xlb.yaml:18:9 pools.web.backends[1]: 10.0.1.11 is already a backend of this pool at line 17 \
          (pools.web.backends[0]); remove one of the two",
-        "xlb.yaml:19:38 pools.web.backends[2].weight: 101 is not allowed; use 0-100 (0 drains)",
+        "xlb.yaml:19:38 pools.web.backends[2].weight: 101 is not allowed; use 0-100 (0 takes no flows)",
         "xlb.yaml:31:5 services[1].ports: is missing; use a port such as 80, or a list of them",
         "xlb.yaml:33:5 services[1].port: is not a known key; did you mean ports?",
         "xlb.yaml:35:11 services[1].pool: there is no pool dsn; did you mean dns?",

@@ -496,17 +496,17 @@ const POOLS: &[Row] = &[
     (
         "a weight above 100",
         "interfaces: [eth0]\npools:\n  web: {forward: ipip, backends: [{address: 10.0.0.1, weight: 101}]}\n",
-        &["xlb.yaml:3:63 pools.web.backends[0].weight: 101 is not allowed; use 0-100 (0 drains)"],
+        &["xlb.yaml:3:63 pools.web.backends[0].weight: 101 is not allowed; use 0-100 (0 takes no flows)"],
     ),
     (
         "a weight below 0",
         "interfaces: [eth0]\npools:\n  web: {forward: ipip, backends: [{address: 10.0.0.1, weight: -1}]}\n",
-        &["xlb.yaml:3:63 pools.web.backends[0].weight: -1 is not allowed; use 0-100 (0 drains)"],
+        &["xlb.yaml:3:63 pools.web.backends[0].weight: -1 is not allowed; use 0-100 (0 takes no flows)"],
     ),
     (
         "a weight with a fraction",
         "interfaces: [eth0]\npools:\n  web: {forward: ipip, backends: [{address: 10.0.0.1, weight: 0.5}]}\n",
-        &["xlb.yaml:3:63 pools.web.backends[0].weight: 0.5 is not allowed; use 0-100 (0 drains)"],
+        &["xlb.yaml:3:63 pools.web.backends[0].weight: 0.5 is not allowed; use 0-100 (0 takes no flows)"],
     ),
     (
         "a backend without an address",
