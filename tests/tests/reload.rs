@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tests::balancer::Balancer;
-use tests::lab::{HttpLoad, wait_for};
-use tests::stage::{self, PATIENCE, Stage, URL4};
+use tests::lab::{HttpLoad, Signal, wait_for};
+use tests::stage::{self, PATIENCE, Stage, URL4, VIP4};
 
 /// State, reason and slots of a backend.
 fn backend(balancer: &Balancer, name: &str) -> Result<(String, String, u64)> {
@@ -77,6 +77,27 @@ fn a_reload_that_cannot_attach_an_interface_changes_nothing() -> Result<()> {
     ensure!(status.interfaces.len() == 1 && status.backends.len() == 2, "{status:?}");
     ensure!(status.backends.iter().map(|backend| backend.slots).eq(before), "slots moved");
     stage.balances(URL4, 200, 2)
+}
+
+#[test]
+fn of_two_reloads_in_a_row_the_later_file_counts() -> Result<()> {
+    let Some(stage) = Stage::set("overtake", 1)? else { return Ok(()) };
+    let mut config = stage.config();
+    let balancer = stage.start(&config)?;
+    // Nobody has this address: the first file's reload waits for it.
+    config.backends.push("{address: 10.111.0.99, name: nobody}".to_owned());
+    std::fs::write(&balancer.config, config.to_string())?;
+    balancer.process.signal(Signal::HUP)?;
+    sleep(Duration::from_millis(200));
+    config.backends.pop();
+    config.services.push(stage::service("other", &[VIP4], "81", "tcp"));
+    std::fs::write(&balancer.config, config.to_string())?;
+    balancer.process.signal(Signal::HUP)?;
+    // Longer than the first one would have waited.
+    sleep(Duration::from_millis(2500));
+    let status = balancer.status()?;
+    ensure!(status.backends.len() == 1 && status.services.len() == 3, "{status:?}");
+    Ok(())
 }
 
 #[test]

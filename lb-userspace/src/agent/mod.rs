@@ -17,6 +17,7 @@ use futures_util::{StreamExt, stream};
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
@@ -119,6 +120,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     flushes.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut tick = 0u32;
     let mut resolving = false;
+    let mut asking: Option<JoinHandle<()>> = None;
     loop {
         tokio::select! {
             Some((key, probe)) = probes.recv() => {
@@ -144,8 +146,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             _ = hangup.recv() => {
                 if let Some(config) = read_again(&mut core) {
                     let (unknown, to) = (core.unknown(&config), reload_tx.clone());
-                    // The loop goes on meanwhile: health and requests do not wait for a reload.
-                    tokio::spawn(async move { to.send((config, first_probes(unknown).await)).await });
+                    // The loop goes on meanwhile: health and requests do not wait for a reload. A later
+                    // file overtakes one whose backends are still being asked.
+                    if let Some(overtaken) = asking.replace(tokio::spawn(async move {
+                        let first = first_probes(unknown).await;
+                        _ = to.send((config, first)).await;
+                    })) {
+                        overtaken.abort();
+                    }
                 }
                 continue;
             }
