@@ -162,7 +162,7 @@ fn a_second_agent_in_the_same_place_names_the_first() -> Result<()> {
     let other = lab.dir().join("other");
     run(&host, &["run", "-c", &config, "--run-dir", &other.to_string_lossy()])?
         .expect(1, &["another XDP program is attached", "`balancer`"])?;
-    run(&host, &["detach", "--run-dir", &run_dir])?.expect(1, &["an agent runs in", "stop it first"])?;
+    run(&host, &["detach", "--run-dir", &run_dir])?.expect(1, &["another xlb", "runs in", "stop it"])?;
     ensure!(balancer.status().is_ok());
     Ok(())
 }

@@ -80,6 +80,41 @@ fn a_reload_that_cannot_attach_an_interface_changes_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_restart_that_cannot_attach_an_interface_leaves_the_others_forwarding() -> Result<()> {
+    let Some(stage) = Stage::set("again", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    let mut balancer = stage.start(&config)?;
+    let other = stage.lab.switch("other")?;
+    stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
+    let pass = stage.lab.dir().join("pass.o");
+    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+    balancer.process.kill();
+
+    config.interfaces = "[eth0, eth1]".to_owned();
+    std::fs::write(&balancer.config, config.to_string())?;
+    ensure!(balancer.restart().is_err(), "eth1 is taken");
+    stage.balances(URL4, 200, 2)
+}
+
+#[test]
+fn an_interface_that_was_elsewhere_for_a_while_is_attached_again() -> Result<()> {
+    let Some(stage) = Stage::set("moved", 1)? else { return Ok(()) };
+    let config = stage.config();
+    let mut balancer = stage.start(&config)?;
+    balancer.process.kill();
+    // The link's device goes; one of the same name and index comes.
+    let shown = stage.balancer.ip("-o link show eth0")?;
+    let index = shown.split(':').next().unwrap_or_default().trim().to_owned();
+    stage.balancer.ip("link del eth0")?;
+    stage.balancer.ip(&format!("link add eth0 index {index} type veth peer name stub"))?;
+    stage.balancer.ip("link set eth0 up")?;
+    balancer.restart()?;
+    let shown = stage.balancer.ip("link show eth0")?;
+    ensure!(shown.contains("xdp"), "{shown}");
+    Ok(())
+}
+
+#[test]
 fn of_two_reloads_in_a_row_the_later_file_counts() -> Result<()> {
     let Some(stage) = Stage::set("overtake", 1)? else { return Ok(()) };
     let mut config = stage.config();

@@ -120,6 +120,7 @@ impl Core {
 
     /// Puts the program on every interface of `wanted`. On an error those that carried it before still do.
     fn attach(&mut self, wanted: &Wanted) -> Result<(), DatapathError> {
+        let carried = self.datapath.linked_interfaces()?;
         let mut attached: Vec<Attached> = Vec::new();
         for (link, mode) in &wanted.links {
             match self.datapath.attach(link, *mode) {
@@ -132,7 +133,7 @@ impl Core {
                 }
                 Err(error) => {
                     for now in &attached {
-                        if !self.attached.iter().any(|before| before.name == now.name) {
+                        if !carried.contains(&now.name) {
                             self.datapath.detach(&now.name, now.ifindex)?;
                         }
                     }
@@ -220,7 +221,12 @@ impl Core {
 
     /// Addresses whose next hop is missing, or all.
     pub fn addresses_to_resolve(&self, all: bool) -> Vec<IpAddr> {
-        let addresses: HashSet<IpAddr> = keys(&self.config).map(|(key, ..)| key.address).collect();
+        self.to_resolve(&self.config, all)
+    }
+
+    /// Addresses of a configuration whose next hop is missing, or all.
+    pub fn to_resolve(&self, config: &Config, all: bool) -> Vec<IpAddr> {
+        let addresses: HashSet<IpAddr> = keys(config).map(|(key, ..)| key.address).collect();
         addresses
             .into_iter()
             .filter(|address| all || !matches!(self.next_hops.get(address), Some(Ok(_))))
@@ -232,7 +238,13 @@ impl Core {
     }
 
     pub fn on_next_hops(&mut self, found: NextHops) {
+        let configured: HashSet<IpAddr> = keys(&self.config).map(|(key, ..)| key.address).collect();
+        self.next_hops.retain(|address, _| configured.contains(address));
         for (address, result) in found {
+            // An answer that comes after its backend has gone.
+            if !configured.contains(&address) {
+                continue;
+            }
             let known = self.next_hops.get(&address);
             // A neighbour that does not answer just now may still forward: its checks decide. And the
             // kernel calls it missing and failed by turns, which is no news.
@@ -337,19 +349,22 @@ impl Core {
     }
 
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
-    /// whose health was not known. Whether the program was loaded again.
+    /// whose health was not known.
     pub async fn reload(
         &mut self,
         config: Config,
         first: &[(BackendKey, Probe)],
+        found: NextHops,
         resolver: &Resolver,
-    ) -> anyhow::Result<bool> {
+    ) -> anyhow::Result<()> {
         if Capacity::new(&config.limits) != self.capacity {
             bail!(
                 "`limits` cannot change while the maps are in use; stop the agent, run `xlb detach` (traffic stops), and start it again"
             );
         }
         preflight(&config, &self.capacity)?;
+        // Beside what is in use there may be less room than in empty maps.
+        plan(&self.image, &desired(&config, &World::default()), &self.capacity)?;
         interfaces::refuse_local_vips(&config, resolver).await?;
         let wanted = Wanted::look_up(&config, self.datapath.fs(), resolver).await?;
         if config.seed != self.config.seed {
@@ -357,7 +372,7 @@ impl Core {
         }
         // Old and new modes side by side until the tables have changed.
         let (old, new) = (Features::from_bits(self.datapath.meta().features), features(&config));
-        let mut refitted = self.refit(config.seed, old.with(new))?;
+        self.refit(config.seed, old.with(new))?;
         if let Err(error) = self.attach(&wanted) {
             // Interfaces that were swapped already go back to the program that they had.
             let before = self.wanted.clone();
@@ -370,7 +385,6 @@ impl Core {
         let previous = std::mem::replace(&mut self.config, config);
         self.fsms = self.carry_over(&previous, known);
         self.changed = true;
-        let found = resolver.resolve_all(&self.addresses_to_resolve(false), FIRST_RESOLVE_OF_RELOAD).await;
         self.on_next_hops(found);
         for (key, probe) in first {
             self.on_probe(Instant::now(), key, probe);
@@ -378,9 +392,9 @@ impl Core {
         self.reconcile().context("the tables cannot be written")?;
         self.start_checks();
         self.detach_others(&wanted)?;
-        refitted |= self.settle(resolver).await?;
+        self.settle(resolver).await?;
         self.note_reload(Ok(()));
-        Ok(refitted)
+        Ok(())
     }
 
     /// Takes features out of the program that only the tables of before needed. Whether it was loaded again.
@@ -469,8 +483,6 @@ impl Core {
         .status()
     }
 }
-
-const FIRST_RESOLVE_OF_RELOAD: Duration = Duration::from_secs(1);
 
 fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) -> NextHop {
     let link = wanted.links.iter().find(|(link, _)| link.ifindex == egress.ifindex);

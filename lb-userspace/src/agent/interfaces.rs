@@ -18,14 +18,24 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// An error where the file names one interface by two names.
     pub async fn look_up(config: &Config, fs: &BpfFs, resolver: &Resolver) -> anyhow::Result<Self> {
         let mut links = Vec::new();
         for interface in &config.interfaces {
-            links.push((resolver.link(&interface.name).await?, interface.mode));
+            let link = resolver.link(&interface.name).await?;
+            if links.iter().any(|(known, _): &(Link, Mode)| known.ifindex == link.ifindex) {
+                bail!(
+                    "{} is another name of {}, which is listed already; list an interface once",
+                    interface.name,
+                    link.name
+                );
+            }
+            links.push((link, interface.mode));
         }
         let mut unwanted = Vec::new();
         for name in fs.linked_interfaces()? {
-            if !config.interfaces.iter().any(|interface| interface.name == name) {
+            // By the kernel's name: the file may use an alternative one.
+            if !links.iter().any(|(link, _)| link.name == name) {
                 let ifindex = resolver.link(&name).await.map_or(0, |link| link.ifindex);
                 unwanted.push((name, ifindex));
             }

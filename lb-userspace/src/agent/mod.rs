@@ -64,6 +64,10 @@ pub enum Request {
 
 /// Runs until a signal ends it. Forwarding goes on after that.
 pub async fn run(options: Options) -> anyhow::Result<()> {
+    // First of all: a signal that comes while the agent starts waits until it can be handled.
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let loaded = config::load(&options.config)?;
     for warning in &loaded.warnings {
         warn!("{warning}");
@@ -111,9 +115,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         "running"
     );
 
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut ticks = interval(RESOLVE_MISSING);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut flushes = interval(FLUSH_TRACE);
@@ -132,10 +133,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 core.on_next_hops(found);
             }
             _ = ticks.tick() => {
-                tick = tick.wrapping_add(1);
-                let wanted = core.addresses_to_resolve(tick.is_multiple_of(RESOLVE_ALL));
+                tick += 1;
+                let all = tick >= RESOLVE_ALL;
+                let wanted = core.addresses_to_resolve(all);
                 if !resolving && !wanted.is_empty() {
                     resolving = true;
+                    tick = if all { 0 } else { tick };
                     resolve_aside(Arc::clone(&resolver), wanted, hops_tx.clone());
                 }
             }
@@ -144,23 +147,29 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 continue;
             }
             _ = hangup.recv() => {
-                if let Some(config) = read_again(&mut core) {
-                    let (unknown, to) = (core.unknown(&config), reload_tx.clone());
+                let config = read_again(&mut core);
+                if config.is_none() && let Some(overtaken) = asking.take() {
+                    overtaken.abort();
+                }
+                if let Some(config) = config {
                     // The loop goes on meanwhile: health and requests do not wait for a reload. A later
                     // file overtakes one whose backends are still being asked.
+                    let (unknown, missing) = (core.unknown(&config), core.to_resolve(&config, false));
+                    let (resolver, to) = (Arc::clone(&resolver), reload_tx.clone());
                     if let Some(overtaken) = asking.replace(tokio::spawn(async move {
-                        let first = first_probes(unknown).await;
-                        _ = to.send((config, first)).await;
+                        let hops = resolver.resolve_all(&missing, FIRST_RESOLVE);
+                        let (hops, first) = tokio::join!(hops, first_probes(unknown));
+                        _ = to.send((config, first, hops)).await;
                     })) {
                         overtaken.abort();
                     }
                 }
                 continue;
             }
-            Some((config, first)) = reloads.recv() => {
-                if reload(&mut core, config, &first, &resolver).await {
-                    trace = tracer(&mut core);
-                }
+            Some((config, first, found)) = reloads.recv() => {
+                reload(&mut core, config, &first, found, &resolver).await;
+                // The program may have been loaded again, with another ring, also by a reload that failed.
+                trace = tracer(&mut core);
             }
             _ = flushes.tick(), if trace.is_some() => {
                 if let Some(trace) = &mut trace {
@@ -229,17 +238,19 @@ fn read_again(core: &mut Core) -> Option<Config> {
     }
 }
 
-/// Takes over a configuration that is valid. Whether the program was loaded again.
-async fn reload(core: &mut Core, config: Config, first: &[(BackendKey, Probe)], resolver: &Resolver) -> bool {
-    match core.reload(config, first, resolver).await {
-        Ok(refitted) => {
-            info!(file = %core.config_path().display(), "reloaded");
-            refitted
-        }
+/// Takes over a configuration that is valid.
+async fn reload(
+    core: &mut Core,
+    config: Config,
+    first: &[(BackendKey, Probe)],
+    found: NextHops,
+    resolver: &Resolver,
+) {
+    match core.reload(config, first, found, resolver).await {
+        Ok(()) => info!(file = %core.config_path().display(), "reloaded"),
         Err(error) => {
             error!(error = %format!("{error:#}"), "reload refused; the last good configuration goes on");
             core.note_reload(Err(format!("{error:#}")));
-            false
         }
     }
 }

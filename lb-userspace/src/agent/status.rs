@@ -167,10 +167,16 @@ impl View<'_> {
 
     fn services(&self, backends: &[BackendStatus]) -> Vec<ServiceStatus> {
         let vips = present_vips(self.image);
+        let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
+        for backend in backends {
+            let (up, all) = counts.entry(&backend.pool).or_default();
+            *up += usize::from(backend.state == "up");
+            *all += 1;
+        }
         let mut services = Vec::new();
         for service in &self.config.services {
             let pool = self.config.pool_of(service);
-            let members = || backends.iter().filter(|backend| backend.pool == pool.name);
+            let (backends_up, backends) = counts.get(pool.name.as_str()).copied().unwrap_or_default();
             for (vip, port, protocol) in service.triples() {
                 let key = PortKey::new(port, protocol_number(protocol));
                 let traffic = vips
@@ -184,8 +190,8 @@ impl View<'_> {
                     protocol: protocol.to_string(),
                     pool: pool.name.clone(),
                     scheduler: service.scheduler.to_string(),
-                    backends_up: members().filter(|backend| backend.state == "up").count(),
-                    backends: members().count(),
+                    backends_up,
+                    backends,
                     packets: traffic.packets,
                     bytes: traffic.bytes,
                 });

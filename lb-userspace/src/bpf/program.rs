@@ -143,17 +143,21 @@ impl Datapath {
             Mode::Native => !was_generic,
             Mode::Generic => was_generic,
         };
-        let generic = match self.pinned_link(link)? {
-            Some(pinned) if fits && known.is_some() => {
-                self.swap(link, pinned)?;
-                was_generic
+        let pinned = self.pinned_link(link)?;
+        let swapped = match pinned {
+            Some(pinned) if fits && known.is_some() => self.swap(link, pinned)?,
+            // Of another mode, or of a device that is gone. An open link would keep the interface busy.
+            other => {
+                drop(other);
+                false
             }
-            pinned => {
-                // Of another mode, or of a device that is gone: dropping the unpinned link detaches.
-                drop(pinned);
-                remove_file_if_there(&self.fs.link(&link.name)).map_err(|source| self.fs_error(source))?;
-                self.attach_new(link, mode)?
-            }
+        };
+        let generic = if swapped {
+            was_generic
+        } else {
+            // With its pin the old link goes, if there is one.
+            remove_file_if_there(&self.fs.link(&link.name)).map_err(|source| self.fs_error(source))?;
+            self.attach_new(link, mode)?
         };
         let mut flags = known.map_or(0, |known| known.flags) & Interface::RESTORE_GRO;
         if generic {
@@ -177,6 +181,11 @@ impl Datapath {
             restore_gro(interface);
         }
         Ok(())
+    }
+
+    /// Interfaces whose link is pinned: they carry the program, or did before they went.
+    pub fn linked_interfaces(&self) -> Result<Vec<String>, DatapathError> {
+        self.fs.linked_interfaces().map_err(|source| self.fs_error(source))
     }
 
     pub fn fs(&self) -> &BpfFs {
@@ -209,16 +218,21 @@ impl Datapath {
         }
     }
 
-    /// Swaps the program on a live link: not a packet is missed.
-    fn swap(&mut self, link: &Link, pinned: FdLink) -> Result<(), DatapathError> {
+    /// Swaps the program on a live link: not a packet is missed. False if the link is dead: its device
+    /// went away, and may be back.
+    fn swap(&mut self, link: &Link, pinned: FdLink) -> Result<bool, DatapathError> {
         let path = self.fs.link(&link.name);
         let xdp_link = XdpLink::try_from(pinned).map_err(|error: LinkError| pin_error(link, &path, error))?;
         let program = self.program()?;
-        let id = program.attach_to_link(xdp_link).map_err(|error| attach_error(link, Mode::Auto, error))?;
+        let id = match program.attach_to_link(xdp_link) {
+            Ok(id) => id,
+            Err(error) if errno(&error) == Some(libc::ENOLINK) => return Ok(false),
+            Err(error) => return Err(attach_error(link, Mode::Auto, error)),
+        };
         // The pin holds the link; this handle must not detach it when it goes.
         let owned = program.take_link(id).map_err(|error| attach_error(link, Mode::Auto, error))?;
         drop(FdLink::try_from(owned).map_err(|error: LinkError| pin_error(link, &path, error))?);
-        Ok(())
+        Ok(true)
     }
 
     /// Attaches and pins. Returns whether the mode is generic.

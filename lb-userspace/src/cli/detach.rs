@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::agent::lock;
 use crate::bpf::{self, BpfFs};
@@ -13,9 +13,7 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
         say!("nothing is pinned in {}", run_dir.display());
         return Ok(());
     };
-    let Ok(_lock) = lock(run_dir) else {
-        bail!("an agent runs in {}; stop it first, it would attach again", run_dir.display());
-    };
+    let _lock = lock(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
     let mut links = Vec::new();
     for name in fs.linked_interfaces()? {

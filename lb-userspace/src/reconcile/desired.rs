@@ -19,7 +19,7 @@ pub type BackendRef = (usize, usize);
 /// What the world looks like just now.
 #[derive(Debug, Default, Clone)]
 pub struct World {
-    /// Backends that pass their checks and have a next hop.
+    /// Backends that have a next hop that their pool can use, and whether they pass their checks.
     pub up: HashMap<BackendRef, bool>,
     pub next_hops: HashMap<IpAddr, NextHop>,
 }
@@ -65,11 +65,14 @@ pub struct Desired {
 pub fn desired(config: &Config, world: &World) -> Desired {
     let mut desired = Desired::default();
     for (index, pool) in config.pools.iter().enumerate() {
-        for backend in &pool.backends {
+        for (place, backend) in pool.backends.iter().enumerate() {
             let identity = backend_identity(&pool.name, pool.forward, backend.address);
+            // Another pool may reach the same address in a way that this one cannot use.
+            let usable = world.up.contains_key(&(index, place));
             let next_hop = world
                 .next_hops
                 .get(&backend.address)
+                .filter(|_| usable)
                 .map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
             let row = backend_row(pool.forward, backend.address, identity);
             desired.backends.insert(identity, DesiredBackend { row, next_hop });
