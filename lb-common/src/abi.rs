@@ -283,9 +283,9 @@ pub const LONGEST_TABLE_LOG2: u32 = 20;
 pub struct TableState {
     /// Fingerprint of (pool, protocol, scheduler); 0 is a free row.
     pub identity: u64,
-    /// Pins that could not be made. Only ever grows.
+    /// Pins that could not be made. Not written yet.
     pub failed: u64,
-    /// Not 0 while the agent moves `est`: what cannot be pinned drops.
+    /// Not 0 while the agent moves `est`. Not written yet.
     pub closing: u64,
     pub spare: [u64; 5],
 }
@@ -386,7 +386,7 @@ pub struct Backend {
 const _: () = assert!(size_of::<Backend>() == 64);
 
 impl Backend {
-    /// Takes new flows. Pins to a backend without it are not followed by a new connection.
+    /// Takes new flows. Always set in this version, which makes no pins that would ask.
     pub const ACCEPTING: u8 = 1;
 
     #[inline(always)]
@@ -451,8 +451,8 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// A pin: the backend of one flow while its slot is on the move. One word, changed by
-/// compare-and-exchange only.
+/// A pin: the backend of one flow while its slot is on the move, in one word. The layout is laid
+/// down; this version makes no pins.
 ///
 /// Bits 0-14 backend, 15 confirmed (something but a SYN was seen), 16-31 age (seconds, wrapping),
 /// 32-63 tag of the flow. Zero is a free place; a tag is never zero.

@@ -2,7 +2,8 @@
 //!
 //! A slot that is at rest is *clean*: `cur == est`, neither `D` nor `P`. Every packet of it goes to
 //! `cur`, no connection is looked up, no state is kept. `est`, `D` and `P` are the room for moving a
-//! slot without moving the flows that live on it.
+//! slot without moving the flows that live on it; the agent of this version writes clean slots only,
+//! and the packet path reads `cur` alone.
 
 use crate::abi::{BACKEND_NOBODY, Backend};
 use crate::outcome::Outcome;
