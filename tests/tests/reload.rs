@@ -166,12 +166,18 @@ fn decisions_are_logged_while_a_trace_is_asked_for() -> Result<()> {
     // A request is at least a SYN, an ACK, the request and a FIN.
     wait_for("decisions are in the log", PATIENCE, || decisions() >= 40)?;
 
+    // A reload that leaves the program as it is leaves the trace as it is.
+    balancer.reload(&config.to_string())?;
+    let before = decisions();
+    stage.balances(URL4, 10, 1)?;
+    wait_for("the trace goes on", PATIENCE, || decisions() >= before + 40)?;
+
     config.top = String::new();
     balancer.reload(&config.to_string())?;
     sleep(Duration::from_millis(300));
     let before = decisions();
     stage.balances(URL4, 10, 1)?;
     sleep(Duration::from_millis(300));
-    ensure!(decisions() == before, "the trace goes on");
+    ensure!(decisions() == before, "the trace does not end");
     Ok(())
 }

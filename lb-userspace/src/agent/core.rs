@@ -397,14 +397,13 @@ impl Core {
         Ok(())
     }
 
-    /// Takes features out of the program that only the tables of before needed. Whether it was loaded again.
-    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<bool> {
-        let refitted = self.refit(self.config.seed, features(&self.config))?;
-        if refitted {
+    /// Takes features out of the program that only the tables of before needed.
+    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
+        if self.refit(self.config.seed, features(&self.config))? {
             let wanted = Wanted::look_up(&self.config, self.datapath.fs(), resolver).await?;
             self.attach(&wanted)?;
         }
-        Ok(refitted)
+        Ok(())
     }
 
     fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
@@ -439,7 +438,7 @@ impl Core {
         self.reload = Some(Reload { at: SystemTime::now(), result });
     }
 
-    pub fn trace(&mut self) -> Option<Result<Trace, aya_log::Error>> {
+    pub fn trace(&mut self) -> Option<Result<Trace, DatapathError>> {
         self.config.trace.then(|| self.datapath.trace())
     }
 

@@ -62,6 +62,8 @@ pub enum DatapathError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("the program's log cannot be read")]
+    Trace(#[from] aya_log::Error),
     #[error("{interface}: its MAC address is not known; XDP needs an Ethernet interface")]
     NoMac { interface: String },
 }
@@ -266,9 +268,11 @@ impl Datapath {
         fd.map_err(|error| DatapathError::Program(Box::new(error)))
     }
 
-    /// A reader of the program's log records.
-    pub fn trace(&mut self) -> Result<Trace, aya_log::Error> {
-        aya_log::EbpfLogger::init(&mut self.ebpf)
+    /// A reader of the program's log records, by the program's id: the object gives its ring away once only.
+    pub fn trace(&mut self) -> Result<Trace, DatapathError> {
+        let refused = |error| DatapathError::Program(Box::new(error));
+        let id = self.program()?.info().map_err(refused)?.id();
+        Ok(aya_log::EbpfLogger::init_from_id(id)?)
     }
 }
 
