@@ -2,7 +2,7 @@
 //! the loader makes the maps from it, and the plan refuses what does not fit.
 
 use lb_common::abi::{
-    BACKEND_PASS, MOST_BACKENDS, OUTCOME_ROWS, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP4_WAYS, VIP6_WAYS, map,
+    BACKEND_PASS, OUTCOME_ROWS, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP4_WAYS, VIP6_WAYS, map,
 };
 
 use crate::config::model::Limits;
@@ -23,8 +23,7 @@ pub struct Capacity {
     pub vips: u32,
     pub tables: u32,
     pub slot_rows: u32,
-    /// Backends that may be configured; the map has rows for all ids.
-    pub backends: u32,
+    /// Rows for all ids, whatever `limits.backends` says.
     pub backend_rows: u32,
     pub egress_rows: u32,
 }
@@ -32,15 +31,12 @@ pub struct Capacity {
 impl Capacity {
     pub fn new(limits: &Limits) -> Self {
         let tables = (limits.slots >> SHORTEST_TABLE_LOG2).min(u32::from(u16::MAX));
-        // Ids rest after a removal, so there are more of them than backends.
-        let backends = limits.backends.min(MOST_BACKENDS);
         Self {
             vip4_half_log2: buckets::most_log2(limits.vips, VIP4_WAYS as u32),
             vip6_half_log2: buckets::most_log2(limits.vips, VIP6_WAYS as u32),
             vips: limits.vips,
             tables,
             slot_rows: limits.slots / SLOTS_PER_ROW + RESERVED_SLOT_ROWS,
-            backends,
             // The row that stands for the host's stack is the last id there is.
             backend_rows: u32::from(BACKEND_PASS) + 1,
             egress_rows: EGRESS_ROWS,
@@ -96,7 +92,6 @@ impl Capacity {
             vips: rows(map::VIP_TRAFFIC)? / 2,
             tables: rows(map::TABLES)?,
             slot_rows: rows(map::SLOTS)?,
-            backends: MOST_BACKENDS,
             backend_rows: rows(map::BACKENDS)?,
             egress_rows: rows(map::EGRESS)?,
         })

@@ -6,6 +6,9 @@
 
 #![deny(unsafe_code)]
 
+#[macro_use]
+mod failpoint;
+
 pub mod agent;
 pub mod api;
 pub mod bpf;

@@ -1,12 +1,19 @@
 //! xlb itself in a lab: the agent on a balancer, decapsulation on backends, and questions to the agent.
 
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_userspace::agent::status::{BackendStatus, Status};
+use lb_userspace::bpf::{BpfFs, Maps};
+use lb_userspace::config::model::Protocol;
+use lb_userspace::lookup::{Names, Query, explain};
+use lb_userspace::reconcile::image::Image;
 
 use crate::lab::{Host, Process, Signal, wait_for};
+use crate::stage::{VIP4, VIP6};
 
 /// The binary beside this one. `cargo build` makes it.
 pub fn xlb() -> Result<PathBuf> {
@@ -93,6 +100,45 @@ impl Balancer {
         let answer = self.xlb(&["lookup", source, vip, "-o", "json"])?;
         let answer: serde_json::Value = serde_json::from_str(&answer)?;
         Ok(answer["backend"].as_str().with_context(|| format!("{answer}"))?.to_owned())
+    }
+
+    /// The kernel's tables, read from their pins.
+    pub fn tables(&self) -> Result<Image> {
+        let fs = BpfFs::existing(&self.run_dir)?.context("nothing is pinned")?;
+        Ok(Maps::from_pins(&fs)?.image()?)
+    }
+
+    /// Which backends take 200 flows of both families to the stage's VIPs, by name.
+    pub fn places(&self) -> Result<BTreeMap<String, String>> {
+        let names: HashMap<IpAddr, String> =
+            self.backends()?.into_iter().map(|backend| (backend.address, backend.name)).collect();
+        let tables = self.tables()?;
+        let flows = (40000..40100).flat_map(|port| {
+            [
+                (format!("10.111.0.2:{port}"), format!("{VIP4}:80")),
+                (format!("[fd00:111::2]:{port}"), format!("[{VIP6}]:80")),
+            ]
+        });
+        let place = |(source, vip): (String, String)| {
+            let query = Query { source: source.parse()?, vip: vip.parse()?, protocol: Protocol::Tcp };
+            let told = explain(&tables, &query, 0, &Names::default()).map_err(anyhow::Error::msg)?;
+            let address = told.backend_address.with_context(|| format!("nobody takes {source}"))?;
+            Ok((source, names.get(&address).cloned().unwrap_or_else(|| address.to_string())))
+        };
+        flows.map(place).collect()
+    }
+
+    /// The id of the link that holds the program on the balancer's interface.
+    pub fn link_id(&self) -> Result<String> {
+        let pin = self.run_dir.join("bpf/link_eth0");
+        let shown = self.host.run(["bpftool", "link", "show", "pinned", &pin.to_string_lossy()])?;
+        Ok(shown.split(':').next().unwrap_or_default().to_owned())
+    }
+
+    pub fn program_id(&self) -> Result<String> {
+        let shown = self.host.ip("link show eth0")?;
+        let id = shown.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next());
+        Ok(id.with_context(|| shown.clone())?.to_owned())
     }
 
     /// Gives the agent another configuration. Waits until it has taken or refused it; an error if it refused.

@@ -99,6 +99,7 @@ impl Kernel {
         for op in plan(&before, &desired, &capacity).expect("the fixtures are within their limits") {
             datapath.maps.apply(&op).unwrap_or_else(|error| panic!("{op:?}: {}", chain(&error)));
         }
+        datapath.complete();
         let image = datapath.maps.image().expect("a copy of the filled maps");
         assert!(plan(&image, &desired, &capacity).expect("as before").is_empty(), "the maps are as desired");
         Self {
@@ -408,7 +409,8 @@ fn all_maps_and_nothing_else_are_pinned_and_go_with_the_run_directory() {
         return;
     }
     let kernel = Kernel::load(Setting::OnlyIpv4, Setting::OnlyIpv4.features());
-    let directory = kernel.datapath.fs().path().to_owned();
+    let bpffs = kernel.datapath.fs().path().to_owned();
+    let directory = bpffs.join("maps_1");
     let names = |directory: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(directory)
             .expect("the bpffs")
@@ -422,6 +424,7 @@ fn all_maps_and_nothing_else_are_pinned_and_go_with_the_run_directory() {
     let mut expected = Maps::PINNED.map(str::to_owned).to_vec();
     expected.sort();
     assert_eq!(names(&directory), expected);
+    assert_eq!(names(&bpffs), ["maps_1"]);
     drop(kernel);
-    assert!(!directory.exists(), "{} stays behind", directory.display());
+    assert!(!bpffs.exists(), "{} stays behind", bpffs.display());
 }

@@ -5,15 +5,16 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, bail};
-use lb_common::abi::{Egress, Features, Path, SLOTS_PER_ROW, TableWord};
+use anyhow::Context;
+use lb_common::abi::{Egress, Path, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
 use lb_common::wire::{Address6, Mac};
 use tracing::{info, warn};
 
-use super::interfaces::{self, Wanted};
+use super::interfaces::{self, Refused, Wanted, WantedLink, mode_name};
+use super::reload::same_rows;
 use super::status;
-use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, MapsError, Trace};
+use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
 use crate::config::model::{Check, CheckKind, Config, Forward};
 use crate::health::{Checker, Fsm, Probe, State};
@@ -50,27 +51,28 @@ pub struct Reload {
 
 pub struct Core {
     path: PathBuf,
-    config: Config,
-    capacity: Capacity,
-    datapath: Datapath,
+    pub(super) config: Config,
+    pub(super) datapath: Datapath,
     /// What has been applied. Always equal to the maps.
-    image: Image,
-    attached: Vec<Attached>,
+    pub(super) image: Image,
+    pub(super) links: Links,
+    pub(super) attached: Vec<Attached>,
+    pub(super) refused: Refused,
     /// The interfaces as they were last attached.
-    wanted: Wanted,
+    pub(super) wanted: Wanted,
     checker: Checker<BackendKey>,
-    fsms: HashMap<BackendKey, Fsm>,
-    next_hops: HashMap<IpAddr, Result<NextHop, Unresolved>>,
+    pub(super) fsms: HashMap<BackendKey, Fsm>,
+    pub(super) next_hops: HashMap<IpAddr, Result<NextHop, Unresolved>>,
     /// Pools that have nobody up: said once.
     empty: HashSet<String>,
     started: Instant,
     reload: Option<Reload>,
     /// Whether the tables must be worked out again.
-    changed: bool,
+    pub(super) changed: bool,
 }
 
 impl Core {
-    /// Loads the program, attaches it and takes over what an earlier agent left. Writes no tables yet.
+    /// Loads the program and takes over what an earlier agent left. Writes no tables yet.
     pub async fn start(
         path: &std::path::Path,
         config: Config,
@@ -81,17 +83,19 @@ impl Core {
         let capacity = Capacity::new(&config.limits);
         preflight(&config, &capacity)?;
         interfaces::refuse_local_vips(&config, resolver).await?;
-        let wanted = Wanted::look_up(&config, &fs, resolver).await?;
+        let mut links = Links::new(fs.clone());
+        let wanted = Wanted::look_up(&config, &mut links, resolver).await?;
         let datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
         let image = datapath.maps.image()?;
         let mut core = Self {
             path: path.to_owned(),
             fsms: HashMap::new(),
             config,
-            capacity,
             datapath,
             image,
+            links,
             attached: Vec::new(),
+            refused: Refused::new(),
             wanted: Wanted::default(),
             checker,
             next_hops: HashMap::new(),
@@ -102,12 +106,33 @@ impl Core {
         };
         if core.datapath.adopted {
             info!("maps of an earlier agent taken over; flows stay where they are");
+            // Before the tables change: they may need what only this program can.
+            core.attach(&wanted)?;
         }
-        core.fsms = core.adopt_health();
-        core.next_hops = core.adopt_next_hops(&wanted);
-        core.attach(&wanted)?;
-        core.detach_others(&wanted)?;
+        let before = match &core.datapath.predecessor {
+            Some(maps) => maps.image()?,
+            None => core.image.clone(),
+        };
+        core.fsms = core.adopt_health(&before);
+        core.next_hops = core.adopt_next_hops(&before, &wanted);
+        core.wanted = wanted;
         Ok(core)
+    }
+
+    /// Brings the first tables into force: into maps that were taken over, or into new ones that are attached then.
+    pub fn begin(&mut self) -> anyhow::Result<()> {
+        self.reconcile().context("the first tables cannot be written")?;
+        let wanted = self.wanted.clone();
+        if !self.datapath.adopted {
+            if let Some(before) = self.datapath.predecessor.take() {
+                let (vips, backends) = same_rows(&before.image()?, &self.image);
+                self.datapath.maps.inherit(&before, &vips, &backends)?;
+            }
+            self.datapath.complete();
+            self.attach(&wanted)?;
+        }
+        self.datapath.retire_others()?;
+        self.detach_others(&wanted)
     }
 
     pub fn config(&self) -> &Config {
@@ -119,22 +144,22 @@ impl Core {
     }
 
     /// Puts the program on every interface of `wanted`. On an error those that carried it before still do.
-    fn attach(&mut self, wanted: &Wanted) -> Result<(), DatapathError> {
-        let carried = self.datapath.linked_interfaces()?;
+    pub(super) fn attach(&mut self, wanted: &Wanted) -> Result<(), DatapathError> {
+        let carried = self.links.pinned()?;
         let mut attached: Vec<Attached> = Vec::new();
-        for (link, mode) in &wanted.links {
-            match self.datapath.attach(link, *mode) {
+        for WantedLink { name, link, mode } in &wanted.links {
+            match self.links.attach(&mut self.datapath, name, link, *mode) {
                 Ok(now) => {
                     if !self.attached.contains(&now) {
-                        info!(interface = %now.name, mode = if now.generic { "generic" } else { "native" }, "attached");
+                        info!(interface = %now.interface, mode = mode_name(&now), "attached");
                         interfaces::warn_of_veth(link);
                     }
                     attached.push(now);
                 }
                 Err(error) => {
-                    for now in &attached {
+                    for (now, wanted) in attached.iter().zip(&wanted.links) {
                         if !carried.contains(&now.name) {
-                            self.datapath.detach(&now.name, now.ifindex)?;
+                            self.links.detach(&mut self.datapath, &now.name, Some(&wanted.link))?;
                         }
                     }
                     return Err(error);
@@ -142,24 +167,37 @@ impl Core {
             }
         }
         self.attached = attached;
+        self.refused.clear();
         self.wanted = wanted.clone();
         Ok(())
     }
 
-    /// Takes the program off interfaces that are no longer configured.
-    fn detach_others(&mut self, wanted: &Wanted) -> anyhow::Result<()> {
-        for (name, ifindex) in &wanted.unwanted {
-            self.datapath.detach(name, *ifindex)?;
+    /// Takes the program off interfaces that are no longer configured, and forgets those that are gone.
+    pub(super) fn detach_others(&mut self, wanted: &Wanted) -> anyhow::Result<()> {
+        for (name, link) in &wanted.unwanted {
+            self.links.detach(&mut self.datapath, name, link.as_ref())?;
             info!(interface = %name, "detached: no longer configured");
         }
-        self.image.interfaces = self.datapath.maps.image()?.interfaces;
+        self.read_interfaces()?;
+        let rows: Vec<u32> = self.image.interfaces.keys().copied().collect();
+        for ifindex in rows {
+            if !self.attached.iter().any(|attached| attached.ifindex == ifindex) {
+                self.datapath.maps.remove_interface(ifindex)?;
+            }
+        }
+        self.read_interfaces()
+    }
+
+    /// The rows of interfaces are not planned: they say what the kernel has.
+    pub(super) fn read_interfaces(&mut self) -> anyhow::Result<()> {
+        self.image.interfaces = self.datapath.maps.interfaces()?;
         Ok(())
     }
 
     /// Health as the maps show it: who holds slots is up until its first verdict.
-    fn adopt_health(&self) -> HashMap<BackendKey, Fsm> {
-        let holders: HashSet<u16> = live_slots(&self.image).map(|(_, slot)| slot.cur()).collect();
-        let ids = ids(&self.image);
+    fn adopt_health(&self, image: &Image) -> HashMap<BackendKey, Fsm> {
+        let holders: HashSet<u16> = live_slots(image).map(|(_, slot)| slot.cur()).collect();
+        let ids = ids(image);
         let now = Instant::now();
         let holds = |pool: &str, forward, address| {
             ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
@@ -178,14 +216,13 @@ impl Core {
     }
 
     /// Next hops as the maps show them: they hold until the kernel says otherwise.
-    fn adopt_next_hops(&self, wanted: &Wanted) -> NextHops {
-        let ids = ids(&self.image);
+    fn adopt_next_hops(&self, image: &Image, wanted: &Wanted) -> NextHops {
+        let ids = ids(image);
         let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
             let forward = self.config.pools[pool].forward;
             let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
-            let path = Path::from_bits(self.image.backends[usize::from(id)].path);
-            let egress =
-                self.image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
+            let path = Path::from_bits(image.backends[usize::from(id)].path);
+            let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
             Some((key.address, Ok(adopted_hop(key.address, path, egress, wanted))))
         };
         keys(&self.config).filter_map(adopt).collect()
@@ -272,7 +309,7 @@ impl Core {
         }
         let world = self.world();
         self.say_who_is_empty(&world);
-        let ops = plan(&self.image, &desired(&self.config, &world), &self.capacity)?;
+        let ops = plan(&self.image, &desired(&self.config, &world), self.datapath.capacity())?;
         for op in &ops {
             self.datapath.maps.apply(op)?;
             self.image.apply(op);
@@ -281,7 +318,7 @@ impl Core {
         Ok(())
     }
 
-    fn world(&self) -> World {
+    pub(super) fn world(&self) -> World {
         let mut world = World::default();
         for (key, pool, backend) in keys(&self.config) {
             let Ok(hop) = self.usable_next_hop(pool, key.address) else { continue };
@@ -348,92 +385,6 @@ impl Core {
         unknown.map(|(key, pool, _)| (key, config.pools[pool].check.clone())).collect()
     }
 
-    /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
-    /// whose health was not known.
-    pub async fn reload(
-        &mut self,
-        config: Config,
-        first: &[(BackendKey, Probe)],
-        found: NextHops,
-        resolver: &Resolver,
-    ) -> anyhow::Result<()> {
-        if Capacity::new(&config.limits) != self.capacity {
-            bail!(
-                "`limits` cannot change while the maps are in use; stop the agent, run `xlb detach` (traffic stops), and start it again"
-            );
-        }
-        preflight(&config, &self.capacity)?;
-        // Beside what is in use there may be less room than in empty maps.
-        plan(&self.image, &desired(&config, &World::default()), &self.capacity)?;
-        interfaces::refuse_local_vips(&config, resolver).await?;
-        let wanted = Wanted::look_up(&config, self.datapath.fs(), resolver).await?;
-        if config.seed != self.config.seed {
-            warn!("the seed changed: flows move to other backends");
-        }
-        // Old and new modes side by side until the tables have changed.
-        let (old, new) = (Features::from_bits(self.datapath.meta().features), features(&config));
-        self.refit(config.seed, old.with(new))?;
-        if let Err(error) = self.attach(&wanted) {
-            // Interfaces that were swapped already go back to the program that they had.
-            let before = self.wanted.clone();
-            self.refit(self.config.seed, old)?;
-            self.attach(&before)?;
-            return Err(error.into());
-        }
-
-        let known = std::mem::take(&mut self.fsms);
-        let previous = std::mem::replace(&mut self.config, config);
-        self.fsms = self.carry_over(&previous, known);
-        self.changed = true;
-        self.on_next_hops(found);
-        for (key, probe) in first {
-            self.on_probe(Instant::now(), key, probe);
-        }
-        self.reconcile().context("the tables cannot be written")?;
-        self.start_checks();
-        self.detach_others(&wanted)?;
-        self.settle(resolver).await?;
-        self.note_reload(Ok(()));
-        Ok(())
-    }
-
-    /// Takes features out of the program that only the tables of before needed.
-    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
-        if self.refit(self.config.seed, features(&self.config))? {
-            let wanted = Wanted::look_up(&self.config, self.datapath.fs(), resolver).await?;
-            self.attach(&wanted)?;
-        }
-        Ok(())
-    }
-
-    fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
-        let refitted = self.datapath.refit(seed, features)?;
-        self.image.meta = *self.datapath.meta();
-        Ok(refitted)
-    }
-
-    /// Health of backends that stay; a new backend has to answer first.
-    fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
-        let old_kinds: HashMap<&str, &CheckKind> =
-            previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
-        let now = Instant::now();
-        keys(&self.config)
-            .map(|(key, pool, _)| {
-                let check = &self.config.pools[pool].check;
-                let mut fsm = known.remove(&key).unwrap_or_else(|| Fsm::new(check.rise, check.fall));
-                fsm.set_thresholds(check.rise, check.fall);
-                // Not checked is up; what another kind of check then says counts from anew.
-                let unchecked_before = old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None);
-                if check.kind == CheckKind::None {
-                    fsm = Fsm::adopted(true, now, check.rise, check.fall);
-                } else if unchecked_before {
-                    fsm = Fsm::adopted(fsm.is_up(), now, check.rise, check.fall);
-                }
-                (key, fsm)
-            })
-            .collect()
-    }
-
     pub fn note_reload(&mut self, result: Result<(), String>) {
         self.reload = Some(Reload { at: SystemTime::now(), result });
     }
@@ -484,7 +435,7 @@ impl Core {
 }
 
 fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) -> NextHop {
-    let link = wanted.links.iter().find(|(link, _)| link.ifindex == egress.ifindex);
+    let link = wanted.links.iter().find(|wanted| wanted.link.ifindex == egress.ifindex);
     let [high, low] = egress.source6;
     let source = match address {
         IpAddr::V4(_) => IpAddr::from(egress.source4.to_ne_bytes()),
@@ -493,7 +444,7 @@ fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) ->
     NextHop {
         ifindex: egress.ifindex,
         interface: link
-            .map_or_else(|| format!("interface {}", egress.ifindex), |(link, _)| link.name.clone()),
+            .map_or_else(|| format!("interface {}", egress.ifindex), |wanted| wanted.link.name.clone()),
         source_mac: Mac::from_bits(egress.source_mac).bytes(),
         mac: path.mac().bytes(),
         mtu: egress.mtu.min(u32::from(u16::MAX)) as u16,
@@ -528,7 +479,7 @@ fn name_of(config: &Config, key: &BackendKey) -> String {
 }
 
 /// The id of each identity.
-fn ids(image: &Image) -> HashMap<u64, u16> {
+pub(super) fn ids(image: &Image) -> HashMap<u64, u16> {
     let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
     rows.map(|(id, row)| (row.identity, id as u16)).collect()
 }

@@ -1,47 +1,172 @@
-//! Interfaces as the configuration wants them and as the kernel has them.
+//! Interfaces as the configuration wants them and as the kernel has them; keeps the second like the first.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use anyhow::bail;
-use tracing::warn;
+use lb_common::abi::Interface;
+use lb_common::wire::Mac;
+use tracing::{info, warn};
 
-use crate::bpf::BpfFs;
+use super::core::Core;
+use crate::bpf::{Attached, Links};
 use crate::config::model::{Config, Mode};
 use crate::nexthop::{Link, Resolver};
 
+/// A configured interface that is there.
+#[derive(Debug, Clone)]
+pub struct WantedLink {
+    /// As the configuration calls it.
+    pub name: String,
+    pub link: Link,
+    pub mode: Mode,
+}
+
 #[derive(Debug, Clone, Default)]
 pub struct Wanted {
-    pub links: Vec<(Link, Mode)>,
-    /// Carry the program and are not configured: name and index, 0 where the interface is gone.
-    pub unwanted: Vec<(String, u32)>,
+    pub links: Vec<WantedLink>,
+    /// Carry the program and are not configured: the name of the pin, and the interface where there is one.
+    pub unwanted: Vec<(String, Option<Link>)>,
 }
 
 impl Wanted {
-    /// An error where the file names one interface by two names.
-    pub async fn look_up(config: &Config, fs: &BpfFs, resolver: &Resolver) -> anyhow::Result<Self> {
-        let mut links = Vec::new();
+    /// Looks for the configured interfaces. One that carried the program before may be missing: it is attached when it
+    /// is back. Any other missing one is an error, and so is one that is listed by two names.
+    pub async fn look_up(config: &Config, links: &mut Links, resolver: &Resolver) -> anyhow::Result<Self> {
+        let mut this = Self::default();
         for interface in &config.interfaces {
-            let link = resolver.link(&interface.name).await?;
-            if links.iter().any(|(known, _): &(Link, Mode)| known.ifindex == link.ifindex) {
+            let Some(link) = find(&interface.name, links, resolver).await? else {
+                warn!(interface = %interface.name, "not there now; it is attached when it is back");
+                continue;
+            };
+            if let Some(known) = this.links.iter().find(|known| known.link.ifindex == link.ifindex) {
                 bail!(
                     "{} is another name of {}, which is listed already; list an interface once",
                     interface.name,
-                    link.name
+                    known.name
                 );
             }
-            links.push((link, interface.mode));
+            this.links.push(WantedLink { name: interface.name.clone(), link, mode: interface.mode });
         }
-        let mut unwanted = Vec::new();
-        for name in fs.linked_interfaces()? {
-            // By the kernel's name: the file may use an alternative one.
-            if !links.iter().any(|(link, _)| link.name == name) {
-                let ifindex = resolver.link(&name).await.map_or(0, |link| link.ifindex);
-                unwanted.push((name, ifindex));
+        for name in links.pinned()? {
+            let configured = config.interfaces.iter().any(|interface| interface.name == name);
+            let ifindex = links.ifindex(&name)?.unwrap_or(0);
+            // The file may call an interface by another name than before.
+            if configured || this.links.iter().any(|wanted| wanted.link.ifindex == ifindex) {
+                continue;
+            }
+            let link = resolver.link_of_index(ifindex).await.ok();
+            this.unwanted.push((name, link));
+        }
+        Ok(this)
+    }
+}
+
+/// The interface of this name, or what has become of it; nothing where it carried the program before and is away.
+async fn find(name: &str, links: &mut Links, resolver: &Resolver) -> anyhow::Result<Option<Link>> {
+    let missing = match resolver.link(name).await {
+        Ok(link) => return Ok(Some(link)),
+        Err(error @ crate::nexthop::LinkError::NotFound { .. }) => error,
+        Err(error) => return Err(error.into()),
+    };
+    let Some((ifindex, program)) = links.place(name)? else { return Err(missing.into()) };
+    let renamed = resolver.link_of_index(ifindex).await.ok().filter(|link| link.xdp_program == Some(program));
+    if let Some(link) = &renamed {
+        warn!(interface = %link.name, configured = name, "renamed; change its name in the configuration");
+    }
+    Ok(renamed)
+}
+
+impl Core {
+    /// Makes the kernel's interfaces what the configuration wants, whatever has happened to them: gone, back, renamed,
+    /// with another MAC or MTU, or without the program. Also pins again what somebody has removed.
+    pub async fn check_interfaces(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
+        let ours = self.datapath.program_id()?;
+        let wanted: Vec<(String, Mode)> =
+            self.config().interfaces.iter().map(|i| (i.name.clone(), i.mode)).collect();
+        for (name, mode) in wanted {
+            let Some(attached) = self.attached.iter().find(|attached| attached.name == name).cloned() else {
+                if let Ok(link) = resolver.link(&name).await {
+                    self.attach_one(&name, &link, mode, "attached: the interface is back");
+                }
+                continue;
+            };
+            match resolver.link_of_index(attached.ifindex).await {
+                Ok(link) if link.xdp_program == Some(ours) => self.follow(&attached, &link)?,
+                Ok(link) => {
+                    warn!(interface = %link.name, "the program was taken off");
+                    self.attach_one(&name, &link, mode, "attached again");
+                }
+                Err(crate::nexthop::LinkError::NotFound { .. }) => self.let_go(&attached)?,
+                Err(error) => return Err(error.into()),
             }
         }
-        Ok(Self { links, unwanted })
+        for map in self.datapath.pin_again()? {
+            warn!(map, "its pin was removed; pinned again");
+        }
+        Ok(())
     }
+
+    /// An interface that carries the program, with what may have changed of it.
+    fn follow(&mut self, attached: &Attached, link: &Link) -> anyhow::Result<()> {
+        if link.name != attached.interface {
+            warn!(interface = %link.name, before = %attached.interface, configured = %attached.name, "renamed; it carries the program as before");
+            let entry = self.attached.iter_mut().find(|entry| entry.name == attached.name);
+            entry.into_iter().for_each(|entry| entry.interface.clone_from(&link.name));
+        }
+        if let (Some(row), Some(mac)) = (self.datapath.maps.interface(link.ifindex), link.mac) {
+            let now = Interface { mac: Mac::from_bytes(mac).bits(), mtu: link.mtu, ..row };
+            if now != row {
+                info!(interface = %link.name, mtu = link.mtu, "MAC address or MTU changed");
+                self.datapath.maps.set_interface(link.ifindex, now)?;
+                self.read_interfaces()?;
+            }
+        }
+        if self.links.pin_again(attached)? {
+            warn!(interface = %link.name, "the pin of its link was removed; pinned again, the program was never off");
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self, attached: &Attached) -> anyhow::Result<()> {
+        if self.links.lose(&attached.name)? {
+            warn!(interface = %attached.interface, "moved to another network namespace; the program is taken off it");
+        } else {
+            warn!(interface = %attached.interface, "deleted; it is attached again when it is back");
+        }
+        self.attached.retain(|entry| entry.name != attached.name);
+        self.datapath.maps.remove_interface(attached.ifindex)?;
+        self.read_interfaces()
+    }
+
+    /// An attempt that fails is repeated with the next look, and logged when its reason changes.
+    fn attach_one(&mut self, name: &str, link: &Link, mode: Mode, what: &str) {
+        match self.links.attach(&mut self.datapath, name, link, mode) {
+            Ok(now) => {
+                info!(interface = %now.interface, mode = mode_name(&now), "{what}");
+                warn_of_veth(link);
+                self.refused.remove(name);
+                self.attached.retain(|entry| entry.name != name);
+                self.attached.push(now);
+                if let Err(error) = self.read_interfaces() {
+                    warn!(%error, "the table of interfaces cannot be read");
+                }
+            }
+            Err(error) => {
+                let reason = format!("{:#}", anyhow::Error::from(error));
+                if self.refused.insert(name.to_owned(), reason.clone()).as_ref() != Some(&reason) {
+                    warn!(interface = name, %reason, "not attached; trying again");
+                }
+            }
+        }
+    }
+}
+
+/// Why an interface could not be attached, by its name.
+pub type Refused = BTreeMap<String, String>;
+
+pub const fn mode_name(attached: &Attached) -> &'static str {
+    if attached.generic { "generic" } else { "native" }
 }
 
 /// A VIP on an interface of this host would expose the host's own ports on it, and hide the VIP from its checks.

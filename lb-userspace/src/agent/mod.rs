@@ -4,6 +4,7 @@
 
 mod core;
 mod interfaces;
+mod reload;
 pub mod status;
 
 use std::fs::File;
@@ -105,7 +106,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     for (key, probe) in &first {
         core.on_probe(Instant::now(), key, probe);
     }
-    core.reconcile().context("the first tables cannot be written")?;
+    if let Err(error) = core.begin() {
+        api::remove_socket(&options.run_dir);
+        if fresh {
+            drop(core);
+            bpf::detach(fs, &[])?;
+        }
+        return Err(error);
+    }
     core.settle(&resolver).await?;
     let mut trace = tracer(&mut core);
     core.start_checks();
@@ -135,6 +143,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             _ = ticks.tick() => {
                 tick += 1;
                 let all = tick >= RESOLVE_ALL;
+                if all && let Err(error) = core.check_interfaces(&resolver).await {
+                    warn!(error = %format!("{error:#}"), "interfaces cannot be looked at");
+                }
                 let wanted = core.addresses_to_resolve(all);
                 if !resolving && !wanted.is_empty() {
                     resolving = true;

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::statfs;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
+use super::generation::Generation;
+
 /// `BPF_FS_MAGIC` of the kernel's uapi.
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 
@@ -59,17 +61,13 @@ impl BpfFs {
         &self.path
     }
 
-    /// Where a map is pinned.
-    pub fn map(&self, name: &str) -> PathBuf {
-        self.path.join(name)
-    }
-
-    /// Where the link of an interface is pinned. Pins may not contain dots (kernel 6.18, `bpf_lookup`).
+    /// Where the link of an interface is pinned, by the name that the configuration gives it. Pins may not
+    /// contain dots (kernel 6.18, `bpf_lookup`).
     pub fn link(&self, interface: &str) -> PathBuf {
         self.path.join(format!("{LINK}{}", interface.replace('.', "%2E")))
     }
 
-    /// Interfaces whose link is pinned here.
+    /// Interfaces whose link is pinned here, by those names.
     pub fn linked_interfaces(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.path)? {
@@ -83,27 +81,18 @@ impl BpfFs {
 
     /// Whether anything of ours is pinned here.
     pub fn is_used(&self) -> io::Result<bool> {
-        Ok(std::fs::read_dir(&self.path)?.flatten().any(|entry| is_ours(&entry)))
+        Ok(!self.linked_interfaces()?.is_empty() || !Generation::all(self)?.is_empty())
     }
 
     /// Removes all pins, the mount and its directory.
     pub fn remove(self) -> io::Result<()> {
-        for entry in std::fs::read_dir(&self.path)? {
-            let entry = entry?;
-            // The kernel's own `maps.debug` and `progs.debug` go with the mount.
-            if entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(MAP))
-            {
-                std::fs::remove_file(entry.path())?;
-            }
+        for interface in self.linked_interfaces()? {
+            std::fs::remove_file(self.link(&interface))?;
         }
+        Generation::all(&self)?.iter().try_for_each(Generation::remove)?;
         unmount(&self.path, UnmountFlags::empty())?;
         std::fs::remove_dir(&self.path)
     }
 }
 
 const LINK: &str = "link_";
-const MAP: &str = "XLB_";
-
-fn is_ours(entry: &std::fs::DirEntry) -> bool {
-    entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK) || name.starts_with(MAP))
-}

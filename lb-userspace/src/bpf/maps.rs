@@ -7,12 +7,13 @@ use std::os::fd::AsFd;
 use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
-    ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, Meta, SlotRow, TableState, Traffic,
-    VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, map,
+    ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
+    SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, map,
 };
 use lb_common::outcome::Outcome;
 
 use super::bpffs::BpfFs;
+use super::generation::Generation;
 use super::grace::grace;
 use super::mmap::{Row, Rows};
 use crate::capacity::Capacity;
@@ -28,19 +29,32 @@ pub enum MapsError {
     Mmap(&'static str, #[source] io::Error),
     #[error("map {0}")]
     Map(&'static str, #[source] aya::maps::MapError),
-    #[error(
-        "pinned map {name} has {what} {found}, this xlb needs {expected}; `xlb detach` removes the old maps (traffic stops until the next `xlb run`)"
-    )]
+    #[error("pinned map {name} has {what} {found}, needed is {expected}")]
     Mismatch { name: &'static str, what: &'static str, found: u32, expected: u32 },
-    #[error(
-        "pinned map {name} is missing while others are there; `xlb detach` removes them (traffic stops until the next `xlb run`)"
-    )]
+    #[error("pinned map {name} is missing")]
     Partial { name: &'static str },
-    #[error(
-        "pinned maps have ABI version {found}, this xlb speaks {ABI_VERSION}; `xlb detach` removes them (traffic stops until the next `xlb run`)"
-    )]
+    #[error("pinned maps have ABI version {found}, this xlb speaks {ABI_VERSION}")]
     Abi { found: u32 },
+    #[error("no complete set of maps is pinned in {0}")]
+    Nothing(String),
+    #[error("the pinned maps in {0}")]
+    Directory(String, #[source] io::Error),
+    #[error("map {0} cannot be pinned")]
+    Pin(&'static str, #[source] aya::pin::PinError),
 }
+
+impl MapsError {
+    /// Whether pinned maps are sound, but not what is needed here: of another size or layout, or not all there.
+    pub fn is_misfit(&self) -> bool {
+        matches!(self, Self::Mismatch { .. } | Self::Partial { .. } | Self::Abi { .. })
+    }
+}
+
+/// Rows of two sets of maps that stand for the same: from and to.
+pub type RowPairs = Vec<(u32, u32)>;
+
+/// Of arrays that the agent has in its memory (kernel uapi).
+const BPF_F_MMAPABLE: u32 = 1 << 10;
 
 /// All maps of the balancer, open.
 pub struct Maps {
@@ -57,6 +71,8 @@ pub struct Maps {
     outcomes: PerCpuArray<MapData, u64>,
     vip_traffic: PerCpuArray<MapData, Traffic>,
     backend_traffic: PerCpuArray<MapData, Traffic>,
+    /// Handles of their own, to pin again what somebody has removed.
+    pins: Vec<(&'static str, MapData)>,
 }
 
 /// Maps that the program pins, in the order of `Maps`.
@@ -79,68 +95,77 @@ const PINNED: [&str; 13] = [
 impl Maps {
     pub const PINNED: [&str; 13] = PINNED;
 
-    /// What pinned maps say of themselves, after comparing them with what this build and these limits need; nothing
-    /// where there are none.
-    ///
-    /// aya takes a pinned map without comparing type or sizes.
-    pub fn pinned(fs: &BpfFs, capacity: &Capacity) -> Result<Option<Meta>, MapsError> {
-        let present: Vec<bool> = PINNED.iter().map(|name| fs.map(name).exists()).collect();
-        if !present.contains(&true) {
-            return Ok(None);
-        }
-        for (name, present) in PINNED.into_iter().zip(present) {
-            if !present {
-                return Err(MapsError::Partial { name });
+    /// What the newest complete set of pinned maps says of itself; nothing where there is none.
+    pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
+        let failed = |source| MapsError::Directory(fs.path().display().to_string(), source);
+        for generation in Generation::all(fs).map_err(failed)?.into_iter().rev() {
+            // Filled before it was called complete, or made by somebody else.
+            if let Some(meta) = meta(&generation)?
+                && meta.abi_version != 0
+            {
+                return Ok(Some((generation, meta)));
             }
         }
-        for rows in capacity.rows() {
-            let kind = if rows.per_cpu { MapType::PerCpuArray } else { MapType::Array };
-            compare(fs, rows.name, kind, rows.rows, rows.value_bytes)?;
-        }
-        compare(
-            fs,
-            map::INTERFACES,
-            MapType::Hash,
-            lb_common::abi::MOST_INTERFACES,
-            size_of::<Interface>() as u32,
-        )?;
-        let error = |source| MapsError::Map(map::META, source);
-        let meta = MapData::from_pin(fs.map(map::META)).map_err(error)?;
-        let meta = Map::from_map_data(meta).map_err(error)?;
-        let meta = aya::maps::Array::<_, Meta>::try_from(meta).map_err(error)?.get(&0, 0).map_err(error)?;
+        Ok(None)
+    }
+
+    /// Whether pinned maps are what this build and these limits need: an error says what is not.
+    ///
+    /// aya takes a pinned map without comparing type, sizes or flags.
+    pub fn compare(generation: &Generation, meta: &Meta, capacity: &Capacity) -> Result<(), MapsError> {
         if meta.abi_version != ABI_VERSION {
             return Err(MapsError::Abi { found: meta.abi_version });
         }
-        Ok(Some(meta))
+        for map in capacity.rows() {
+            let (kind, flags) =
+                if map.per_cpu { (MapType::PerCpuArray, 0) } else { (MapType::Array, BPF_F_MMAPABLE) };
+            compare(generation, map.name, kind, [map.rows, 4, map.value_bytes, flags])?;
+        }
+        let value = size_of::<Interface>() as u32;
+        compare(generation, map::INTERFACES, MapType::Hash, [MOST_INTERFACES, 4, value, 0])
     }
 
-    /// Takes the maps out of a loaded object.
-    pub fn take(ebpf: &mut Ebpf, capacity: &Capacity) -> Result<Self, MapsError> {
+    /// Takes the maps out of a loaded object that has pinned them.
+    pub fn take(ebpf: &mut Ebpf, generation: &Generation, capacity: &Capacity) -> Result<Self, MapsError> {
         let mut source = |name| ebpf.take_map(name).ok_or(MapsError::Missing(name));
-        Self::open(&mut source, capacity)
+        Self::open(&mut source, generation, capacity)
     }
 
     /// Opens the pinned maps of an agent that may be running or dead, whatever its limits are.
     pub fn from_pins(fs: &BpfFs) -> Result<Self, MapsError> {
-        let rows = |name: &'static str| MapData::from_pin(fs.map(name)).and_then(|map| map.info()).ok();
-        let capacity = Capacity::of_maps(|name| rows(name).map(|info| info.max_entries()))
-            .ok_or(MapsError::Partial { name: map::META })?;
-        Self::pinned(fs, &capacity)?;
+        let nothing = || MapsError::Nothing(fs.path().display().to_string());
+        let (generation, meta) = Self::newest(fs)?.ok_or_else(nothing)?;
+        Self::of_generation(&generation, &meta)
+    }
+
+    /// Opens a set of pinned maps of this ABI.
+    pub fn of_generation(generation: &Generation, meta: &Meta) -> Result<Self, MapsError> {
+        if meta.abi_version != ABI_VERSION {
+            return Err(MapsError::Abi { found: meta.abi_version });
+        }
+        let capacity = capacity_of(generation)?;
+        Self::compare(generation, meta, &capacity)?;
         let mut source = |name| {
-            MapData::from_pin(fs.map(name))
+            MapData::from_pin(generation.map(name))
                 .and_then(Map::from_map_data)
                 .map_err(|error| MapsError::Map(name, error))
         };
-        Self::open(&mut source, &capacity)
+        Self::open(&mut source, generation, &capacity)
     }
 
     fn open(
         source: &mut dyn FnMut(&'static str) -> Result<Map, MapsError>,
+        generation: &Generation,
         capacity: &Capacity,
     ) -> Result<Self, MapsError> {
         let rows: HashMap<_, _> = capacity.rows().into_iter().map(|map| (map.name, map.rows)).collect();
         let hash = |map: Map, name| BpfHashMap::try_from(map).map_err(|error| MapsError::Map(name, error));
+        let handle = |name| {
+            let data = MapData::from_pin(generation.map(name));
+            Ok((name, data.map_err(|error| MapsError::Map(name, error))?))
+        };
         Ok(Self {
+            pins: PINNED.into_iter().map(handle).collect::<Result<_, MapsError>>()?,
             meta: rows_of(source(map::META)?, map::META, rows[map::META])?,
             vip_words: rows_of(source(map::VIP_WORDS)?, map::VIP_WORDS, rows[map::VIP_WORDS])?,
             vips4: rows_of(source(map::VIPS4)?, map::VIPS4, rows[map::VIPS4])?,
@@ -157,21 +182,51 @@ impl Maps {
         })
     }
 
-    /// Makes fresh maps known as ours.
-    pub fn initialise(&self, meta: &Meta) {
+    /// What fresh maps begin with: the row that stands for the host's stack.
+    pub fn initialise(&self) {
         let pass = Backend { kind: BackendKind::Pass as u8, ..Backend::default() };
         self.backends.store(usize::from(BACKEND_PASS), &pass);
+    }
+
+    /// Makes the maps known as ours, and complete.
+    pub fn set_meta(&self, meta: &Meta) {
         self.meta.store(0, meta);
     }
 
-    pub fn set_meta(&self, meta: &Meta) {
-        self.meta.store(0, meta);
+    /// Pins again what somebody has removed. Returns the names.
+    pub fn pin_again(&self, generation: &Generation) -> Result<Vec<&'static str>, MapsError> {
+        let missing: Vec<_> = self.pins.iter().filter(|(name, _)| !generation.map(name).exists()).collect();
+        if !missing.is_empty() {
+            let failed = |source| MapsError::Directory(generation.dir().display().to_string(), source);
+            std::fs::create_dir_all(generation.dir()).map_err(failed)?;
+        }
+        for (name, data) in &missing {
+            data.pin(generation.map(name)).map_err(|error| MapsError::Pin(name, error))?;
+        }
+        Ok(missing.into_iter().map(|(name, _)| *name).collect())
+    }
+
+    /// Takes over what an earlier set of maps has counted, and its rows of interfaces: `vips` and `backends` are
+    /// pairs of rows, from and to. What the earlier set counts after that is lost.
+    pub fn inherit(&mut self, before: &Maps, vips: &RowPairs, backends: &RowPairs) -> Result<(), MapsError> {
+        for outcome in 0..OUTCOME_ROWS {
+            copy(&before.outcomes, &mut self.outcomes, map::OUTCOMES, outcome, outcome)?;
+        }
+        for (from, to) in vips {
+            copy(&before.vip_traffic, &mut self.vip_traffic, map::VIP_TRAFFIC, *from, *to)?;
+        }
+        for (from, to) in backends {
+            copy(&before.backend_traffic, &mut self.backend_traffic, map::BACKEND_TRAFFIC, *from, *to)?;
+        }
+        for (ifindex, row) in before.interfaces()? {
+            self.set_interface(ifindex, row)?;
+        }
+        Ok(())
     }
 
     /// A copy of what lies in the maps.
     pub fn image(&self) -> Result<Image, MapsError> {
         let words = self.vip_words.to_vec();
-        let interfaces = self.interfaces.iter().collect::<Result<_, _>>();
         Ok(Image {
             meta: self.meta.to_vec()[0],
             vip_words: [words[VIP_WORD_V4 as usize], words[VIP_WORD_V6 as usize]],
@@ -182,12 +237,18 @@ impl Maps {
             slots: self.slots.to_vec(),
             backends: self.backends.to_vec(),
             egress: self.egress.to_vec(),
-            interfaces: interfaces.map_err(|error| MapsError::Map(map::INTERFACES, error))?,
+            interfaces: self.interfaces()?,
         })
+    }
+
+    pub fn interfaces(&self) -> Result<HashMap<u32, Interface>, MapsError> {
+        let rows = self.interfaces.iter().collect::<Result<_, _>>();
+        rows.map_err(|error| MapsError::Map(map::INTERFACES, error))
     }
 
     /// Carries out one operation. Only the resets of counters can fail.
     pub fn apply(&mut self, op: &MapOp) -> Result<(), MapsError> {
+        fail_point!("apply");
         match op {
             MapOp::WriteEgress { row, egress } => self.egress.store(usize::from(*row), egress),
             MapOp::WriteBackend { id, backend } => self.backends.store(usize::from(*id), backend),
@@ -244,19 +305,47 @@ impl Maps {
     }
 }
 
+/// Row 0 of `XLB_META`, whose size and place no ABI version changes. Nothing where it is no such map.
+fn meta(generation: &Generation) -> Result<Option<Meta>, MapsError> {
+    let path = generation.map(map::META);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let error = |source| MapsError::Map(map::META, source);
+    let data = MapData::from_pin(path).and_then(Map::from_map_data).map_err(error)?;
+    let Ok(array) = aya::maps::Array::<_, Meta>::try_from(data) else { return Ok(None) };
+    Ok(Some(array.get(&0, 0).map_err(error)?))
+}
+
+fn capacity_of(generation: &Generation) -> Result<Capacity, MapsError> {
+    let rows = |name: &'static str| {
+        MapData::from_pin(generation.map(name)).and_then(|map| map.info()).map(|info| info.max_entries()).ok()
+    };
+    for name in PINNED {
+        if !generation.map(name).exists() {
+            return Err(MapsError::Partial { name });
+        }
+    }
+    Capacity::of_maps(rows).ok_or(MapsError::Partial { name: map::META })
+}
+
 fn compare(
-    fs: &BpfFs,
+    generation: &Generation,
     name: &'static str,
     kind: MapType,
-    rows: u32,
-    value_bytes: u32,
+    [rows, key_bytes, value_bytes, flags]: [u32; 4],
 ) -> Result<(), MapsError> {
     let error = |source| MapsError::Map(name, source);
-    let info = MapData::from_pin(fs.map(name)).map_err(error)?.info().map_err(error)?;
+    if !generation.map(name).exists() {
+        return Err(MapsError::Partial { name });
+    }
+    let info = MapData::from_pin(generation.map(name)).map_err(error)?.info().map_err(error)?;
     let checks = [
         ("type", info.map_type().map_err(error)? as u32, kind as u32),
         ("max_entries", info.max_entries(), rows),
+        ("key_size", info.key_size(), key_bytes),
         ("value_size", info.value_size(), value_bytes),
+        ("flags", info.map_flags(), flags),
     ];
     for (what, found, expected) in checks {
         if found != expected {
@@ -279,6 +368,18 @@ fn store_all<T: Row>(rows: &Rows<T>, first: u32, values: &[T]) {
     for (row, value) in (first as usize..).zip(values) {
         rows.store(row, value);
     }
+}
+
+fn copy<T: aya::Pod>(
+    from: &PerCpuArray<MapData, T>,
+    to: &mut PerCpuArray<MapData, T>,
+    name: &'static str,
+    from_row: u32,
+    to_row: u32,
+) -> Result<(), MapsError> {
+    let error = |source| MapsError::Map(name, source);
+    let values = from.get(&from_row, 0).map_err(error)?;
+    to.set(to_row, values, 0).map_err(error)
 }
 
 fn reset(map: &mut PerCpuArray<MapData, Traffic>, name: &'static str, row: u32) -> Result<(), MapsError> {

@@ -5,7 +5,10 @@ mod bpffs;
 mod decap;
 mod ethtool;
 mod figures;
+mod generation;
 mod grace;
+mod holder;
+mod links;
 mod maps;
 mod mmap;
 mod program;
@@ -14,8 +17,9 @@ pub use bench::{Bench, FRAME_BYTES, Packets, Target};
 pub use bpffs::BpfFs;
 pub use decap::{Decap, DecapConfig, DecapProgram};
 pub use figures::{Figures, figures, stack_bytes};
-pub use maps::{Maps, MapsError};
-pub use program::{Attached, Datapath, DatapathError, Trace, detach};
+pub use links::{Attached, Links};
+pub use maps::{Maps, MapsError, RowPairs};
+pub use program::{Datapath, DatapathError, Trace, detach};
 
 /// Bytes aligned for the ELF parser.
 #[repr(C, align(32))]

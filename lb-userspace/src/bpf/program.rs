@@ -1,21 +1,17 @@
-//! The balancer program: loaded with its constants, attached by bpf_link, pinned.
+//! The balancer program, loaded with its constants over a set of maps.
 
 use std::io;
-use std::path::Path;
 
-use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::xdp::XdpLink;
-use aya::programs::{ProgramError, TestRun, TestRunOptions, Xdp, XdpMode};
+use aya::programs::{ProgramError, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use lb_common::abi::{ABI_VERSION, Constants, Features, Interface, Meta, constant};
+use lb_common::abi::{ABI_VERSION, Constants, Features, Meta, constant};
 use lb_common::flow::{self, HASH_VERSION};
-use lb_common::wire::Mac;
 
 use super::bpffs::BpfFs;
-use super::ethtool;
+use super::generation::Generation;
+use super::links;
 use super::maps::{Maps, MapsError};
 use crate::capacity::Capacity;
-use crate::config::model::Mode;
 use crate::nexthop::Link;
 use crate::tables::maglev::TABLE_VERSION;
 
@@ -68,23 +64,20 @@ pub enum DatapathError {
     NoMac { interface: String },
 }
 
-/// An interface that carries the program.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attached {
-    pub name: String,
-    pub ifindex: u32,
-    pub generic: bool,
-}
-
 /// The program with its maps.
 pub struct Datapath {
     fs: BpfFs,
+    generation: Generation,
     capacity: Capacity,
     ebpf: Ebpf,
     pub maps: Maps,
     meta: Meta,
+    /// Whether the maps may be taken for ours: they are filled.
+    complete: bool,
     /// Whether the maps were there before.
     pub adopted: bool,
+    /// The maps that packets go by until these take over, if they can be read.
+    pub predecessor: Option<Maps>,
 }
 
 impl std::fmt::Debug for Datapath {
@@ -94,28 +87,75 @@ impl std::fmt::Debug for Datapath {
 }
 
 impl Datapath {
-    /// Loads the program over the pinned maps of `fs`, which are made if there are none. It has the features that
-    /// the tables of an earlier agent need as well; [`Self::refit`] takes them out when the tables have changed.
+    /// Loads the program over the maps of an earlier agent if they fit, else over new ones beside them. Maps that
+    /// were there have the features that their tables need as well; [`Self::refit`] takes them out when the
+    /// tables have changed.
     pub fn open(fs: BpfFs, capacity: Capacity, seed: u64, features: Features) -> Result<Self, DatapathError> {
-        let pinned = Maps::pinned(&fs, &capacity)?;
-        let features = pinned.map_or(features, |before| features.with(Features::from_bits(before.features)));
-        let meta = Meta {
-            abi_version: ABI_VERSION,
-            hash_version: HASH_VERSION,
-            table_version: TABLE_VERSION,
-            seed,
-            features: features.bits(),
-            ..Meta::default()
+        let Some((generation, before)) = Maps::newest(&fs)? else {
+            return Self::fresh(fs, capacity, &new_meta(seed, features));
         };
-        let mut ebpf = load(&fs, &capacity, &meta)?;
-        let maps = Maps::take(&mut ebpf, &capacity)?;
-        let adopted = pinned.is_some();
-        if adopted {
-            maps.set_meta(&meta);
-        } else {
-            maps.initialise(&meta);
+        match Maps::compare(&generation, &before, &capacity) {
+            Ok(()) => {}
+            Err(reason) if reason.is_misfit() => {
+                tracing::warn!(%reason, "the maps of an earlier agent do not fit; new ones are filled beside them, then the program is swapped");
+                let mut this = Self::fresh(fs, capacity, &new_meta(seed, features))?;
+                this.predecessor = Maps::of_generation(&generation, &before).ok();
+                return Ok(this);
+            }
+            Err(error) => return Err(error.into()),
         }
-        Ok(Self { fs, capacity, ebpf, maps, meta, adopted })
+        warn_of_moves(&before, seed);
+        let meta = new_meta(seed, features.with(Features::from_bits(before.features)));
+        let (ebpf, maps) = load(&generation, &capacity, &meta)?;
+        maps.set_meta(&meta);
+        let (complete, adopted, predecessor) = (true, true, None);
+        Ok(Self { fs, generation, capacity, ebpf, maps, meta, complete, adopted, predecessor })
+    }
+
+    /// The program over new, empty maps beside those in use: for other limits.
+    pub fn renewed(&self, capacity: Capacity, seed: u64, features: Features) -> Result<Self, DatapathError> {
+        Self::fresh(self.fs.clone(), capacity, &new_meta(seed, features))
+    }
+
+    fn fresh(fs: BpfFs, capacity: Capacity, meta: &Meta) -> Result<Self, DatapathError> {
+        let generation = Generation::create(&fs)
+            .map_err(|source| DatapathError::BpfFs { path: fs.path().display().to_string(), source })?;
+        fail_point!("generation");
+        let (ebpf, maps) = match load(&generation, &capacity, meta) {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                // The reason counts, not that a directory stays: the next start removes it.
+                _ = generation.remove();
+                return Err(error);
+            }
+        };
+        maps.initialise();
+        let (meta, complete, adopted, predecessor) = (*meta, false, false, None);
+        Ok(Self { fs, generation, capacity, ebpf, maps, meta, complete, adopted, predecessor })
+    }
+
+    /// The tables are in the maps: from now on they may be adopted, and attached.
+    pub fn complete(&mut self) {
+        fail_point!("meta");
+        self.maps.set_meta(&self.meta);
+        self.complete = true;
+    }
+
+    /// Removes all other sets of maps. No interface may be left that goes by them.
+    pub fn retire_others(&mut self) -> Result<(), DatapathError> {
+        self.predecessor = None;
+        for other in Generation::all(&self.fs).map_err(|source| self.fs_error(source))? {
+            if other != self.generation {
+                fail_point!("retire");
+                other.remove().map_err(|source| self.fs_error(source))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes these maps, which no interface goes by.
+    pub fn abandon(self) -> Result<(), DatapathError> {
+        self.generation.remove().map_err(|source| self.fs_error(source))
     }
 
     /// Loads the program again if it lacks a feature or has another seed; attached interfaces must be
@@ -125,8 +165,12 @@ impl Datapath {
             return Ok(false);
         }
         let meta = Meta { seed, features: features.bits(), ..self.meta };
-        self.ebpf = load(&self.fs, &self.capacity, &meta)?;
-        self.maps.set_meta(&meta);
+        // Where a pin is missing, loading would make another map.
+        self.pin_again()?;
+        (self.ebpf, self.maps) = load(&self.generation, &self.capacity, &meta)?;
+        if self.complete {
+            self.maps.set_meta(&meta);
+        }
         self.meta = meta;
         Ok(true)
     }
@@ -135,63 +179,17 @@ impl Datapath {
         &self.meta
     }
 
-    /// Puts the program on an interface: onto its pinned link if there is one, else on a new one.
-    pub fn attach(&mut self, link: &Link, mode: Mode) -> Result<Attached, DatapathError> {
-        let mac = link.mac.ok_or_else(|| DatapathError::NoMac { interface: link.name.clone() })?;
-        let known = self.maps.interface(link.ifindex);
-        let was_generic = known.is_some_and(|known| known.flags & Interface::GENERIC != 0);
-        let fits = match mode {
-            Mode::Auto => true,
-            Mode::Native => !was_generic,
-            Mode::Generic => was_generic,
-        };
-        let pinned = self.pinned_link(link)?;
-        let swapped = match pinned {
-            Some(pinned) if fits && known.is_some() => self.swap(link, pinned)?,
-            // Of another mode, or of a device that is gone. An open link would keep the interface busy.
-            other => {
-                drop(other);
-                false
-            }
-        };
-        let generic = if swapped {
-            was_generic
-        } else {
-            // With its pin the old link goes, if there is one.
-            remove_file_if_there(&self.fs.link(&link.name)).map_err(|source| self.fs_error(source))?;
-            self.attach_new(link, mode)?
-        };
-        let mut flags = known.map_or(0, |known| known.flags) & Interface::RESTORE_GRO;
-        if generic {
-            flags |= Interface::GENERIC;
-            flags |= if turn_gro_off(&link.name) { Interface::RESTORE_GRO } else { 0 };
-        } else if flags & Interface::RESTORE_GRO != 0 {
-            restore_gro(&link.name);
-            flags = 0;
-        }
-        let row = Interface { mac: Mac::from_bytes(mac).bits(), mtu: link.mtu, flags };
-        self.maps.set_interface(link.ifindex, row)?;
-        Ok(Attached { name: link.name.clone(), ifindex: link.ifindex, generic })
-    }
-
-    /// Takes the program off an interface that is no longer configured.
-    pub fn detach(&mut self, interface: &str, ifindex: u32) -> Result<(), DatapathError> {
-        let restore = self.maps.interface(ifindex).is_some_and(|row| row.flags & Interface::RESTORE_GRO != 0);
-        remove_file_if_there(&self.fs.link(interface)).map_err(|source| self.fs_error(source))?;
-        self.maps.remove_interface(ifindex)?;
-        if restore {
-            restore_gro(interface);
-        }
-        Ok(())
-    }
-
-    /// Interfaces whose link is pinned: they carry the program, or did before they went.
-    pub fn linked_interfaces(&self) -> Result<Vec<String>, DatapathError> {
-        self.fs.linked_interfaces().map_err(|source| self.fs_error(source))
-    }
-
     pub fn fs(&self) -> &BpfFs {
         &self.fs
+    }
+
+    pub fn capacity(&self) -> &Capacity {
+        &self.capacity
+    }
+
+    /// Pins maps again whose pins somebody has removed. Returns their names.
+    pub fn pin_again(&self) -> Result<Vec<&'static str>, DatapathError> {
+        Ok(self.maps.pin_again(&self.generation)?)
     }
 
     /// Runs the program on a frame of 14 bytes or more, as if it came in on the loopback interface:
@@ -204,62 +202,15 @@ impl Datapath {
         DatapathError::BpfFs { path: self.fs.path().display().to_string(), source }
     }
 
-    fn program(&mut self) -> Result<&mut Xdp, DatapathError> {
+    pub(super) fn program(&mut self) -> Result<&mut Xdp, DatapathError> {
         let program = self.ebpf.program_mut(PROGRAM).ok_or(MapsError::Missing(PROGRAM))?;
         program.try_into().map_err(|error| DatapathError::Program(Box::new(error)))
     }
 
-    fn pinned_link(&self, link: &Link) -> Result<Option<FdLink>, DatapathError> {
-        let path = self.fs.link(&link.name);
-        if !path.exists() {
-            return Ok(None);
-        }
-        match PinnedLink::from_pin(&path) {
-            Ok(pinned) => Ok(Some(pinned.into())),
-            Err(error) => Err(pin_error(link, &path, error)),
-        }
-    }
-
-    /// Swaps the program on a live link: not a packet is missed. False if the link is dead: its device
-    /// went away, and may be back.
-    fn swap(&mut self, link: &Link, pinned: FdLink) -> Result<bool, DatapathError> {
-        let path = self.fs.link(&link.name);
-        let xdp_link = XdpLink::try_from(pinned).map_err(|error: LinkError| pin_error(link, &path, error))?;
-        let program = self.program()?;
-        let id = match program.attach_to_link(xdp_link) {
-            Ok(id) => id,
-            Err(error) if errno(&error) == Some(libc::ENOLINK) => return Ok(false),
-            Err(error) => return Err(attach_error(link, Mode::Auto, error)),
-        };
-        // The pin holds the link; this handle must not detach it when it goes.
-        let owned = program.take_link(id).map_err(|error| attach_error(link, Mode::Auto, error))?;
-        drop(FdLink::try_from(owned).map_err(|error: LinkError| pin_error(link, &path, error))?);
-        Ok(true)
-    }
-
-    /// Attaches and pins. Returns whether the mode is generic.
-    fn attach_new(&mut self, link: &Link, mode: Mode) -> Result<bool, DatapathError> {
-        let path = self.fs.link(&link.name);
-        let program = self.program()?;
-        let native = match mode {
-            Mode::Auto | Mode::Native => program.attach_to_if_index(link.ifindex, XdpMode::Driver),
-            Mode::Generic => program.attach_to_if_index(link.ifindex, XdpMode::Skb),
-        };
-        let (id, generic) = match native {
-            Ok(id) => (id, mode == Mode::Generic),
-            Err(error) if mode == Mode::Auto && is_native_refusal(&error) => {
-                let reason = attach_error(link, Mode::Native, error);
-                tracing::warn!(interface = %link.name, %reason, "native XDP is not to be had; running in generic mode, which is several times slower");
-                let id = program.attach_to_if_index(link.ifindex, XdpMode::Skb);
-                (id.map_err(|error| attach_error(link, mode, error))?, true)
-            }
-            Err(error) => return Err(attach_error(link, mode, error)),
-        };
-        let owned = program.take_link(id).map_err(|error| attach_error(link, mode, error))?;
-        let fd_link = FdLink::try_from(owned)
-            .map_err(|_: LinkError| DatapathError::NoLink { interface: link.name.clone() })?;
-        fd_link.pin(&path).map_err(|error| pin_error(link, &path, error))?;
-        Ok(generic)
+    /// The id of the loaded program.
+    pub fn program_id(&mut self) -> Result<u32, DatapathError> {
+        let info = self.program()?.info();
+        Ok(info.map_err(|error| DatapathError::Program(Box::new(error)))?.id())
     }
 
     /// The loaded program, for running it without an interface.
@@ -270,9 +221,7 @@ impl Datapath {
 
     /// A reader of the program's log records, by the program's id: the object gives its ring away once only.
     pub fn trace(&mut self) -> Result<Trace, DatapathError> {
-        let refused = |error| DatapathError::Program(Box::new(error));
-        let id = self.program()?.info().map_err(refused)?.id();
-        Ok(aya_log::EbpfLogger::init_from_id(id)?)
+        Ok(aya_log::EbpfLogger::init_from_id(self.program_id()?)?)
     }
 }
 
@@ -282,27 +231,37 @@ pub type Trace = aya_log::EbpfLogger<&'static dyn log::Log>;
 /// Removes links, maps and the bpffs of a run directory, and gives interfaces back what was changed.
 /// Returns the interfaces that were detached.
 pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Vec<String>> {
-    let names = fs.linked_interfaces()?;
-    let interfaces = aya::maps::MapData::from_pin(fs.map(lb_common::abi::map::INTERFACES))
-        .ok()
-        .and_then(|data| aya::maps::Map::from_map_data(data).ok())
-        .and_then(|map| aya::maps::HashMap::<_, u32, Interface>::try_from(map).ok());
-    for name in &names {
-        std::fs::remove_file(fs.link(name))?;
-        let row = links
-            .iter()
-            .find(|link| link.name == *name)
-            .zip(interfaces.as_ref())
-            .and_then(|(link, interfaces)| interfaces.get(&link.ifindex, 0).ok());
-        if row.is_some_and(|row| row.flags & Interface::RESTORE_GRO != 0) {
-            restore_gro(name);
-        }
-    }
+    let maps = Maps::from_pins(&fs).ok();
+    let row = |ifindex| maps.as_ref().and_then(|maps| maps.interface(ifindex));
+    let detached = links::detach_all(&fs, links, row)?;
     fs.remove()?;
-    Ok(names)
+    Ok(detached)
 }
 
-fn load(fs: &BpfFs, capacity: &Capacity, meta: &Meta) -> Result<Ebpf, DatapathError> {
+fn new_meta(seed: u64, features: Features) -> Meta {
+    Meta {
+        abi_version: ABI_VERSION,
+        hash_version: HASH_VERSION,
+        table_version: TABLE_VERSION,
+        seed,
+        features: features.bits(),
+        ..Meta::default()
+    }
+}
+
+/// What decides where flows go must not change unnoticed.
+fn warn_of_moves(before: &Meta, seed: u64) {
+    let changes = [
+        ("seed", before.seed != seed),
+        ("hash version", before.hash_version != HASH_VERSION),
+        ("table version", before.table_version != TABLE_VERSION),
+    ];
+    for (what, _) in changes.into_iter().filter(|(_, changed)| *changed) {
+        tracing::warn!(what, "not the same as the earlier agent's: flows move to other backends");
+    }
+}
+
+fn load(generation: &Generation, capacity: &Capacity, meta: &Meta) -> Result<(Ebpf, Maps), DatapathError> {
     let constants = Constants { features: meta.features, hash_keys: flow::keys(meta.seed) };
     let rows = capacity.rows();
     let mut loader = EbpfLoader::new();
@@ -311,13 +270,14 @@ fn load(fs: &BpfFs, capacity: &Capacity, meta: &Meta) -> Result<Ebpf, DatapathEr
         loader.map_max_entries(map.name, map.rows);
     }
     for name in Maps::PINNED {
-        loader.map_pin_path(name, fs.map(name));
+        loader.map_pin_path(name, generation.map(name));
     }
     let mut ebpf = loader.load(super::BALANCER).map_err(|error| DatapathError::Load(Box::new(error)))?;
     let program = ebpf.program_mut(PROGRAM).ok_or(MapsError::Missing(PROGRAM))?;
     let program: &mut Xdp = program.try_into().map_err(|error| DatapathError::Program(Box::new(error)))?;
     program.load().map_err(|error| DatapathError::Program(Box::new(error)))?;
-    Ok(ebpf)
+    let maps = Maps::take(&mut ebpf, generation, capacity)?;
+    Ok((ebpf, maps))
 }
 
 /// One run (BPF_PROG_TEST_RUN). Repeats would begin with what the run before left of the frame.
@@ -326,82 +286,4 @@ pub(super) fn test_run(program: &Xdp, frame: &[u8], out: &mut [u8]) -> Result<(u
         TestRunOptions { data_in: Some(frame), data_out: Some(out), repeat: 1, ..TestRunOptions::default() };
     let result = program.test_run(options)?;
     Ok((result.return_value, result.data_size_out as usize))
-}
-
-fn pin_error(
-    link: &Link,
-    path: &Path,
-    error: impl std::error::Error + Send + Sync + 'static,
-) -> DatapathError {
-    DatapathError::Pin {
-        interface: link.name.clone(),
-        path: path.display().to_string(),
-        source: Box::new(error),
-    }
-}
-
-fn errno(error: &ProgramError) -> Option<i32> {
-    match error {
-        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
-        _ => None,
-    }
-}
-
-/// The driver says no to native XDP, not to XDP.
-fn is_native_refusal(error: &ProgramError) -> bool {
-    matches!(errno(error), Some(libc::EOPNOTSUPP | libc::ERANGE | libc::EINVAL | libc::ENOSPC | libc::E2BIG))
-}
-
-fn attach_error(link: &Link, mode: Mode, error: ProgramError) -> DatapathError {
-    let interface = link.name.clone();
-    match errno(&error) {
-        Some(libc::EBUSY | libc::EEXIST) => DatapathError::Busy { holder: holder(link), interface },
-        Some(libc::ERANGE) => DatapathError::Mtu { interface, mtu: link.mtu },
-        Some(libc::EOPNOTSUPP) if mode == Mode::Native => DatapathError::NoNative { interface },
-        _ => DatapathError::Attach { interface, source: Box::new(error) },
-    }
-}
-
-/// The program that has the interface, in words.
-fn holder(link: &Link) -> String {
-    let Some(id) = link.xdp_program else { return String::new() };
-    let name = aya::programs::loaded_programs()
-        .filter_map(Result::ok)
-        .find(|program| program.id() == id)
-        .and_then(|program| program.name_as_str().map(|name| format!(" `{name}`")));
-    format!(" (program id {id}{})", name.unwrap_or_default())
-}
-
-/// Turns GRO off. Whether it was on, and is to be turned on again.
-fn turn_gro_off(interface: &str) -> bool {
-    match ethtool::gro(interface) {
-        Ok(true) => match ethtool::set_gro(interface, false) {
-            Ok(()) => {
-                tracing::info!(interface, "GRO turned off: generic XDP would see merged frames");
-                true
-            }
-            Err(error) => {
-                tracing::warn!(interface, %error, "GRO cannot be turned off; merged frames will be dropped as drop_super_frame");
-                false
-            }
-        },
-        Ok(false) => false,
-        Err(error) => {
-            tracing::warn!(interface, %error, "the state of GRO cannot be read");
-            false
-        }
-    }
-}
-
-fn restore_gro(interface: &str) {
-    if let Err(error) = ethtool::set_gro(interface, true) {
-        tracing::warn!(interface, %error, "GRO cannot be turned on again");
-    }
-}
-
-fn remove_file_if_there(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }

@@ -15,11 +15,7 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
     };
     let _lock = lock(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
-    let mut links = Vec::new();
-    for name in fs.linked_interfaces()? {
-        // An interface that is gone has nothing to restore.
-        links.extend(resolver.link(&name).await);
-    }
+    let links = resolver.links().await?;
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
     say!(
         "detached from {}; maps and pins are removed",

@@ -45,6 +45,8 @@ pub struct Link {
     pub kind: Option<String>,
     /// The id of the XDP program that is attached, whoever attached it.
     pub xdp_program: Option<u32>,
+    /// Whether it is attached in generic mode.
+    pub xdp_generic: bool,
 }
 
 /// Why there is no next hop. Says what to do, but not for which address: the caller knows.

@@ -10,7 +10,9 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp};
+use netlink_packet_route::link::{
+    LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -239,6 +241,7 @@ fn link(message: LinkMessage) -> Link {
         admin_up: message.header.flags.contains(LinkFlags::Up),
         kind: None,
         xdp_program: None,
+        xdp_generic: false,
     };
     let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
     for attribute in message.attributes {
@@ -257,6 +260,8 @@ fn link(message: LinkMessage) -> Link {
                     LinkXdp::ProgId(id) if *id != 0 => Some(*id),
                     _ => None,
                 });
+                let generic = LinkXdp::Attached(XdpAttached::SocketBuffer);
+                link.xdp_generic = attributes.contains(&generic);
             }
             _ => {}
         }

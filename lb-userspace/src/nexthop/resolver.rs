@@ -136,6 +136,21 @@ impl Resolver {
         })
     }
 
+    pub async fn link_of_index(&self, ifindex: u32) -> Result<Link, LinkError> {
+        self.netlink.link_of_index(ifindex).await.map_err(|error| match error {
+            // The latter for 0, which no interface has.
+            Error::Kernel(Errno::NODEV | Errno::INVAL) => {
+                let name = format!("with index {ifindex}");
+                LinkError::NotFound { name }
+            }
+            other => LinkError::Netlink(format!("interface {ifindex}: {other}")),
+        })
+    }
+
+    pub async fn links(&self) -> Result<Vec<Link>, LinkError> {
+        self.netlink.links().await.map_err(|error| LinkError::Netlink(format!("interfaces: {error}")))
+    }
+
     /// All addresses of this host, with the interface of each.
     ///
     /// A failure is an error and not an empty list, which would read as "none of them is mine".
