@@ -67,7 +67,7 @@ impl Drop for RunDir {
         let removed = match BpfFs::existing(&self.0) {
             Ok(Some(fs)) => detach(fs, &[]).map(drop),
             Ok(None) => Ok(()),
-            Err(error) => Err(error),
+            Err(error) => Err(std::io::Error::other(error)),
         };
         if let Err(error) = removed.and_then(|()| std::fs::remove_dir(&self.0)) {
             eprintln!("{} stays behind: {error}", self.0.display());

@@ -5,17 +5,15 @@
 mod core;
 mod interfaces;
 mod reload;
+pub mod run_dir;
 pub mod status;
 
-use std::fs::File;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::Context;
 use futures_util::{StreamExt, stream};
-use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -24,6 +22,7 @@ use tracing::{error, info, warn};
 
 use crate::api;
 use crate::bpf::{self, BpfFs, Trace};
+use crate::capabilities;
 use crate::config;
 use crate::config::model::{Check, CheckKind, Config};
 use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
@@ -73,27 +72,22 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         warn!("{warning}");
     }
-    let lock = lock(&options.run_dir)?;
+    capabilities::check()?;
+    let lock = run_dir::lock(&options.run_dir)?;
     let resolver = Arc::new(Resolver::new().context("netlink is not to be had")?);
-    let fs = BpfFs::open(&options.run_dir).with_context(|| {
-        format!("the BPF file system at {} cannot be used", options.run_dir.join("bpf").display())
-    })?;
+    let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
+    let fs = BpfFs::open(&options.run_dir).inspect_err(|_| api::remove_socket(&options.run_dir))?;
 
     let (probe_tx, mut probes) = mpsc::channel(1024);
     let (hops_tx, mut hops) = mpsc::channel(4);
     let (request_tx, mut requests) = mpsc::channel(64);
     let (reload_tx, mut reloads) = mpsc::channel(1);
     let checker: Checker<BackendKey> = Checker::new(probe_tx);
-    let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
     let fresh = !fs.is_used()?;
     let mut core = match Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await {
         Ok(core) => core,
         Err(error) => {
-            // A first start that fails leaves nothing; what an earlier agent left goes on.
-            api::remove_socket(&options.run_dir);
-            if fresh {
-                bpf::detach(fs, &[])?;
-            }
+            give_up(&options.run_dir, fs, fresh);
             return Err(error);
         }
     };
@@ -107,11 +101,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         core.on_probe(Instant::now(), key, probe);
     }
     if let Err(error) = core.begin() {
-        api::remove_socket(&options.run_dir);
-        if fresh {
-            drop(core);
-            bpf::detach(fs, &[])?;
-        }
+        drop(core);
+        give_up(&options.run_dir, fs, fresh);
         return Err(error);
     }
     core.settle(&resolver).await?;
@@ -201,6 +192,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A first start that fails leaves nothing; what an earlier agent left goes on.
+fn give_up(run_dir: &Path, fs: BpfFs, fresh: bool) {
+    api::remove_socket(run_dir);
+    if fresh && let Err(left) = bpf::detach(fs, &[]) {
+        warn!(error = %left, "what this start has pinned is left; `xlb detach` removes it");
+    }
+}
+
 /// Handles what else has arrived, so that many events make one plan.
 fn drain<T>(events: &mut mpsc::Receiver<T>, mut handle: impl FnMut(T)) {
     while let Ok(event) = events.try_recv() {
@@ -276,28 +275,6 @@ fn resolve_aside(resolver: Arc<Resolver>, wanted: Vec<std::net::IpAddr>, to: mps
 
 /// The reader of decisions, where the configuration asks for them.
 fn tracer(core: &mut Core) -> Option<Trace> {
-    core.trace()?.map_err(|error| warn!(%error, "decisions cannot be traced")).ok()
-}
-
-/// Held while an agent runs, so that there is one.
-pub fn lock(run_dir: &Path) -> anyhow::Result<File> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(run_dir)
-        .with_context(|| format!("the run directory {} cannot be made", run_dir.display()))?;
-    let path = run_dir.join("lock");
-    let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let holder = std::fs::read_to_string(&path).unwrap_or_default();
-        bail!(
-            "another xlb (process {}) runs in {}; stop it, or give this one its own --run-dir",
-            holder.trim(),
-            run_dir.display()
-        );
-    }
-    std::io::Write::write_all(&mut file, format!("{}\n", std::process::id()).as_bytes())
-        .map_err(|error| anyhow!("{}: {error}", path.display()))?;
-    file.set_len(format!("{}\n", std::process::id()).len() as u64)?;
-    Ok(file)
+    let refused = |error| warn!(error = %format!("{:#}", anyhow::Error::from(error)), "decisions cannot be traced; that takes CAP_SYS_ADMIN, too");
+    core.trace()?.map_err(refused).ok()
 }

@@ -3,7 +3,7 @@
 mod client;
 
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::agent::Request;
 use crate::config::model::Protocol;
 use crate::lookup::Query;
+use crate::owned;
 
 pub use client::{Client, ClientError};
 
@@ -56,8 +57,13 @@ impl Socket {
     /// Binds, over what an agent that died has left. The caller holds the lock that says there is no other.
     pub fn bind(path: &Path) -> anyhow::Result<Self> {
         match std::fs::symlink_metadata(path) {
-            Ok(left) if left.file_type().is_socket() => std::fs::remove_file(path)?,
-            Ok(_) => bail!("{} is in the way of the API socket and is no socket; remove it", path.display()),
+            Ok(left) if left.file_type().is_socket() && left.uid() == owned::us() => {
+                std::fs::remove_file(path)?
+            }
+            Ok(_) => bail!(
+                "{} is in the way of the API socket and is no socket of ours; remove it",
+                path.display()
+            ),
             Err(_) => {}
         }
         let listener = UnixListener::bind(path).with_context(|| format!("{}", path.display()))?;

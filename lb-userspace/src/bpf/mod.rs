@@ -11,15 +11,16 @@ mod holder;
 mod links;
 mod maps;
 mod mmap;
+mod mounts;
 mod program;
 
 pub use bench::{Bench, FRAME_BYTES, Packets, Target};
-pub use bpffs::BpfFs;
+pub use bpffs::{BpfFs, BpfFsError};
 pub use decap::{Decap, DecapConfig, DecapProgram};
 pub use figures::{Figures, figures, stack_bytes};
 pub use links::{Attached, Links};
 pub use maps::{Maps, MapsError, RowPairs};
-pub use program::{Datapath, DatapathError, Trace, detach};
+pub use program::{Datapath, DatapathError, Detached, Trace, detach};
 
 /// Bytes aligned for the ELF parser.
 #[repr(C, align(32))]

@@ -228,14 +228,21 @@ impl Datapath {
 /// Decisions of the packet path as log records (`trace: true`).
 pub type Trace = aya_log::EbpfLogger<&'static dyn log::Log>;
 
+/// What was removed from the kernel.
+#[derive(Debug)]
+pub struct Detached {
+    pub interfaces: Vec<String>,
+    /// The bpffs is still mounted: somebody else did that, or this process may not unmount it.
+    pub mount_left: bool,
+}
+
 /// Removes links, maps and the bpffs of a run directory, and gives interfaces back what was changed.
-/// Returns the interfaces that were detached.
-pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Vec<String>> {
+pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Detached> {
     let maps = Maps::from_pins(&fs).ok();
     let row = |ifindex| maps.as_ref().and_then(|maps| maps.interface(ifindex));
-    let detached = links::detach_all(&fs, links, row)?;
-    fs.remove()?;
-    Ok(detached)
+    let interfaces = links::detach_all(&fs, links, row)?;
+    let mount_left = fs.remove()?;
+    Ok(Detached { interfaces, mount_left })
 }
 
 fn new_meta(seed: u64, features: Features) -> Meta {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use crate::agent::lock;
+use crate::agent::run_dir;
 use crate::bpf::{self, BpfFs};
 use crate::nexthop::Resolver;
 
@@ -13,13 +13,19 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
         say!("nothing is pinned in {}", run_dir.display());
         return Ok(());
     };
-    let _lock = lock(run_dir).context("an agent that runs would attach again")?;
+    let _lock = run_dir::lock_existing(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
     let links = resolver.links().await?;
+    let mount = fs.path().to_owned();
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
-    say!(
-        "detached from {}; maps and pins are removed",
-        if detached.is_empty() { "no interface".to_owned() } else { detached.join(", ") }
-    );
+    let interfaces = detached.interfaces.join(", ");
+    let interfaces = if interfaces.is_empty() { "no interface" } else { &interfaces };
+    say!("detached from {interfaces}; maps and pins are removed");
+    if detached.mount_left {
+        say!(
+            "{} stays mounted, for the next agent; xlb did not mount it, or may not unmount it",
+            mount.display()
+        );
+    }
     Ok(())
 }
