@@ -415,6 +415,17 @@ impl Core {
         names
     }
 
+    /// One line on what is served by whom.
+    pub fn summary(&self) -> String {
+        let backends = keys(&self.config);
+        let up = |(key, pool, _): &(BackendKey, usize, usize)| {
+            self.fsms.get(key).is_some_and(Fsm::is_up) && self.usable_next_hop(*pool, key.address).is_ok()
+        };
+        let (all, up) =
+            backends.fold((0, 0), |(all, ups), backend| (all + 1, ups + usize::from(up(&backend))));
+        format!("services: {}, backends up: {up} of {all}", self.config.services.len())
+    }
+
     pub fn status(&self, now: Instant) -> status::Status {
         status::View {
             config: &self.config,

@@ -4,6 +4,7 @@
 
 mod core;
 mod interfaces;
+mod notify;
 mod reload;
 pub mod run_dir;
 pub mod status;
@@ -31,6 +32,7 @@ use crate::nexthop::Resolver;
 
 pub use self::core::preflight;
 use self::core::{BackendKey, Core, NextHops};
+use self::notify::Notify;
 use self::status::Status;
 
 /// Where an agent keeps its socket, its lock and the pins.
@@ -68,6 +70,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut hangup = signal(SignalKind::hangup())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut notify = Notify::from_environment();
     let loaded = config::load(&options.config)?;
     for warning in &loaded.warnings {
         warn!("{warning}");
@@ -113,6 +116,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         backends = core.config().pools.iter().map(|pool| pool.backends.len()).sum::<usize>(),
         "running"
     );
+    notify.ready(core.summary());
 
     let mut ticks = interval(RESOLVE_MISSING);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -131,7 +135,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 resolving = false;
                 core.on_next_hops(found);
             }
+            () = notify.due() => {
+                notify.alive();
+                continue;
+            }
             _ = ticks.tick() => {
+                notify.status(core.summary());
                 tick += 1;
                 let all = tick >= RESOLVE_ALL;
                 if all && let Err(error) = core.check_interfaces(&resolver).await {
@@ -149,9 +158,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 continue;
             }
             _ = hangup.recv() => {
+                notify.reloading();
                 let config = read_again(&mut core);
-                if config.is_none() && let Some(overtaken) = asking.take() {
-                    overtaken.abort();
+                if config.is_none() {
+                    if let Some(overtaken) = asking.take() {
+                        overtaken.abort();
+                    }
+                    notify.ready(core.summary());
                 }
                 if let Some(config) = config {
                     // The loop goes on meanwhile: health and requests do not wait for a reload. A later
@@ -170,6 +183,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             }
             Some((config, first, found)) = reloads.recv() => {
                 reload(&mut core, config, &first, found, &resolver).await;
+                notify.ready(core.summary());
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);
             }
@@ -186,6 +200,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             error!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
         }
     }
+    notify.stopping();
     api::remove_socket(&options.run_dir);
     lock.set_len(0)?;
     info!("stopping; forwarding goes on with the tables as they are (`xlb detach` ends it)");

@@ -8,6 +8,7 @@ macro_rules! say {
 mod check;
 mod decap;
 mod detach;
+mod log;
 mod lookup;
 mod output;
 mod status;
@@ -15,7 +16,8 @@ mod status;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 use crate::agent::{self, DEFAULT_RUN_DIR};
 use crate::config::Problems;
@@ -34,6 +36,9 @@ pub mod exit {
 #[derive(Debug, Parser)]
 #[command(name = "xlb", version, propagate_version = true, after_help = AFTER)]
 struct Cli {
+    /// How logs and errors look on standard error; RUST_LOG filters them
+    #[arg(long, global = true, value_enum, default_value = "text", value_name = "FORMAT")]
+    log_format: log::LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -63,6 +68,8 @@ enum Command {
     },
     /// On a backend: take tunnel headers off, for kernels that have no ipip device
     Decap(decap::Arguments),
+    /// Print what makes a shell complete xlb's commands
+    Completion { shell: Shell },
 }
 
 #[derive(Debug, clap::Args)]
@@ -83,11 +90,11 @@ enum Format {
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    output::log_to_stderr();
+    log::to_stderr(cli.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("xlb: no runtime: {error}");
+            log::fail(&format!("xlb: no runtime: {error}"));
             return ExitCode::from(exit::FAILURE);
         }
     };
@@ -107,16 +114,24 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Lookup(arguments) => return lookup::run(&arguments).await,
         Command::Detach { run_dir } => detach::run(&run_dir.run_dir).await?,
         Command::Decap(arguments) => decap::run(arguments).await?,
+        Command::Completion { shell } => completion(shell)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn completion(shell: Shell) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "xlb", &mut script);
+    say!("{}", String::from_utf8(script)?.trim_end());
+    Ok(())
 }
 
 /// Prints an error with its causes, and finds its exit code.
 fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(problems) = error.downcast_ref::<Problems>() {
-        eprintln!("{problems}");
+        log::fail(&problems.to_string());
         return ExitCode::from(exit::CONFIG);
     }
-    eprintln!("xlb: {error:#}");
+    log::fail(&format!("xlb: {error:#}"));
     ExitCode::from(exit::FAILURE)
 }

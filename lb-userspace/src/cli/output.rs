@@ -1,20 +1,8 @@
 //! How things look on a terminal.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use tracing_subscriber::EnvFilter;
-
-/// Logs go to standard error; `RUST_LOG` filters them, `info` by default.
-pub fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-}
 
 /// Prints a line to standard output. A reader that has seen enough (`| head`) is no error.
 pub fn say(text: std::fmt::Arguments<'_>) {
