@@ -40,6 +40,8 @@ impl Untrusted {
 pub enum Whose {
     /// The files of the process's own user.
     Ours,
+    /// Those of the process's own user and of root.
+    OursOrRoots,
     /// Those of the process's own user; to root, those of any.
     OursOrAny,
 }
@@ -47,7 +49,12 @@ pub enum Whose {
 impl Whose {
     fn allows(self, owner: u32) -> bool {
         let us = us();
-        owner == us || (self == Self::OursOrAny && us == 0)
+        owner == us
+            || match self {
+                Self::Ours => false,
+                Self::OursOrRoots => owner == 0,
+                Self::OursOrAny => us == 0,
+            }
     }
 }
 

@@ -3,4 +3,5 @@
 pub mod balancer;
 pub mod fixtures;
 pub mod lab;
+pub mod manager;
 pub mod stage;

@@ -63,12 +63,13 @@ impl BpfFs {
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.map_err(error)?,
         }
-        let mut stat = owned::directory(&this.path, Whose::Ours)?;
+        // What is mounted over a directory of root's hides it.
+        owned::directory(&this.path, Whose::OursOrRoots)?;
         let mounts = !this.is_mounted().map_err(error)?;
         if mounts {
             this.mount()?;
-            stat = owned::directory(&this.path, Whose::Ours)?;
         }
+        let stat = owned::directory(&this.path, Whose::Ours)?;
         if let Err(refused) = this.refuse_private(&stat) {
             if mounts {
                 unmount(&this.path, UnmountFlags::empty()).map_err(|errno| error(errno.into()))?;
