@@ -461,6 +461,9 @@ fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) ->
         mtu: egress.mtu.min(u32::from(u16::MAX)) as u16,
         preferred_source: Some(source).filter(|source| !source.is_unspecified()),
         gateway: None,
+        kind: link.and_then(|wanted| wanted.link.kind.clone()),
+        // It was one when the earlier agent wrote it.
+        redirect_target: link.is_none_or(|wanted| wanted.link.redirect_target),
     }
 }
 

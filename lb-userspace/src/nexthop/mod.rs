@@ -2,7 +2,11 @@
 //! kernel's routes and neighbours say. Knows nothing of pools or maps, and writes nothing but requests
 //! to resolve a neighbour.
 
+mod decode;
+mod features;
 mod netlink;
+#[cfg(test)]
+mod netns;
 mod resolver;
 mod route;
 
@@ -27,6 +31,10 @@ pub struct NextHop {
     pub preferred_source: Option<IpAddr>,
     /// `None` where the address is on-link. May be IPv6 for an IPv4 address (RFC 5549 style routes).
     pub gateway: Option<IpAddr>,
+    /// The interface's, as in [`Link`].
+    pub kind: Option<String>,
+    /// The interface's, as in [`Link`].
+    pub redirect_target: bool,
 }
 
 /// A network interface.
@@ -47,6 +55,12 @@ pub struct Link {
     pub xdp_program: Option<u32>,
     /// Whether it is attached in generic mode.
     pub xdp_generic: bool,
+    /// The index of what it is stacked on: a VLAN's device. For a veth it is the peer's, which may be in another
+    /// network namespace.
+    pub lower: Option<u32>,
+    /// Native XDP can send frames out of it. As the kernel says (6.3); before that by kind. On some drivers (veth: with
+    /// its peer's) this comes and goes with XDP programs.
+    pub redirect_target: bool,
 }
 
 /// Why there is no next hop. Says what to do, but not for which address: the caller knows.

@@ -8,20 +8,24 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{
-    LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
+use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::neighbour::{
+    NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::Handle;
 use rustix::io::Errno;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
+use tracing::debug;
 
 use super::Link;
+use super::decode::{self, Neighbour};
+use super::features::Features;
 
 /// The kernel answers within microseconds. An answer that the decoder rejects never arrives, so that every request
 /// needs an end of its own.
@@ -29,6 +33,15 @@ const ANSWER_TIME: Duration = Duration::from_secs(2);
 const DUMP_TIME: Duration = Duration::from_secs(10);
 const BUSY_TRIES: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
+
+/// Whether the kernel itself keeps a neighbour confirmed (NTF_EXT_MANAGED, 5.16).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Care {
+    /// As it is.
+    Keep,
+    Set,
+    TakeAway,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Error {
@@ -58,21 +71,15 @@ impl From<rtnetlink::Error> for Error {
     }
 }
 
-/// A neighbour as the kernel has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Neighbour {
-    pub ifindex: u32,
-    pub address: IpAddr,
-    pub mac: Option<Vec<u8>>,
-    pub state: NeighbourState,
-}
-
 /// A netlink socket of the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub(super) struct Netlink {
     connection: Mutex<Connection>,
     /// A socket has room for one running dump; a second one gets EBUSY.
     dumping: tokio::sync::Mutex<()>,
+    features: Features,
+    #[cfg(test)]
+    pub(super) route_questions: std::sync::atomic::AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -97,7 +104,13 @@ impl Drop for Connection {
 
 impl Netlink {
     pub(super) fn open() -> io::Result<Netlink> {
-        Ok(Netlink { connection: Mutex::new(Connection::open()?), dumping: tokio::sync::Mutex::new(()) })
+        Ok(Netlink {
+            connection: Mutex::new(Connection::open()?),
+            dumping: tokio::sync::Mutex::new(()),
+            features: Features::open()?,
+            #[cfg(test)]
+            route_questions: std::sync::atomic::AtomicUsize::new(0),
+        })
     }
 
     /// The connection ends itself on a socket error; a later request opens another.
@@ -117,6 +130,8 @@ impl Netlink {
     /// The route that a packet to `address` would take now, through cached exceptions such as a learnt path MTU.
     /// Of a multipath route the kernel answers with one leg.
     pub(super) async fn route(&self, address: IpAddr) -> Result<RouteMessage, Error> {
+        #[cfg(test)]
+        self.route_questions.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut request = RouteMessage::default();
         request.header.address_family = family(address);
         request.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
@@ -126,28 +141,49 @@ impl Netlink {
 
     pub(super) async fn link_of_index(&self, ifindex: u32) -> Result<Link, Error> {
         let request = self.handle()?.link().get().match_index(ifindex);
-        first(request.execute()).await.map(link)
+        first(request.execute()).await.map(|message| self.link(message))
     }
 
     pub(super) async fn link_of_name(&self, name: &str) -> Result<Link, Error> {
         let request = self.handle()?.link().get().match_name(name);
-        first(request.execute()).await.map(link)
+        first(request.execute()).await.map(|message| self.link(message))
     }
 
     pub(super) async fn links(&self) -> Result<Vec<Link>, Error> {
         let all = self.dump(|handle| handle.link().get().execute()).await?;
-        Ok(all.into_iter().map(link).collect())
+        let mut links: Vec<Link> = all.into_iter().map(decode::link).collect();
+        match self.features.all() {
+            Ok(Some(targets)) => {
+                for link in &mut links {
+                    link.redirect_target = targets.get(&link.ifindex).copied().unwrap_or_default();
+                }
+            }
+            Ok(None) => {}
+            Err(error) => debug!(%error, "XDP features not read"),
+        }
+        Ok(links)
+    }
+
+    /// What a message says of an interface, with what only a question tells.
+    pub(super) fn link(&self, message: LinkMessage) -> Link {
+        let mut link = decode::link(message);
+        match self.features.redirect_target(link.ifindex, link.kind.as_deref()) {
+            Ok(target) => link.redirect_target = target,
+            // One that is gone already among others.
+            Err(error) => debug!(interface = %link.name, %error, "XDP features not read"),
+        }
+        link
     }
 
     /// Local addresses with the index of their interface.
     pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, u32)>, Error> {
         let all = self.dump(|handle| handle.address().get().execute());
-        Ok(all.await?.iter().filter_map(local_address).collect())
+        Ok(all.await?.iter().filter_map(decode::local_address).collect())
     }
 
     pub(super) async fn neighbours(&self) -> Result<Vec<Neighbour>, Error> {
         let all = self.dump(|handle| handle.neighbours().get().execute());
-        Ok(all.await?.into_iter().filter_map(neighbour).collect())
+        Ok(all.await?.into_iter().filter_map(decode::neighbour).collect())
     }
 
     /// One neighbour without a dump (kernel 5.0); `None` where the kernel has no entry.
@@ -164,7 +200,7 @@ impl Netlink {
             _ => Err(rtnetlink::Error::UnexpectedMessage(answer)),
         });
         match first(answers).await {
-            Ok(message) => Ok(neighbour(message)),
+            Ok(message) => Ok(decode::neighbour(message)),
             Err(Error::Kernel(Errno::NOENT)) => Ok(None),
             Err(error) => Err(error),
         }
@@ -172,20 +208,44 @@ impl Netlink {
 
     /// Makes the kernel ask for a neighbour as if a packet for it were queued, and creates the entry if need be.
     ///
-    /// On a permanent entry this would clear the permanence: only for those that are not. For IPv6 the kernel (6.18)
-    /// sends nothing until the interface has a link-local address that has passed duplicate detection.
-    pub(super) async fn use_neighbour(&self, ifindex: u32, address: IpAddr) -> Result<(), Error> {
-        let request = self
-            .handle()?
-            .neighbours()
-            .add(ifindex, address)
-            .state(NeighbourState::None)
-            .flags(NeighbourFlags::Use)
-            .replace();
-        timeout(ANSWER_TIME, request.execute())
-            .await
-            .map_err(|_| no_answer(ANSWER_TIME))?
-            .map_err(Error::from)
+    /// On a permanent entry this would clear the permanence: only for those that are not. It also replaces the
+    /// entry's flags, so that it must be given `known`, and sets or takes away the kernel's own care as told. For
+    /// IPv6 the kernel (6.18) sends nothing until the interface has a link-local address that has passed duplicate
+    /// detection.
+    pub(super) async fn use_neighbour(
+        &self,
+        (ifindex, address): (u32, IpAddr),
+        known: Option<&Neighbour>,
+        care: Care,
+    ) -> Result<(), Error> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = ifindex;
+        message.header.flags = NeighbourFlags::Use;
+        if known.is_some_and(|known| known.learnt) {
+            message.header.flags |= NeighbourFlags::ExtLearned;
+        }
+        message.attributes.push(NeighbourAttribute::Destination(address.into()));
+        // A kernel that does not know this attribute passes over it; `Use` keeps it from taking the request for one
+        // that sets the state to "none".
+        if care == Care::Set || care == Care::Keep && known.is_some_and(|known| known.managed) {
+            message.attributes.push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
+        }
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewNeighbour(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_REPLACE;
+        if care != Care::TakeAway {
+            request.header.flags |= NLM_F_CREATE;
+        }
+        let mut answers = std::pin::pin!(self.handle()?.request(request)?);
+        match timeout(ANSWER_TIME, answers.next()).await {
+            Ok(Some(answer)) => match answer.payload {
+                NetlinkPayload::Error(e) if e.code.is_some() => Err(rtnetlink::Error::NetlinkError(e).into()),
+                _ => Ok(()),
+            },
+            // An acknowledgement ends the answers and is none itself.
+            Ok(None) => Ok(()),
+            Err(_) => Err(no_answer(ANSWER_TIME)),
+        }
     }
 
     async fn dump<T, S>(&self, start: impl Fn(&Handle) -> S) -> Result<Vec<T>, Error>
@@ -228,71 +288,4 @@ fn family(address: IpAddr) -> AddressFamily {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
     }
-}
-
-fn link(message: LinkMessage) -> Link {
-    let mut link = Link {
-        ifindex: message.header.index,
-        name: String::new(),
-        mac: None,
-        mtu: 0,
-        // IFF_RUNNING is IFF_LOWER_UP less interfaces that are dormant (802.1X, a bond without members).
-        up: message.header.flags.contains(LinkFlags::Up | LinkFlags::Running),
-        admin_up: message.header.flags.contains(LinkFlags::Up),
-        kind: None,
-        xdp_program: None,
-        xdp_generic: false,
-    };
-    let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
-    for attribute in message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name = name,
-            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-            LinkAttribute::Address(bytes) if ethernet => link.mac = bytes.try_into().ok(),
-            LinkAttribute::LinkInfo(infos) => {
-                link.kind = infos.iter().find_map(|info| match info {
-                    LinkInfo::Kind(kind) => Some(kind.to_string()),
-                    _ => None,
-                });
-            }
-            LinkAttribute::Xdp(attributes) => {
-                link.xdp_program = attributes.iter().find_map(|attribute| match attribute {
-                    LinkXdp::ProgId(id) if *id != 0 => Some(*id),
-                    _ => None,
-                });
-                let generic = LinkXdp::Attached(XdpAttached::SocketBuffer);
-                link.xdp_generic = attributes.contains(&generic);
-            }
-            _ => {}
-        }
-    }
-    link
-}
-
-fn neighbour(message: NeighbourMessage) -> Option<Neighbour> {
-    let mut address = None;
-    let mut mac = None;
-    for attribute in message.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(a) => address = super::route::neighbour_ip(&a),
-            NeighbourAttribute::LinkLayerAddress(bytes) => mac = Some(bytes),
-            _ => {}
-        }
-    }
-    Some(Neighbour { ifindex: message.header.ifindex, address: address?, mac, state: message.header.state })
-}
-
-/// On a point-to-point interface IFA_ADDRESS is the peer's, and IFA_LOCAL this host's. IPv6 without a peer has
-/// IFA_ADDRESS alone.
-fn local_address(message: &AddressMessage) -> Option<(IpAddr, u32)> {
-    let attributes = &message.attributes;
-    let local = attributes.iter().find_map(|a| match a {
-        AddressAttribute::Local(ip) => Some(*ip),
-        _ => None,
-    });
-    let address = attributes.iter().find_map(|a| match a {
-        AddressAttribute::Address(ip) => Some(*ip),
-        _ => None,
-    });
-    Some((local.or(address)?, message.header.index))
 }

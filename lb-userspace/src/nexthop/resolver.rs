@@ -10,9 +10,10 @@ use futures_util::{StreamExt, stream};
 use netlink_packet_route::neighbour::NeighbourState;
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep_until};
-use tracing::debug;
+use tracing::{debug, warn};
 
-use super::netlink::{Error, Neighbour, Netlink};
+use super::decode::Neighbour;
+use super::netlink::{Care, Error, Netlink};
 use super::route::{self, Path};
 use super::{Link, LinkError, NextHop, Unresolved};
 
@@ -31,14 +32,14 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 /// It sees the network namespace of the thread that called [`Resolver::new`].
 #[derive(Debug)]
 pub struct Resolver {
-    netlink: Netlink,
+    pub(super) netlink: Netlink,
 }
 
 /// A neighbour is an address on an interface: fe80::1 is a different one on each.
-type NeighbourKey = (u32, IpAddr);
+pub(super) type NeighbourKey = (u32, IpAddr);
 
 /// What a neighbour entry is good for.
-enum Entry {
+pub(super) enum Entry {
     Usable([u8; 6]),
     /// Usable, but unconfirmed for a while.
     Aged([u8; 6]),
@@ -48,7 +49,7 @@ enum Entry {
     Missing,
 }
 
-fn entry(neighbour: Option<&Neighbour>) -> Entry {
+pub(super) fn entry(neighbour: Option<&Neighbour>) -> Entry {
     let Some(neighbour) = neighbour else {
         return Entry::Missing;
     };
@@ -151,6 +152,37 @@ impl Resolver {
         self.netlink.links().await.map_err(|error| LinkError::Netlink(format!("interfaces: {error}")))
     }
 
+    /// Takes neighbours out of the kernel's care that the follower has put there: those with these MAC addresses on
+    /// these interfaces, by index. The entries stay, and age like any other.
+    pub async fn unmanage(&self, neighbours: &[(u32, [u8; 6])]) {
+        if neighbours.is_empty() {
+            return;
+        }
+        let wanted: HashSet<(u32, &[u8])> = neighbours.iter().map(|(i, mac)| (*i, mac.as_slice())).collect();
+        let all = match self.netlink.neighbours().await {
+            Ok(all) => all,
+            Err(error) => {
+                warn!(%error, "the neighbours are not read; the kernel goes on to confirm those that were backends'");
+                return;
+            }
+        };
+        for neighbour in all.iter().filter(|neighbour| neighbour.managed) {
+            let mac = neighbour.mac.as_deref().unwrap_or_default();
+            if wanted.contains(&(neighbour.ifindex, mac)) {
+                self.release((neighbour.ifindex, neighbour.address), Some(neighbour)).await;
+            }
+        }
+    }
+
+    /// Ends the kernel's own care for a neighbour.
+    pub(super) async fn release(&self, key: NeighbourKey, known: Option<&Neighbour>) {
+        match self.netlink.use_neighbour(key, known, Care::TakeAway).await {
+            // Gone, and its interface maybe too.
+            Ok(()) | Err(Error::Kernel(Errno::NOENT | Errno::NODEV)) => {}
+            Err(error) => debug!(neighbour = %key.1, %error, "the kernel goes on to confirm a neighbour"),
+        }
+    }
+
     /// All addresses of this host, with the interface of each.
     ///
     /// A failure is an error and not an empty list, which would read as "none of them is mine".
@@ -169,7 +201,10 @@ impl Resolver {
             .collect())
     }
 
-    async fn paths(&self, addresses: HashSet<IpAddr>) -> Vec<(IpAddr, Result<Path, Unresolved>)> {
+    pub(super) async fn paths(
+        &self,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> Vec<(IpAddr, Result<Path, Unresolved>)> {
         let lookups = addresses.into_iter().map(async |address| {
             let answer = self.netlink.route(address).await;
             let path = match &answer {
@@ -210,13 +245,17 @@ impl Resolver {
         let mut pending = Vec::new();
         for (key, answer) in self.look_up(keys).await {
             let interface = || wanted[&key].to_owned();
+            let known = answer.as_ref().ok().and_then(Option::as_ref);
             match answer.as_ref().map(|n| entry(n.as_ref())) {
                 Ok(Entry::Usable(mac)) => {
                     done.insert(key, Ok(mac));
                 }
                 Ok(Entry::Aged(mac)) => {
                     done.insert(key, Ok(mac));
-                    if let Err(error) = self.netlink.use_neighbour(key.0, key.1).await {
+                    if known.is_some_and(|known| known.validated) {
+                        continue;
+                    }
+                    if let Err(error) = self.netlink.use_neighbour(key, known, Care::Keep).await {
                         debug!(neighbour = %key.1, %error, "stale neighbour not confirmed");
                     }
                 }
@@ -224,12 +263,14 @@ impl Resolver {
                     let interface = interface();
                     done.insert(key, Err(Unresolved::NoMac { interface }));
                 }
-                Ok(Entry::Failed | Entry::Missing) => match self.netlink.use_neighbour(key.0, key.1).await {
-                    Ok(()) => pending.push(key),
-                    Err(error) => {
-                        done.insert(key, Err(not_asked(key.1, &error)));
+                Ok(Entry::Failed | Entry::Missing) => {
+                    match self.netlink.use_neighbour(key, known, Care::Keep).await {
+                        Ok(()) => pending.push(key),
+                        Err(error) => {
+                            done.insert(key, Err(not_asked(key.1, &error)));
+                        }
                     }
-                },
+                }
                 Err(error) => {
                     done.insert(key, Err(not_asked(key.1, error)));
                 }
@@ -272,7 +313,7 @@ impl Resolver {
         }
     }
 
-    async fn look_up(
+    pub(super) async fn look_up(
         &self,
         keys: Vec<NeighbourKey>,
     ) -> Vec<(NeighbourKey, Result<Option<Neighbour>, Error>)> {
@@ -294,7 +335,7 @@ impl Resolver {
     }
 }
 
-fn neighbour_key(address: IpAddr, path: &Path) -> NeighbourKey {
+pub(super) fn neighbour_key(address: IpAddr, path: &Path) -> NeighbourKey {
     (path.ifindex, path.gateway.unwrap_or(address))
 }
 
@@ -303,16 +344,20 @@ fn leg(path: Path, links: &HashMap<u32, Result<Link, Unresolved>>) -> Result<(Pa
         Some(link) => link.clone()?,
         None => return Err(Unresolved::Netlink(format!("interface {} was not read", path.ifindex))),
     };
+    source_mac(&path, &link)?;
+    Ok((path, link))
+}
+
+/// The MAC address to send from, if the interface can send frames of this path.
+pub(super) fn source_mac(path: &Path, link: &Link) -> Result<[u8; 6], Unresolved> {
     let interface = link.name.clone();
     if path.encapsulates {
         Err(Unresolved::Encapsulated { interface })
     } else if !link.up {
         let admin_up = link.admin_up;
         Err(Unresolved::InterfaceDown { interface, admin_up })
-    } else if link.mac.is_none() {
-        Err(Unresolved::NoMac { interface })
     } else {
-        Ok((path, link))
+        link.mac.ok_or(Unresolved::NoMac { interface })
     }
 }
 
@@ -321,28 +366,29 @@ fn next_hop(
     (path, link): (Path, Link),
     macs: &HashMap<NeighbourKey, Result<[u8; 6], Unresolved>>,
 ) -> Result<NextHop, Unresolved> {
-    let interface = link.name;
-    let Some(source_mac) = link.mac else {
-        return Err(Unresolved::NoMac { interface });
-    };
     let neighbour = neighbour_key(address, &path);
-    let mac = match macs.get(&neighbour) {
-        Some(mac) => mac.clone()?,
-        None => return Err(Unresolved::Netlink(format!("neighbour {} was not read", neighbour.1))),
-    };
+    match macs.get(&neighbour) {
+        Some(mac) => compose(&path, &link, mac.clone()?),
+        None => Err(Unresolved::Netlink(format!("neighbour {} was not read", neighbour.1))),
+    }
+}
+
+pub(super) fn compose(path: &Path, link: &Link, mac: [u8; 6]) -> Result<NextHop, Unresolved> {
     let mtu = link.mtu.min(path.mtu.unwrap_or(u32::MAX));
     Ok(NextHop {
         ifindex: link.ifindex,
-        interface,
-        source_mac,
+        interface: link.name.clone(),
+        source_mac: source_mac(path, link)?,
         mac,
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
         preferred_source: path.preferred_source,
         gateway: path.gateway,
+        kind: link.kind.clone(),
+        redirect_target: link.redirect_target,
     })
 }
 
-fn not_asked(neighbour: IpAddr, error: &Error) -> Unresolved {
+pub(super) fn not_asked(neighbour: IpAddr, error: &Error) -> Unresolved {
     match error {
         Error::Kernel(Errno::NOBUFS) => Unresolved::NeighbourTableFull { neighbour },
         other => Unresolved::Netlink(format!("neighbour {neighbour}: {other}")),

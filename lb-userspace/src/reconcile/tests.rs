@@ -163,6 +163,8 @@ fn next_hop((ifindex, mtu, last): (u32, u16, u8)) -> NextHop {
         mtu,
         preferred_source: Some(Ipv4Addr::new(10, 0, 255, 1).into()),
         gateway: None,
+        kind: None,
+        redirect_target: true,
     }
 }
 

@@ -1,7 +1,5 @@
-mod netns;
-
 use super::*;
-use netns::{FAR_MAC, Lab, NEAR_MAC, in_lab};
+use crate::nexthop::netns::{FAR_MAC, Lab, NEAR_MAC, in_lab};
 
 const SHORT: Duration = Duration::from_millis(150);
 
@@ -22,6 +20,8 @@ fn on_link(source: &str) -> NextHop {
         mtu: 1500,
         preferred_source: Some(ip(source)),
         gateway: None,
+        kind: Some("veth".to_owned()),
+        redirect_target: false,
     }
 }
 
@@ -346,4 +346,56 @@ fn a_resolution_can_run_on_any_worker_thread() {
         is_send(resolver.link("lo"));
     }
     let _ = check;
+}
+
+#[test]
+fn neighbours_are_taken_out_of_the_kernels_care_by_interface_and_mac() {
+    in_lab(async |lab: &Lab| {
+        for host in [50, 51] {
+            lab.near_ip(&format!(
+                "neigh add 10.77.0.{host} lladdr 02:00:00:00:00:{host} dev near0 nud stale"
+            ));
+            lab.near_ip(&format!("neigh replace 10.77.0.{host} dev near0 managed"));
+        }
+        let resolver = Resolver::new().unwrap();
+        let ifindex = resolver.link("near0").await.unwrap().ifindex;
+        resolver.unmanage(&[(ifindex, [2, 0, 0, 0, 0, 0x50]), (ifindex + 1, [2, 0, 0, 0, 0, 0x51])]).await;
+        let shown = |address| lab.near_shows(&format!("neigh show {address}"));
+        let released = shown("10.77.0.50");
+        assert!(!released.contains("managed") && released.contains("02:00:00:00:00:50"), "{released}");
+        assert!(shown("10.77.0.51").contains("managed"));
+    });
+}
+
+#[test]
+fn asking_for_a_neighbour_leaves_the_marks_that_others_have_put_on_it() {
+    in_lab(async |lab: &Lab| {
+        // A managed one does not stay stale, but is asked for when it is missing.
+        lab.near_ip("neigh add 10.77.0.2 dev near0 managed");
+        lab.near_ip("neigh add 10.77.0.51 lladdr 02:00:00:00:00:51 dev near0 nud stale extern_learn");
+        for (address, mark) in [("10.77.0.2", "managed"), ("10.77.0.51", "extern_learn")] {
+            let resolver = Resolver::new().unwrap();
+            resolver.resolve(ip(address)).await.unwrap();
+            let shown = lab.near_shows(&format!("neigh show {address}"));
+            assert!(shown.contains(mark), "{shown}");
+        }
+    });
+}
+
+#[test]
+fn a_redirect_goes_to_a_veth_whose_peer_takes_it_and_to_no_bridge() {
+    in_lab(async |lab: &Lab| {
+        lab.near_ip("link add br0 type bridge");
+        let resolver = Resolver::new().unwrap();
+        let target = async |name| resolver.link(name).await.unwrap().redirect_target;
+        assert!(!target("near0").await);
+        assert!(!target("br0").await);
+        lab.far_gro(true);
+        assert!(target("near0").await);
+        assert!(resolver.resolve(ip("10.77.0.2")).await.unwrap().redirect_target);
+        let all = resolver.netlink.links().await.unwrap();
+        let names: Vec<&str> =
+            all.iter().filter(|link| link.redirect_target).map(|link| link.name.as_str()).collect();
+        assert_eq!(names, ["near0"]);
+    });
 }

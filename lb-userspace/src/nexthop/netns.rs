@@ -112,6 +112,28 @@ impl Lab {
         ip(&self.far, args);
     }
 
+    /// Gives the answering namespace another MAC address, which it announces as hosts do.
+    pub fn far_moves_to(&self, mac: &str) {
+        let file = "/proc/sys/net/ipv4/conf/far0/arp_notify";
+        self.in_far(&["sh", "-c", &format!("echo 1 > {file}")]);
+        self.far_ip(&format!("link set far0 address {mac}"));
+    }
+
+    /// With GRO, or an XDP program, a veth takes what is redirected to its peer.
+    pub fn far_gro(&self, on: bool) {
+        self.in_far(&["ethtool", "-K", "far0", "gro", if on { "on" } else { "off" }]);
+    }
+
+    fn in_far(&self, line: &[&str]) {
+        let namespace = format!("--net=/run/netns/{}", self.far.0);
+        run(&[&["nsenter", &namespace], line].concat());
+    }
+
+    /// The answering namespace's name.
+    pub fn far(&self) -> &str {
+        &self.far.0
+    }
+
     /// What `ip ARGS` prints in the test's own namespace.
     pub fn near_shows(&self, args: &str) -> String {
         ip(&self.near, args)
