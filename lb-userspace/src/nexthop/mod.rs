@@ -4,6 +4,7 @@
 
 mod decode;
 mod features;
+mod follower;
 mod netlink;
 #[cfg(test)]
 mod netns;
@@ -13,6 +14,7 @@ mod route;
 use std::fmt;
 use std::net::IpAddr;
 
+pub use follower::{Answer, Event, Follower, HOLD_NO_WAY, HOLD_SILENT, Known, LinkEvent};
 pub use resolver::{DEFAULT_WAIT, Resolver};
 
 /// How a frame reaches an address.
