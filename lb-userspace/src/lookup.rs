@@ -109,7 +109,7 @@ const fn kind_name(kind: BackendKind) -> &'static str {
 }
 
 /// A backend's address. For `l2` the family shows in what is filled.
-fn address(row: &Backend) -> Option<IpAddr> {
+pub fn address(row: &Backend) -> Option<IpAddr> {
     let v4 = || Ipv4Addr::from(row.address4().to_ne_bytes()).into();
     let v6 = || -> IpAddr {
         let Address6 { high, low } = row.address6();

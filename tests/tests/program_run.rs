@@ -137,7 +137,7 @@ impl Kernel {
 
     fn assert_outcomes(&self, name: &str) {
         for (outcome, expected) in Outcome::ALL.iter().zip(&self.outcomes) {
-            let counted = self.datapath.maps.outcome(*outcome).expect("a counter");
+            let counted = self.datapath.maps.counters().outcome(*outcome).expect("a counter");
             assert_eq!(counted, *expected, "{name}: {}", outcome.counter());
         }
     }
@@ -145,12 +145,12 @@ impl Kernel {
     fn assert_traffic(&mut self, name: &str, trail: &Trail) {
         if let Some((vip, traffic)) = trail.vip {
             add(&mut self.vips[vip as usize], traffic);
-            let counted = self.datapath.maps.vip_traffic(vip).expect("a counter");
+            let counted = self.datapath.maps.counters().vip(vip).expect("a counter");
             assert_eq!(counted, self.vips[vip as usize], "{name}: VIP {vip}");
         }
         if let Some((id, traffic)) = trail.backend {
             add(&mut self.backends[usize::from(id)], traffic);
-            let counted = self.datapath.maps.backend_traffic(id).expect("a counter");
+            let counted = self.datapath.maps.counters().backend(id).expect("a counter");
             assert_eq!(counted, self.backends[usize::from(id)], "{name}: backend {id}");
         }
     }
@@ -159,14 +159,14 @@ impl Kernel {
     fn finish(self) -> u64 {
         for (vip, expected) in self.vips.iter().enumerate() {
             assert_eq!(
-                self.datapath.maps.vip_traffic(vip as u32).expect("a counter"),
+                self.datapath.maps.counters().vip(vip as u32).expect("a counter"),
                 *expected,
                 "VIP {vip}"
             );
         }
         for (id, expected) in self.backends.iter().enumerate() {
             assert_eq!(
-                self.datapath.maps.backend_traffic(id as u16).expect("a counter"),
+                self.datapath.maps.counters().backend(id as u16).expect("a counter"),
                 *expected,
                 "backend {id}"
             );

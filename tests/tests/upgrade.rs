@@ -77,7 +77,8 @@ fn an_agent_that_starts_with_other_limits_turns_over_to_new_maps() -> Result<()>
 fn count(balancer: &Balancer) -> Result<u64> {
     let fs = BpfFs::existing(&balancer.run_dir)?.context("nothing is pinned")?;
     let maps = Maps::from_pins(&fs)?;
-    Ok((0..16).map(|vip| maps.vip_traffic(vip).map(|traffic| traffic.packets).unwrap_or(0)).sum())
+    let counters = maps.counters();
+    Ok((0..16).map(|vip| counters.vip(vip).map(|traffic| traffic.packets).unwrap_or(0)).sum())
 }
 
 /// What the old maps say cannot be read: backends are asked before the new ones are in force.

@@ -218,6 +218,8 @@ fn world(config: &Config) -> World {
                 mtu: 1500,
                 preferred_source: None,
                 gateway: None,
+                kind: None,
+                redirect_target: true,
             };
             world.up.insert((pool_index, index), true);
             world.next_hops.insert(backend.address, hop);

@@ -1,25 +1,25 @@
 //! The state of the agent and what events do to it. The only owner of the maps.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
-use lb_common::abi::{Egress, Path, SLOTS_PER_ROW, TableWord};
-use lb_common::slots::Slot;
-use lb_common::wire::{Address6, Mac};
 use tracing::{info, warn};
 
-use super::interfaces::{self, Refused, Wanted, WantedLink, mode_name};
-use super::reload::same_rows;
-use super::status;
+use super::adopt;
+use super::changeover::same_rows;
+use super::interfaces::{self, Refused, Wanted, WantedLink};
+use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Transitions};
+use super::verify::{self, Difference};
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Check, CheckKind, Config, Forward};
+use crate::config::model::{Check, CheckKind, Config};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::lookup::{self, Explanation, Names, Query};
-use crate::nexthop::{NextHop, Resolver, Unresolved};
+use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{World, backend_identity, desired, features};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan};
@@ -42,19 +42,14 @@ pub enum ReconcileError {
     Maps(#[from] MapsError),
 }
 
-/// How the last reload ended.
-#[derive(Debug, Clone)]
-pub struct Reload {
-    pub at: SystemTime,
-    pub result: Result<(), String>,
-}
-
 pub struct Core {
     path: PathBuf,
-    pub(super) config: Config,
+    pub(super) config: Arc<Config>,
     pub(super) datapath: Datapath,
     /// What has been applied. Always equal to the maps.
     pub(super) image: Image,
+    /// Of the image, where somebody has asked since it changed.
+    pub(super) index: OnceLock<Arc<Index>>,
     pub(super) links: Links,
     pub(super) attached: Vec<Attached>,
     pub(super) refused: Refused,
@@ -62,11 +57,13 @@ pub struct Core {
     pub(super) wanted: Wanted,
     checker: Checker<BackendKey>,
     pub(super) fsms: HashMap<BackendKey, Fsm>,
-    pub(super) next_hops: HashMap<IpAddr, Result<NextHop, Unresolved>>,
+    pub(super) next_hops: HashMap<IpAddr, Answer>,
     /// Pools that have nobody up: said once.
     empty: HashSet<String>,
+    pub(super) transitions: HashMap<BackendKey, Transitions>,
     started: Instant,
-    reload: Option<Reload>,
+    started_at: SystemTime,
+    reloads: Reloads,
     /// Whether the tables must be worked out again.
     pub(super) changed: bool,
 }
@@ -90,9 +87,10 @@ impl Core {
         let mut core = Self {
             path: path.to_owned(),
             fsms: HashMap::new(),
-            config,
+            config: Arc::new(config),
             datapath,
             image,
+            index: OnceLock::new(),
             links,
             attached: Vec::new(),
             refused: Refused::new(),
@@ -100,8 +98,10 @@ impl Core {
             checker,
             next_hops: HashMap::new(),
             empty: HashSet::new(),
+            transitions: HashMap::new(),
             started: Instant::now(),
-            reload: None,
+            started_at: SystemTime::now(),
+            reloads: Reloads::none(),
             changed: true,
         };
         if core.datapath.adopted {
@@ -113,8 +113,11 @@ impl Core {
             Some(maps) => maps.image()?,
             None => core.image.clone(),
         };
-        core.fsms = core.adopt_health(&before);
-        core.next_hops = core.adopt_next_hops(&before, &wanted);
+        core.fsms = adopt::health(&core.config, &before);
+        let known = |ifindex| wanted.links.iter().map(|wanted| &wanted.link).find(|l| l.ifindex == ifindex);
+        let held = |hop| Answer { hop, doubt: None };
+        let adopted = adopt::next_hops(&core.config, &before, known);
+        core.next_hops = adopted.into_iter().map(|(address, hop)| (address, held(hop))).collect();
         core.wanted = wanted;
         Ok(core)
     }
@@ -132,6 +135,8 @@ impl Core {
             self.attach(&wanted)?;
         }
         self.datapath.retire_others()?;
+        // Which next hops can be used depends on the interfaces that are attached.
+        self.changed = true;
         self.detach_others(&wanted)
     }
 
@@ -151,7 +156,7 @@ impl Core {
             match self.links.attach(&mut self.datapath, name, link, *mode) {
                 Ok(now) => {
                     if !self.attached.contains(&now) {
-                        info!(interface = %now.interface, mode = mode_name(&now), "attached");
+                        info!(interface = %now.interface, mode = now.mode(), "attached");
                         interfaces::warn_of_veth(link);
                     }
                     attached.push(now);
@@ -194,40 +199,6 @@ impl Core {
         Ok(())
     }
 
-    /// Health as the maps show it: who holds slots is up until its first verdict.
-    fn adopt_health(&self, image: &Image) -> HashMap<BackendKey, Fsm> {
-        let holders: HashSet<u16> = live_slots(image).map(|(_, slot)| slot.cur()).collect();
-        let ids = ids(image);
-        let now = Instant::now();
-        let holds = |pool: &str, forward, address| {
-            ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
-        };
-        keys(&self.config)
-            .map(|(key, pool, _)| {
-                // The file may name another way to a backend than the one it was reached by; its health is the same.
-                let held = Forward::ALL.iter().any(|&forward| holds(&key.pool, forward, key.address));
-                let pool = &self.config.pools[pool];
-                let held = held || pool.check.kind == CheckKind::None;
-                let (rise, fall) = (pool.check.rise, pool.check.fall);
-                let fsm = if held { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
-                (key, fsm)
-            })
-            .collect()
-    }
-
-    /// Next hops as the maps show them: they hold until the kernel says otherwise.
-    fn adopt_next_hops(&self, image: &Image, wanted: &Wanted) -> NextHops {
-        let ids = ids(image);
-        let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
-            let forward = self.config.pools[pool].forward;
-            let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
-            let path = Path::from_bits(image.backends[usize::from(id)].path);
-            let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
-            Some((key.address, Ok(adopted_hop(key.address, path, egress, wanted))))
-        };
-        keys(&self.config).filter_map(adopt).collect()
-    }
-
     pub fn start_checks(&mut self) {
         let targets = keys(&self.config).map(|(key, pool, _)| {
             let address = key.address;
@@ -241,64 +212,23 @@ impl Core {
         let Some(fsm) = self.fsms.get_mut(key) else { return };
         if let Some(transition) = fsm.on_probe(now, probe) {
             self.changed = true;
+            let transitions = self.transitions.entry(key.clone()).or_default();
             let backend = name_of(&self.config, key);
             let check = fsm.outcome().unwrap_or_default();
             let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
             let unchecked = pool.is_some_and(|pool| pool.check.kind == CheckKind::None);
             let check = if unchecked { "not checked" } else { check.as_str() };
             match transition.to {
-                State::Up => info!(pool = %key.pool, %backend, address = %key.address, check, "backend up"),
+                State::Up => {
+                    transitions.up += 1;
+                    info!(pool = %key.pool, %backend, address = %key.address, check, "backend up");
+                }
                 State::Down => {
+                    transitions.down += 1;
                     warn!(pool = %key.pool, %backend, address = %key.address, check, fails = fsm.failures(), "backend down")
                 }
                 State::Checking => {}
             }
-        }
-    }
-
-    /// Addresses whose next hop is missing, or all.
-    pub fn addresses_to_resolve(&self, all: bool) -> Vec<IpAddr> {
-        self.to_resolve(&self.config, all)
-    }
-
-    /// Addresses of a configuration whose next hop is missing, or all.
-    pub fn to_resolve(&self, config: &Config, all: bool) -> Vec<IpAddr> {
-        let addresses: HashSet<IpAddr> = keys(config).map(|(key, ..)| key.address).collect();
-        addresses
-            .into_iter()
-            .filter(|address| all || !matches!(self.next_hops.get(address), Some(Ok(_))))
-            .collect()
-    }
-
-    pub async fn resolve_now(&self, resolver: &Resolver, wait: Duration) -> NextHops {
-        resolver.resolve_all(&self.addresses_to_resolve(true), wait).await
-    }
-
-    pub fn on_next_hops(&mut self, found: NextHops) {
-        let configured: HashSet<IpAddr> = keys(&self.config).map(|(key, ..)| key.address).collect();
-        self.next_hops.retain(|address, _| configured.contains(address));
-        for (address, result) in found {
-            // An answer that comes after its backend has gone.
-            if !configured.contains(&address) {
-                continue;
-            }
-            let known = self.next_hops.get(&address);
-            // A neighbour that does not answer just now may still forward: its checks decide. And the
-            // kernel calls it missing and failed by turns, which is no news.
-            let keeps = match known {
-                Some(Ok(_)) => is_silent(&result),
-                Some(before) => is_silent(before) && is_silent(&result),
-                None => false,
-            };
-            if keeps || known == Some(&result) {
-                continue;
-            }
-            match &result {
-                Ok(hop) => info!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop"),
-                Err(reason) => warn!(%address, %reason, "no next hop"),
-            }
-            self.next_hops.insert(address, result);
-            self.changed = true;
         }
     }
 
@@ -310,6 +240,9 @@ impl Core {
         let world = self.world();
         self.say_who_is_empty(&world);
         let ops = plan(&self.image, &desired(&self.config, &world), self.datapath.capacity())?;
+        if !ops.is_empty() {
+            self.index.take();
+        }
         for op in &ops {
             self.datapath.maps.apply(op)?;
             self.image.apply(op);
@@ -327,40 +260,6 @@ impl Core {
             world.next_hops.insert(key.address, hop);
         }
         world
-    }
-
-    /// The next hop of a backend, if packets can be sent that way in its pool's mode.
-    fn usable_next_hop(&self, pool: usize, address: IpAddr) -> Result<NextHop, String> {
-        let hop = match self.next_hops.get(&address) {
-            None => return Err("its next hop is being looked up".into()),
-            Some(Err(reason)) => return Err(reason.to_string()),
-            Some(Ok(hop)) => hop,
-        };
-        if self.config.pools[pool].forward == Forward::L2 && hop.gateway.is_some() {
-            return Err(format!(
-                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip",
-                hop.interface
-            ));
-        }
-        let filled = match address {
-            IpAddr::V4(_) => self.config.outer_source.v4.is_some(),
-            IpAddr::V6(_) => self.config.outer_source.v6.is_some(),
-        };
-        if self.config.pools[pool].forward == Forward::Ipip && !filled {
-            match hop.preferred_source {
-                None => {
-                    return Err(format!(
-                        "{} has no address to send tunnel packets from; set outer_source",
-                        hop.interface
-                    ));
-                }
-                Some(source) if self.config.services.iter().any(|service| service.vips.contains(&source)) => {
-                    return Err(format!("the route's source address {source} is a VIP; set outer_source"));
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(hop.clone())
     }
 
     fn say_who_is_empty(&mut self, world: &World) {
@@ -386,7 +285,7 @@ impl Core {
     }
 
     pub fn note_reload(&mut self, result: Result<(), String>) {
-        self.reload = Some(Reload { at: SystemTime::now(), result });
+        self.reloads.note(result);
     }
 
     pub fn trace(&mut self) -> Option<Result<Trace, DatapathError>> {
@@ -399,7 +298,7 @@ impl Core {
     }
 
     fn names(&self) -> Names {
-        let ids = ids(&self.image);
+        let ids = &self.index().ids;
         let mut names = Names::default();
         for (key, pool, backend) in keys(&self.config) {
             let pool = &self.config.pools[pool];
@@ -426,55 +325,58 @@ impl Core {
         format!("services: {}, backends up: {up} of {all}", self.config.services.len())
     }
 
-    pub fn status(&self, now: Instant) -> status::Status {
-        status::View {
-            config: &self.config,
-            path: &self.path,
-            image: &self.image,
-            maps: &self.datapath.maps,
-            attached: &self.attached,
-            fsms: &self.fsms,
-            reload: self.reload.as_ref(),
+    /// What the maps have, against what this agent would have them have.
+    pub async fn verify(&mut self, resolver: &Resolver) -> anyhow::Result<Vec<Difference>> {
+        let image = self.datapath.maps.image()?;
+        let mut differences = verify::missing_pins(&self.datapath, &self.attached);
+        differences.extend(verify::tables(&self.config, &self.world(), &image, self.datapath.capacity()));
+        differences.extend(verify::interfaces(&self.config, &mut self.links, resolver).await?);
+        Ok(differences)
+    }
+
+    pub fn snapshot(&self, now: Instant) -> Snapshot {
+        let view = |(key, pool, _): (BackendKey, usize, usize)| {
+            let (state, check) = self.state(&key, pool, now);
+            let transitions = self.transitions.get(&key).copied().unwrap_or_default();
+            BackendView { state, check, transitions }
+        };
+        Snapshot {
+            config: Arc::clone(&self.config),
+            path: self.path.clone(),
+            attached: self.attached.clone(),
+            reloads: self.reloads.clone(),
             uptime: now - self.started,
-            now,
-            ids: ids(&self.image),
-            slots: slots_by_backend(&self.image),
-            next_hop: &|pool, address| self.usable_next_hop(pool, address),
+            started: self.started_at,
+            backends: keys(&self.config).map(view).collect(),
+            index: Arc::clone(self.index()),
+            counters: Arc::clone(self.datapath.maps.counters()),
         }
-        .status()
     }
-}
 
-fn adopted_hop(address: IpAddr, path: Path, egress: &Egress, wanted: &Wanted) -> NextHop {
-    let link = wanted.links.iter().find(|wanted| wanted.link.ifindex == egress.ifindex);
-    let [high, low] = egress.source6;
-    let source = match address {
-        IpAddr::V4(_) => IpAddr::from(egress.source4.to_ne_bytes()),
-        IpAddr::V6(_) => IpAddr::from(Address6 { high, low }.bytes()),
-    };
-    NextHop {
-        ifindex: egress.ifindex,
-        interface: link
-            .map_or_else(|| format!("interface {}", egress.ifindex), |wanted| wanted.link.name.clone()),
-        source_mac: Mac::from_bits(egress.source_mac).bytes(),
-        mac: path.mac().bytes(),
-        mtu: egress.mtu.min(u32::from(u16::MAX)) as u16,
-        preferred_source: Some(source).filter(|source| !source.is_unspecified()),
-        gateway: None,
-        kind: link.and_then(|wanted| wanted.link.kind.clone()),
-        // It was one when the earlier agent wrote it.
-        redirect_target: link.is_none_or(|wanted| wanted.link.redirect_target),
+    fn index(&self) -> &Arc<Index> {
+        self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
     }
-}
 
-/// Whether a neighbour does not answer, or could not be asked: no evidence against a path that worked.
-fn is_silent(result: &Result<NextHop, Unresolved>) -> bool {
-    matches!(
-        result,
-        Err(Unresolved::NeighbourMissing { .. }
-            | Unresolved::NeighbourFailed { .. }
-            | Unresolved::Netlink(_))
-    )
+    fn state(&self, key: &BackendKey, pool: usize, now: Instant) -> (BackendState, String) {
+        if let Err(reason) = self.usable_next_hop(pool, key.address) {
+            return (BackendState::Unresolved, reason);
+        }
+        let doubt = self.next_hops.get(&key.address).and_then(|answer| answer.doubt.as_ref());
+        let doubt = doubt.map_or_else(String::new, |reason| format!("; next hop kept for now: {reason}"));
+        if self.config.pools[pool].check.kind == CheckKind::None {
+            return (BackendState::Up, format!("not checked{doubt}"));
+        }
+        let Some(fsm) = self.fsms.get(key) else { return (BackendState::Checking, String::new()) };
+        let state = match fsm.state() {
+            State::Up => BackendState::Up,
+            State::Down => BackendState::Down,
+            State::Checking => BackendState::Checking,
+        };
+        let words = fsm.describe(now);
+        // The state has a column of its own.
+        let words = words.strip_prefix(state.as_str()).map_or(words.as_str(), str::trim_start);
+        (state, format!("{words}{doubt}"))
+    }
 }
 
 /// All backends: key, pool, place in the pool.
@@ -490,30 +392,6 @@ fn name_of(config: &Config, key: &BackendKey) -> String {
     let pool = config.pools.iter().find(|pool| pool.name == key.pool);
     let backend = pool.and_then(|pool| pool.backends.iter().find(|backend| backend.address == key.address));
     backend.map_or_else(|| key.address.to_string(), |backend| backend.name.clone())
-}
-
-/// The id of each identity.
-pub(super) fn ids(image: &Image) -> HashMap<u64, u16> {
-    let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
-    rows.map(|(id, row)| (row.identity, id as u16)).collect()
-}
-
-/// Slots of all tables that packets can reach, with the table's number.
-fn live_slots(image: &Image) -> impl Iterator<Item = (u16, Slot)> + '_ {
-    let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits)).enumerate();
-    words.filter(|(_, word)| *word != TableWord::default()).flat_map(move |(table, word)| {
-        let first = word.first_row() * SLOTS_PER_ROW;
-        (first..first + word.length()).map(move |index| (table as u16, image.slot(index)))
-    })
-}
-
-/// How many slots each backend holds, over all tables.
-fn slots_by_backend(image: &Image) -> BTreeMap<u16, u64> {
-    let mut slots = BTreeMap::new();
-    for (_, slot) in live_slots(image) {
-        *slots.entry(slot.cur()).or_default() += 1;
-    }
-    slots
 }
 
 /// Refuses what would not fit before anything is written.

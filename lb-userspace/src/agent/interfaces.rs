@@ -135,6 +135,8 @@ impl Core {
             warn!(interface = %attached.interface, "deleted; it is attached again when it is back");
         }
         self.attached.retain(|entry| entry.name != attached.name);
+        // Next hops through the others may be usable now, or no longer.
+        self.changed = true;
         self.datapath.maps.remove_interface(attached.ifindex)?;
         self.read_interfaces()
     }
@@ -143,11 +145,12 @@ impl Core {
     fn attach_one(&mut self, name: &str, link: &Link, mode: Mode, what: &str) {
         match self.links.attach(&mut self.datapath, name, link, mode) {
             Ok(now) => {
-                info!(interface = %now.interface, mode = mode_name(&now), "{what}");
+                info!(interface = %now.interface, mode = now.mode(), "{what}");
                 warn_of_veth(link);
                 self.refused.remove(name);
                 self.attached.retain(|entry| entry.name != name);
                 self.attached.push(now);
+                self.changed = true;
                 if let Err(error) = self.read_interfaces() {
                     warn!(%error, "the table of interfaces cannot be read");
                 }
@@ -164,10 +167,6 @@ impl Core {
 
 /// Why an interface could not be attached, by its name.
 pub type Refused = BTreeMap<String, String>;
-
-pub const fn mode_name(attached: &Attached) -> &'static str {
-    if attached.generic { "generic" } else { "native" }
-}
 
 /// A VIP on an interface of this host would expose the host's own ports on it, and hide the VIP from its checks.
 pub async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::Result<()> {

@@ -1,15 +1,20 @@
 //! The agent: one task owns all state (`core`), everything else sends it events.
 //!
-//! configuration, probe results, next hops, API requests, timers -> `Core` -> desired -> plan -> maps
+//! configuration, probe results, next hops, interfaces, API requests, timers -> `Core` -> desired -> plan -> maps
 
+mod adopt;
+mod changeover;
 mod core;
 mod interfaces;
+mod next_hops;
 mod notify;
 mod reload;
 pub mod run_dir;
+pub mod snapshot;
 pub mod status;
+pub mod verify;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,36 +22,40 @@ use anyhow::Context;
 use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
-use crate::api;
+use crate::api::{self, EndpointError, Endpoints};
 use crate::bpf::{self, BpfFs, Trace};
 use crate::capabilities;
 use crate::config;
-use crate::config::model::{Check, CheckKind, Config};
+use crate::config::model::{Check, CheckKind};
 use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::{Explanation, Query};
-use crate::nexthop::Resolver;
+use crate::nexthop::{Event, Follower, Resolver};
 
-pub use self::core::preflight;
-use self::core::{BackendKey, Core, NextHops};
+use self::core::{BackendKey, Core};
+pub use self::core::{keys, preflight};
 use self::notify::Notify;
-use self::status::Status;
+use self::reload::Reloader;
+pub use self::reload::{Refused, Summary};
+use self::snapshot::Snapshot;
+use self::verify::Difference;
 
 /// Where an agent keeps its socket, its lock and the pins.
 pub const DEFAULT_RUN_DIR: &str = "/run/xlb";
-
-/// Next hops that are missing are looked for this often; all are looked at again more rarely.
-const RESOLVE_MISSING: Duration = Duration::from_secs(1);
-const RESOLVE_ALL: u32 = 5;
 
 /// How long the first look at next hops may take before forwarding begins without the missing ones.
 const FIRST_RESOLVE: Duration = Duration::from_secs(1);
 
 /// How long a backend whose health is not known may take to answer before tables are made without it.
 const FIRST_PROBE: Duration = Duration::from_secs(1);
+
+/// Interfaces and pins are looked after this often, whatever the kernel has told of them.
+const LOOK_AFTER: Duration = Duration::from_secs(5);
+
+/// The service manager hears of changes this often.
+const TELL_STATUS: Duration = Duration::from_secs(1);
 
 /// Traced decisions wait this long in their ring at the most.
 const FLUSH_TRACE: Duration = Duration::from_millis(50);
@@ -60,8 +69,10 @@ pub struct Options {
 /// What others ask of the core.
 #[derive(Debug)]
 pub enum Request {
-    Status(oneshot::Sender<Status>),
+    Snapshot(oneshot::Sender<Snapshot>),
     Lookup(Query, oneshot::Sender<Result<Explanation, String>>),
+    Verify(oneshot::Sender<Result<Vec<Difference>, String>>),
+    Reload(oneshot::Sender<Result<Summary, Refused>>),
 }
 
 /// Runs until a signal ends it. Forwarding goes on after that.
@@ -78,37 +89,29 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     capabilities::check()?;
     let lock = run_dir::lock(&options.run_dir)?;
     let resolver = Arc::new(Resolver::new().context("netlink is not to be had")?);
-    let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
-    let fs = BpfFs::open(&options.run_dir).inspect_err(|_| api::remove_socket(&options.run_dir))?;
 
     let (probe_tx, mut probes) = mpsc::channel(1024);
-    let (hops_tx, mut hops) = mpsc::channel(4);
     let (request_tx, mut requests) = mpsc::channel(64);
-    let (reload_tx, mut reloads) = mpsc::channel(1);
     let checker: Checker<BackendKey> = Checker::new(probe_tx);
+    let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
+    // From here on, the socket goes with the endpoints.
+    let mut endpoints = Endpoints::new(&socket, request_tx.clone());
+    let prepared = endpoints.prepare(&loaded.config).map_err(endpoint_error)?;
+    endpoints.apply(prepared)?;
+    let fs = BpfFs::open(&options.run_dir)?;
     let fresh = !fs.is_used()?;
-    let mut core = match Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await {
-        Ok(core) => core,
-        Err(error) => {
-            give_up(&options.run_dir, fs, fresh);
-            return Err(error);
-        }
-    };
-    tokio::spawn(socket.serve(request_tx));
-
-    // Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before the first tables.
-    let unknown = core.unknown(core.config());
-    let (found, first) = tokio::join!(core.resolve_now(&resolver, FIRST_RESOLVE), first_probes(unknown));
-    core.on_next_hops(found);
-    for (key, probe) in &first {
-        core.on_probe(Instant::now(), key, probe);
-    }
-    if let Err(error) = core.begin() {
+    let started = Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await;
+    let mut core = started.inspect_err(|_| give_up(&fs, fresh))?;
+    tokio::spawn(api::serve(socket, request_tx));
+    if let Err(error) = begin(&mut core, &resolver).await {
         drop(core);
-        give_up(&options.run_dir, fs, fresh);
+        give_up(&fs, fresh);
         return Err(error);
     }
-    core.settle(&resolver).await?;
+
+    let (follower, mut network) =
+        Follower::start(Arc::clone(&resolver)).context("netlink is not to be had")?;
+    follower.watch(core.known_next_hops());
     let mut trace = tracer(&mut core);
     core.start_checks();
     info!(
@@ -118,72 +121,49 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     );
     notify.ready(core.summary());
 
-    let mut ticks = interval(RESOLVE_MISSING);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut flushes = interval(FLUSH_TRACE);
-    flushes.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut tick = 0u32;
-    let mut resolving = false;
-    let mut asking: Option<JoinHandle<()>> = None;
+    let (mut reloader, mut reloads) = Reloader::new(Arc::clone(&resolver));
+    let mut look_after = every(LOOK_AFTER);
+    let mut tell_status = every(TELL_STATUS);
+    let mut flushes = every(FLUSH_TRACE);
     loop {
         tokio::select! {
             Some((key, probe)) = probes.recv() => {
                 core.on_probe(Instant::now(), &key, &probe);
                 drain(&mut probes, |(key, probe): (BackendKey, Probe)| core.on_probe(Instant::now(), &key, &probe));
             }
-            Some(found) = hops.recv() => {
-                resolving = false;
-                core.on_next_hops(found);
-            }
+            Some(event) = network.recv() => match event {
+                Event::NextHops(answers) => core.on_next_hops(answers),
+                Event::Links(_) => look_after_interfaces(&mut core, &resolver).await,
+            },
+            _ = look_after.tick() => look_after_interfaces(&mut core, &resolver).await,
             () = notify.due() => {
                 notify.alive();
                 continue;
             }
-            _ = ticks.tick() => {
+            _ = tell_status.tick() => {
                 notify.status(core.summary());
-                tick += 1;
-                let all = tick >= RESOLVE_ALL;
-                if all && let Err(error) = core.check_interfaces(&resolver).await {
-                    warn!(error = %format!("{error:#}"), "interfaces cannot be looked at");
-                }
-                let wanted = core.addresses_to_resolve(all);
-                if !resolving && !wanted.is_empty() {
-                    resolving = true;
-                    tick = if all { 0 } else { tick };
-                    resolve_aside(Arc::clone(&resolver), wanted, hops_tx.clone());
-                }
+                continue;
             }
             Some(request) = requests.recv() => {
-                answer(&mut core, request);
+                if let Some(reply) = answer(&mut core, request, &resolver).await {
+                    notify.reloading();
+                    if !reloader.begin(&mut core, Some(reply)) {
+                        notify.ready(core.summary());
+                    }
+                }
                 continue;
             }
             _ = hangup.recv() => {
                 notify.reloading();
-                let config = read_again(&mut core);
-                if config.is_none() {
-                    if let Some(overtaken) = asking.take() {
-                        overtaken.abort();
-                    }
+                if !reloader.begin(&mut core, None) {
                     notify.ready(core.summary());
-                }
-                if let Some(config) = config {
-                    // The loop goes on meanwhile: health and requests do not wait for a reload. A later
-                    // file overtakes one whose backends are still being asked.
-                    let (unknown, missing) = (core.unknown(&config), core.to_resolve(&config, false));
-                    let (resolver, to) = (Arc::clone(&resolver), reload_tx.clone());
-                    if let Some(overtaken) = asking.replace(tokio::spawn(async move {
-                        let hops = resolver.resolve_all(&missing, FIRST_RESOLVE);
-                        let (hops, first) = tokio::join!(hops, first_probes(unknown));
-                        _ = to.send((config, first, hops)).await;
-                    })) {
-                        overtaken.abort();
-                    }
                 }
                 continue;
             }
-            Some((config, first, found)) = reloads.recv() => {
-                reload(&mut core, config, &first, found, &resolver).await;
+            Some(read) = reloads.recv() => {
+                reloader.finish(&mut core, read, &mut endpoints).await;
                 notify.ready(core.summary());
+                follower.watch(core.known_next_hops());
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);
             }
@@ -201,18 +181,37 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }
     }
     notify.stopping();
-    api::remove_socket(&options.run_dir);
+    drop(endpoints);
     lock.set_len(0)?;
     info!("stopping; forwarding goes on with the tables as they are (`xlb detach` ends it)");
     Ok(())
 }
 
+/// The first tables. Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before.
+async fn begin(core: &mut Core, resolver: &Resolver) -> anyhow::Result<()> {
+    let unknown = core.unknown(core.config());
+    let addresses = core.to_resolve(core.config(), true);
+    let hops = resolver.resolve_all(&addresses, FIRST_RESOLVE);
+    let (found, first) = tokio::join!(hops, first_probes(unknown));
+    core.on_first_look(found);
+    for (key, probe) in &first {
+        core.on_probe(Instant::now(), key, probe);
+    }
+    core.begin()?;
+    core.settle(resolver).await
+}
+
 /// A first start that fails leaves nothing; what an earlier agent left goes on.
-fn give_up(run_dir: &Path, fs: BpfFs, fresh: bool) {
-    api::remove_socket(run_dir);
-    if fresh && let Err(left) = bpf::detach(fs, &[]) {
+fn give_up(fs: &BpfFs, fresh: bool) {
+    if fresh && let Err(left) = bpf::detach(fs.clone(), &[]) {
         warn!(error = %left, "what this start has pinned is left; `xlb detach` removes it");
     }
+}
+
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut interval = interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
 }
 
 /// Handles what else has arrived, so that many events make one plan.
@@ -222,11 +221,34 @@ fn drain<T>(events: &mut mpsc::Receiver<T>, mut handle: impl FnMut(T)) {
     }
 }
 
-fn answer(core: &mut Core, request: Request) {
+async fn look_after_interfaces(core: &mut Core, resolver: &Resolver) {
+    if let Err(error) = core.check_interfaces(resolver).await {
+        warn!(error = %format!("{error:#}"), "interfaces cannot be looked after; trying again");
+    }
+}
+
+/// Answers at once, but for a reload, which takes its time.
+async fn answer(
+    core: &mut Core,
+    request: Request,
+    resolver: &Resolver,
+) -> Option<oneshot::Sender<Result<Summary, Refused>>> {
     // An asker that has gone away needs no answer.
     match request {
-        Request::Status(reply) => _ = reply.send(core.status(Instant::now())),
+        Request::Snapshot(reply) => _ = reply.send(core.snapshot(Instant::now())),
         Request::Lookup(query, reply) => _ = reply.send(core.lookup(&query)),
+        Request::Verify(reply) => {
+            _ = reply.send(core.verify(resolver).await.map_err(|error| format!("{error:#}")));
+        }
+        Request::Reload(reply) => return Some(reply),
+    }
+    None
+}
+
+fn endpoint_error(error: EndpointError) -> anyhow::Error {
+    match error {
+        EndpointError::Config(problem) => config::Problems(vec![problem]).into(),
+        EndpointError::Bind(_) => error.into(),
     }
 }
 
@@ -241,51 +263,6 @@ async fn first_probes(unknown: Vec<(BackendKey, Check)>) -> Vec<(BackendKey, Pro
     );
     let answers = stream::iter(probes).buffer_unordered(DEFAULT_CONCURRENCY).filter_map(std::future::ready);
     answers.collect().await
-}
-
-/// Reads the file again. A bad file changes nothing.
-fn read_again(core: &mut Core) -> Option<Config> {
-    match config::load(core.config_path()) {
-        Ok(loaded) => {
-            for warning in &loaded.warnings {
-                warn!("{warning}");
-            }
-            Some(loaded.config)
-        }
-        Err(problems) => {
-            for problem in &problems.0 {
-                error!("{problem}");
-            }
-            error!(problems = problems.0.len(), "reload refused; the last good configuration goes on");
-            core.note_reload(Err(problems.to_string()));
-            None
-        }
-    }
-}
-
-/// Takes over a configuration that is valid.
-async fn reload(
-    core: &mut Core,
-    config: Config,
-    first: &[(BackendKey, Probe)],
-    found: NextHops,
-    resolver: &Resolver,
-) {
-    match core.reload(config, first, found, resolver).await {
-        Ok(()) => info!(file = %core.config_path().display(), "reloaded"),
-        Err(error) => {
-            error!(error = %format!("{error:#}"), "reload refused; the last good configuration goes on");
-            core.note_reload(Err(format!("{error:#}")));
-        }
-    }
-}
-
-fn resolve_aside(resolver: Arc<Resolver>, wanted: Vec<std::net::IpAddr>, to: mpsc::Sender<NextHops>) {
-    tokio::spawn(async move {
-        let found = resolver.resolve_all(&wanted, RESOLVE_MISSING).await;
-        // The core is gone only at the end of the process.
-        _ = to.send(found).await;
-    });
 }
 
 /// The reader of decisions, where the configuration asks for them.

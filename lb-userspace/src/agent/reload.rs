@@ -1,174 +1,170 @@
-//! Another configuration takes the place of the one in force: program, maps, interfaces, health and tables, in an order that
-//! no packet notices.
+//! A reload from the wish to its end: reads the file, asks new backends aside, has the core take it over, and tells the
+//! log, `xlb status` and whoever asked how it went. How it is taken over is not its business.
 
-use std::collections::HashMap;
-use std::time::Instant;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
 
-use anyhow::Context;
-use lb_common::abi::{Features, PortKey};
-use tracing::{info, warn};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tracing::{error, info, warn};
 
-use super::core::{BackendKey, Core, NextHops, ids, keys, preflight};
-use super::interfaces::{self, Wanted};
-use crate::bpf::{Datapath, DatapathError, RowPairs};
-use crate::capacity::Capacity;
-use crate::config::model::{CheckKind, Config};
-use crate::health::{Fsm, Probe};
+use super::core::{BackendKey, Core, NextHops};
+use super::{FIRST_RESOLVE, first_probes};
+use crate::api::{EndpointError, Endpoints};
+use crate::config::model::Config;
+use crate::config::{self, Loaded, Problem, Problems};
+use crate::health::Probe;
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{World, desired, features};
-use crate::reconcile::image::Image;
-use crate::reconcile::plan::{plan, present_vips};
 
-impl Core {
-    /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
-    /// whose health was not known.
-    pub async fn reload(
-        &mut self,
-        config: Config,
-        first: &[(BackendKey, Probe)],
-        found: NextHops,
-        resolver: &Resolver,
-    ) -> anyhow::Result<()> {
-        let capacity = Capacity::new(&config.limits);
-        let same_maps = capacity == *self.datapath.capacity();
-        preflight(&config, &capacity)?;
-        if same_maps {
-            // Beside what is in use there may be less room than in empty maps.
-            plan(&self.image, &desired(&config, &World::default()), &capacity)?;
-        }
-        interfaces::refuse_local_vips(&config, resolver).await?;
-        let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
-        if config.seed != self.config.seed {
-            warn!("the seed changed: flows move to other backends");
-        }
-        if same_maps {
-            self.widen(&config, &wanted)?;
-        }
+/// Where the end of a reload is told; nowhere if a signal asked for it.
+pub type Reply = Option<oneshot::Sender<Result<Summary, Refused>>>;
 
-        let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone());
-        let known = std::mem::take(&mut self.fsms);
-        let previous = std::mem::replace(&mut self.config, config);
-        self.fsms = self.carry_over(&previous, known);
-        self.changed = true;
-        self.on_next_hops(found);
-        for (key, probe) in first {
-            self.on_probe(Instant::now(), key, probe);
-        }
-        if same_maps {
-            self.reconcile().context("the tables cannot be written")?;
-        } else if let Err(error) = self.turn_over(capacity, &wanted) {
-            (self.config, self.fsms, self.next_hops) = before;
-            return Err(error);
-        }
-        self.start_checks();
-        self.detach_others(&wanted)?;
-        self.settle(resolver).await?;
-        self.note_reload(Ok(()));
-        Ok(())
-    }
+/// A configuration that is in force, and what it changed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Summary {
+    pub file: String,
+    pub services: usize,
+    pub pools: usize,
+    pub backends: usize,
+    /// `service www`, `backend web/web1`.
+    pub added: Vec<String>,
+    pub removed: Vec<String>,
+    pub warnings: Vec<String>,
+}
 
-    /// The program that can do what the old tables and the new ones need, on every interface.
-    fn widen(&mut self, config: &Config, wanted: &Wanted) -> Result<(), DatapathError> {
-        let (old, new) = (Features::from_bits(self.datapath.meta().features), features(config));
-        self.refit(config.seed, old.with(new))?;
-        if let Err(error) = self.attach(wanted) {
-            // Interfaces that were swapped already go back to the program that they had.
-            let before = self.wanted.clone();
-            self.refit(self.config.seed, old)?;
-            self.attach(&before)?;
-            return Err(error);
+/// Why the configuration before it goes on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Refused {
+    /// One line for each reason.
+    pub error: String,
+    /// What is wrong with the file. Empty where the host does not let it be.
+    #[serde(default)]
+    pub problems: Vec<Problem>,
+}
+
+impl Summary {
+    pub fn new(file: &Path, before: &Config, now: &Config, warnings: &[Problem]) -> Self {
+        let (old, new) = (names(before), names(now));
+        Self {
+            file: file.display().to_string(),
+            services: now.services.len(),
+            pools: now.pools.len(),
+            backends: now.pools.iter().map(|pool| pool.backends.len()).sum(),
+            added: new.difference(&old).cloned().collect(),
+            removed: old.difference(&new).cloned().collect(),
+            warnings: warnings.iter().map(ToString::to_string).collect(),
         }
-        Ok(())
-    }
-
-    /// Fills new maps of another size beside those in use and turns the interfaces over to them, one after the other: a
-    /// packet meets the old tables or the new ones, which lead it to the same backends.
-    fn turn_over(&mut self, capacity: Capacity, wanted: &Wanted) -> anyhow::Result<()> {
-        let mut next = self.datapath.renewed(capacity, self.config.seed, features(&self.config))?;
-        let image = match self.fill(&mut next) {
-            Ok(image) => image,
-            Err(error) => {
-                next.abandon()?;
-                return Err(error);
-            }
-        };
-        let old = std::mem::replace(&mut self.datapath, next);
-        if let Err(error) = self.attach(wanted) {
-            let failed = std::mem::replace(&mut self.datapath, old);
-            let before = self.wanted.clone();
-            self.attach(&before)?;
-            failed.abandon()?;
-            return Err(error.into());
-        }
-        self.image = image;
-        self.changed = false;
-        self.datapath.retire_others()?;
-        info!("new maps are in force; counters go on, flows stay where they are");
-        Ok(())
-    }
-
-    /// Puts tables and counters into new maps. Returns what lies there then.
-    fn fill(&self, next: &mut Datapath) -> anyhow::Result<Image> {
-        let mut image = next.maps.image()?;
-        for op in plan(&image, &desired(&self.config, &self.world()), next.capacity())? {
-            next.maps.apply(&op)?;
-            image.apply(&op);
-        }
-        let (vips, backends) = same_rows(&self.image, &image);
-        next.maps.inherit(&self.datapath.maps, &vips, &backends)?;
-        next.complete();
-        Ok(Image { meta: *next.meta(), ..image })
-    }
-
-    /// Takes features out of the program that only the tables of before needed.
-    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
-        if self.refit(self.config.seed, features(&self.config))? {
-            let wanted = Wanted::look_up(&self.config, &mut self.links, resolver).await?;
-            self.attach(&wanted)?;
-        }
-        Ok(())
-    }
-
-    fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
-        let refitted = self.datapath.refit(seed, features)?;
-        self.image.meta = *self.datapath.meta();
-        Ok(refitted)
-    }
-
-    /// Health of backends that stay; a new backend has to answer first.
-    fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
-        let old_kinds: HashMap<&str, &CheckKind> =
-            previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
-        let now = Instant::now();
-        keys(&self.config)
-            .map(|(key, pool, _)| {
-                let check = &self.config.pools[pool].check;
-                let mut fsm = known.remove(&key).unwrap_or_else(|| Fsm::new(check.rise, check.fall));
-                fsm.set_thresholds(check.rise, check.fall);
-                // Not checked is up; what another kind of check then says counts from anew.
-                let unchecked_before = old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None);
-                if check.kind == CheckKind::None {
-                    fsm = Fsm::adopted(true, now, check.rise, check.fall);
-                } else if unchecked_before {
-                    fsm = Fsm::adopted(fsm.is_up(), now, check.rise, check.fall);
-                }
-                (key, fsm)
-            })
-            .collect()
     }
 }
 
-/// Counter rows that stand for the same in two sets of tables: of VIPs, and of backends, from and to.
-pub(super) fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
-    let (old_vips, new_vips) = (present_vips(from), present_vips(to));
-    // Entries that mark an address have no counters.
-    let counted = new_vips.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
-    let vips = counted.filter_map(|(key, target)| Some((old_vips.get(key)?.vip, target.vip)));
-    let old_ids = ids(from);
-    let new_ids = ids(to);
-    let backends = new_ids.iter().filter_map(|(identity, id)| {
-        let old = old_ids.get(identity)?;
-        Some((u32::from(*old), u32::from(*id)))
+impl From<Problems> for Refused {
+    fn from(problems: Problems) -> Self {
+        Self { error: problems.to_string(), problems: problems.0 }
+    }
+}
+
+impl Refused {
+    pub fn by_the_host(error: &anyhow::Error) -> Self {
+        Self { error: format!("{error:#}"), problems: Vec::new() }
+    }
+}
+
+/// A valid file, and what was asked of its backends.
+#[derive(Debug)]
+pub struct Read {
+    loaded: Loaded,
+    first: Vec<(BackendKey, Probe)>,
+    found: NextHops,
+    reply: Reply,
+}
+
+/// Carries reloads out, one at a time.
+#[derive(Debug)]
+pub struct Reloader {
+    resolver: Arc<Resolver>,
+    read: mpsc::Sender<Read>,
+    asking: Option<JoinHandle<()>>,
+}
+
+impl Reloader {
+    /// What comes out of the receiver is for [`Self::finish`].
+    pub fn new(resolver: Arc<Resolver>) -> (Self, mpsc::Receiver<Read>) {
+        let (read, reads) = mpsc::channel(1);
+        (Self { resolver, read, asking: None }, reads)
+    }
+
+    /// Reads the file again and asks its new backends aside: health and requests do not wait for a reload. A later file
+    /// overtakes one whose backends are still being asked. Returns whether there is anything to finish.
+    pub fn begin(&mut self, core: &mut Core, reply: Reply) -> bool {
+        if let Some(overtaken) = self.asking.take() {
+            overtaken.abort();
+        }
+        let loaded = match config::load(core.config_path()) {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                refuse(core, problems.into(), reply);
+                return false;
+            }
+        };
+        for warning in &loaded.warnings {
+            warn!("{warning}");
+        }
+        let (unknown, missing) = (core.unknown(&loaded.config), core.to_resolve(&loaded.config, false));
+        let (resolver, to) = (Arc::clone(&self.resolver), self.read.clone());
+        self.asking = Some(tokio::spawn(async move {
+            let found = resolver.resolve_all(&missing, FIRST_RESOLVE);
+            let (found, first) = tokio::join!(found, first_probes(unknown));
+            _ = to.send(Read { loaded, first, found, reply }).await;
+        }));
+        true
+    }
+
+    /// Takes over a configuration that is valid, or leaves everything as it is.
+    pub async fn finish(&mut self, core: &mut Core, read: Read, endpoints: &mut Endpoints) {
+        let Read { loaded: Loaded { config, warnings }, first, found, reply } = read;
+        let prepared = match endpoints.prepare(&config) {
+            Ok(prepared) => prepared,
+            Err(EndpointError::Config(problem)) => {
+                return refuse(core, Problems(vec![problem]).into(), reply);
+            }
+            Err(error) => return refuse(core, Refused::by_the_host(&error.into()), reply),
+        };
+        let summary = Summary::new(core.config_path(), core.config(), &config, &warnings);
+        if let Err(error) = core.reload(config, &first, found, &self.resolver).await {
+            return refuse(core, Refused::by_the_host(&error), reply);
+        }
+        if let Err(error) = endpoints.apply(prepared) {
+            error!(error = %format!("{error:#}"), "the API's group is as before");
+        }
+        info!(file = %core.config_path().display(), "reloaded");
+        tell(reply, Ok(summary));
+    }
+}
+
+/// Says why the configuration before goes on.
+fn refuse(core: &mut Core, refused: Refused, reply: Reply) {
+    for line in refused.error.lines() {
+        error!("{line}");
+    }
+    error!(reasons = refused.error.lines().count(), "reload refused; the last good configuration goes on");
+    core.note_reload(Err(refused.error.clone()));
+    tell(reply, Err(refused));
+}
+
+/// Tells it to whoever waits; one who has gone away needs no answer.
+fn tell(reply: Reply, end: Result<Summary, Refused>) {
+    if let Some(reply) = reply {
+        _ = reply.send(end);
+    }
+}
+
+fn names(config: &Config) -> BTreeSet<String> {
+    let backends = config.pools.iter().flat_map(|pool| {
+        pool.backends.iter().map(|backend| format!("backend {}/{}", pool.name, backend.name))
     });
-    (vips.collect(), backends.collect())
+    let services = config.services.iter().map(|service| format!("service {}", service.name));
+    let pools = config.pools.iter().map(|pool| format!("pool {}", pool.name));
+    services.chain(pools).chain(backends).collect()
 }

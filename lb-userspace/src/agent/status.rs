@@ -1,28 +1,26 @@
-//! What `xlb status` shows: a picture of the agent's state, the same as JSON on the API.
+//! A snapshot of the agent told: what commands show, the same as JSON on the API. Reads counters; knows no core.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::Path;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use lb_common::abi::PortKey;
+use lb_common::abi::{PortKey, Traffic};
 use lb_common::outcome::Outcome;
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::core::{BackendKey, Reload};
-use crate::bpf::{Attached, Maps};
-use crate::config::model::{CheckKind, Config};
-use crate::health::{Fsm, State};
-use crate::nexthop::NextHop;
+use super::core::{BackendKey, keys};
+use super::snapshot::{BackendState, Reload, Snapshot};
+use crate::bpf::{Attached, MapsError};
 use crate::reconcile::desired::{backend_identity, protocol_number};
-use crate::reconcile::image::Image;
-use crate::reconcile::plan::present_vips;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
     pub pid: u32,
     pub uptime_seconds: u64,
+    /// When the counters were read, on the clock that no one sets. Two of them make rates.
+    pub monotonic_ns: u64,
     pub config_file: String,
     pub last_reload: Option<LastReload>,
     pub interfaces: Vec<InterfaceStatus>,
@@ -32,14 +30,14 @@ pub struct Status {
     pub outcomes: Vec<OutcomeStatus>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LastReload {
     /// Seconds since 1970.
     pub at_unix: u64,
     pub error: Option<String>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct InterfaceStatus {
     pub name: String,
     /// `native` or `generic`.
@@ -47,7 +45,7 @@ pub struct InterfaceStatus {
 }
 
 /// One (VIP, port, protocol).
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServiceStatus {
     pub name: String,
     pub vip: IpAddr,
@@ -62,7 +60,7 @@ pub struct ServiceStatus {
     pub bytes: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackendStatus {
     pub pool: String,
     pub name: String,
@@ -79,7 +77,7 @@ pub struct BackendStatus {
     pub bytes: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OutcomeStatus {
     pub name: String,
     pub action: String,
@@ -87,102 +85,90 @@ pub struct OutcomeStatus {
     pub meaning: String,
 }
 
-/// Everything that a status is made of.
-pub struct View<'a> {
-    pub config: &'a Config,
-    pub path: &'a Path,
-    pub image: &'a Image,
-    pub maps: &'a Maps,
-    pub attached: &'a [Attached],
-    pub fsms: &'a HashMap<BackendKey, Fsm>,
-    pub reload: Option<&'a Reload>,
-    pub uptime: Duration,
-    pub now: Instant,
-    pub ids: HashMap<u64, u16>,
-    pub slots: BTreeMap<u16, u64>,
-    pub next_hop: &'a dyn Fn(usize, IpAddr) -> Result<NextHop, String>,
+/// Everything that is counted, at one time. Two of them make rates.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Stats {
+    pub monotonic_ns: u64,
+    pub services: Vec<ServiceStats>,
+    pub backends: Vec<BackendStats>,
+    pub outcomes: Vec<OutcomeStats>,
 }
 
-impl View<'_> {
-    pub fn status(&self) -> Status {
-        let backends = self.backends();
-        Status {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServiceStats {
+    pub name: String,
+    pub vip: IpAddr,
+    pub port: u16,
+    pub protocol: String,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BackendStats {
+    pub pool: String,
+    pub name: String,
+    pub address: IpAddr,
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OutcomeStats {
+    pub name: String,
+    pub action: String,
+    pub packets: u64,
+}
+
+impl Snapshot {
+    pub fn status(&self) -> Result<Status, MapsError> {
+        Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             uptime_seconds: self.uptime.as_secs(),
+            monotonic_ns: monotonic_ns(),
             config_file: self.path.display().to_string(),
-            last_reload: self.reload.map(|reload| LastReload {
-                at_unix: reload.at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-                error: reload.result.clone().err(),
-            }),
+            last_reload: self.reloads.last.as_ref().map(last_reload),
             interfaces: self.attached.iter().map(interface).collect(),
-            services: self.services(&backends),
-            outcomes: Outcome::ALL.iter().map(|outcome| self.outcome(*outcome)).collect(),
-            backends,
-        }
+            services: self.services()?,
+            backends: self.backends()?,
+            outcomes: self.outcomes()?,
+        })
     }
 
-    fn backends(&self) -> Vec<BackendStatus> {
-        super::core::keys(self.config)
-            .map(|(key, pool_index, index)| {
-                let pool = &self.config.pools[pool_index];
-                let backend = &pool.backends[index];
-                let id = self.ids.get(&backend_identity(&pool.name, pool.forward, backend.address)).copied();
-                let traffic = id.and_then(|id| self.maps.backend_traffic(id).ok()).unwrap_or_default();
-                let (state, check) = self.state(&key, pool_index);
-                BackendStatus {
-                    pool: pool.name.clone(),
-                    name: backend.name.clone(),
-                    address: backend.address,
-                    forward: pool.forward.to_string(),
-                    weight: backend.weight,
-                    state,
-                    check,
-                    slots: id.and_then(|id| self.slots.get(&id)).copied().unwrap_or(0),
-                    packets: traffic.packets,
-                    bytes: traffic.bytes,
-                }
+    pub fn backends(&self) -> Result<Vec<BackendStatus>, MapsError> {
+        let status = |(place, (_, pool, backend)): (usize, (BackendKey, usize, usize))| {
+            let (pool, view) = (&self.config.pools[pool], &self.backends[place]);
+            let backend = &pool.backends[backend];
+            let identity = backend_identity(&pool.name, pool.forward, backend.address);
+            let id = self.index.ids.get(&identity).copied();
+            let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
+            Ok(BackendStatus {
+                pool: pool.name.clone(),
+                name: backend.name.clone(),
+                address: backend.address,
+                forward: pool.forward.to_string(),
+                weight: backend.weight,
+                state: view.state.as_str().to_owned(),
+                check: view.check.clone(),
+                slots: id.map_or(0, |id| u64::from(self.index.slots(id))),
+                packets: traffic.packets,
+                bytes: traffic.bytes,
             })
-            .collect()
-    }
-
-    fn state(&self, key: &BackendKey, pool: usize) -> (String, String) {
-        if let Err(reason) = (self.next_hop)(pool, key.address) {
-            return ("unresolved".into(), reason);
-        }
-        if self.config.pools[pool].check.kind == CheckKind::None {
-            return ("up".into(), "not checked".into());
-        }
-        let Some(fsm) = self.fsms.get(key) else { return ("checking".into(), String::new()) };
-        let state = match fsm.state() {
-            State::Up => "up",
-            State::Down => "down",
-            State::Checking => "checking",
         };
-        let words = fsm.describe(self.now);
-        // The state has a column of its own.
-        let words = words.strip_prefix(state).map_or(words.as_str(), str::trim_start);
-        (state.into(), words.to_owned())
+        keys(&self.config).enumerate().map(status).collect()
     }
 
-    fn services(&self, backends: &[BackendStatus]) -> Vec<ServiceStatus> {
-        let vips = present_vips(self.image);
-        let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
-        for backend in backends {
-            let (up, all) = counts.entry(&backend.pool).or_default();
-            *up += usize::from(backend.state == "up");
-            *all += 1;
-        }
+    pub fn services(&self) -> Result<Vec<ServiceStatus>, MapsError> {
+        let counts = self.backends_up();
         let mut services = Vec::new();
         for service in &self.config.services {
             let pool = self.config.pool_of(service);
-            let (backends_up, backends) = counts.get(pool.name.as_str()).copied().unwrap_or_default();
+            let (backends_up, backends) = counts.get(&service.pool).copied().unwrap_or_default();
             for (vip, port, protocol) in service.triples() {
-                let key = PortKey::new(port, protocol_number(protocol));
-                let traffic = vips
-                    .get(&(vip, key.0))
-                    .and_then(|target| self.maps.vip_traffic(target.vip).ok())
-                    .unwrap_or_default();
+                let key = (vip, PortKey::new(port, protocol_number(protocol)).0);
+                let row = self.index.vips.get(&key).map(|target| target.vip);
+                let traffic = row.map_or(Ok(Traffic::default()), |row| self.counters.vip(row))?;
                 services.push(ServiceStatus {
                     name: service.name.clone(),
                     vip,
@@ -197,20 +183,78 @@ impl View<'_> {
                 });
             }
         }
-        services
+        Ok(services)
     }
 
-    fn outcome(&self, outcome: Outcome) -> OutcomeStatus {
-        OutcomeStatus {
-            name: outcome.counter().to_owned(),
-            action: outcome.action().name().to_owned(),
-            packets: self.maps.outcome(outcome).unwrap_or(0),
-            meaning: outcome.meaning().to_owned(),
+    /// By pool: how many backends are up, and how many there are.
+    fn backends_up(&self) -> HashMap<usize, (usize, usize)> {
+        let mut counts: HashMap<usize, (usize, usize)> = HashMap::new();
+        for ((_, pool, _), view) in keys(&self.config).zip(&self.backends) {
+            let (up, all) = counts.entry(pool).or_default();
+            *up += usize::from(view.state == BackendState::Up);
+            *all += 1;
         }
+        counts
+    }
+
+    pub fn outcomes(&self) -> Result<Vec<OutcomeStatus>, MapsError> {
+        let status = |outcome: &Outcome| {
+            Ok(OutcomeStatus {
+                name: outcome.counter().to_owned(),
+                action: outcome.action().name().to_owned(),
+                packets: self.counters.outcome(*outcome)?,
+                meaning: outcome.meaning().to_owned(),
+            })
+        };
+        Outcome::ALL.iter().map(status).collect()
+    }
+
+    pub fn stats(&self) -> Result<Stats, MapsError> {
+        let monotonic_ns = monotonic_ns();
+        let services = self.services()?.into_iter().map(|service| ServiceStats {
+            name: service.name,
+            vip: service.vip,
+            port: service.port,
+            protocol: service.protocol,
+            packets: service.packets,
+            bytes: service.bytes,
+        });
+        let backends = self.backends()?.into_iter().map(|backend| BackendStats {
+            pool: backend.pool,
+            name: backend.name,
+            address: backend.address,
+            packets: backend.packets,
+            bytes: backend.bytes,
+        });
+        let outcomes = self.outcomes()?.into_iter().map(|outcome| OutcomeStats {
+            name: outcome.name,
+            action: outcome.action,
+            packets: outcome.packets,
+        });
+        Ok(Stats {
+            monotonic_ns,
+            services: services.collect(),
+            backends: backends.collect(),
+            outcomes: outcomes.collect(),
+        })
     }
 }
 
+/// The same clock for all processes since the host started.
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn last_reload(reload: &Reload) -> LastReload {
+    LastReload { at_unix: unix_seconds(reload.at), error: reload.result.clone().err() }
+}
+
 fn interface(attached: &Attached) -> InterfaceStatus {
-    let mode = if attached.generic { "generic" } else { "native" };
-    InterfaceStatus { name: attached.name.clone(), mode: mode.to_owned() }
+    InterfaceStatus { name: attached.name.clone(), mode: attached.mode().to_owned() }
 }

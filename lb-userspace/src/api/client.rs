@@ -5,14 +5,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper::Method;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::ApiError;
+use super::guard::RELOAD_DEADLINE;
+use crate::agent::Summary;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A reload asks new backends; the agent gives it up sooner than this.
+const RELOAD_TIMEOUT: Duration = RELOAD_DEADLINE.saturating_add(Duration::from_secs(5));
 const MAX_ANSWER: usize = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +33,15 @@ pub enum ClientError {
     },
     #[error("{path} may not be opened; run as root, or as a member of the socket's group")]
     Denied { path: PathBuf },
-    #[error("the agent did not answer within {} s", TIMEOUT.as_secs())]
-    Timeout,
+    #[error("too many connections wait for the agent; try again")]
+    Busy,
+    #[error("the agent did not answer within {seconds} s; its log may tell why")]
+    Timeout { seconds: u64 },
     #[error("talking to the agent failed")]
     Http(#[source] Box<dyn std::error::Error + Send + Sync>),
-    #[error("{0}")]
-    Refused(String),
+    /// The agent's words, and the whole answer.
+    #[error("{error}")]
+    Refused { error: String, body: Bytes },
 }
 
 fn http(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
@@ -51,26 +60,44 @@ impl Client {
 
     /// Gets a resource as JSON.
     pub async fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
-        tokio::time::timeout(TIMEOUT, self.ask(resource)).await.map_err(|_| ClientError::Timeout)?
+        self.ask_within(TIMEOUT, Method::GET, resource).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
+    /// Has the agent read its file again.
+    pub async fn reload(&self) -> Result<Summary, ClientError> {
+        self.ask_within(RELOAD_TIMEOUT, Method::POST, "/v1/reload").await
+    }
+
+    async fn ask_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        method: Method,
+        resource: &str,
+    ) -> Result<T, ClientError> {
+        let answer = tokio::time::timeout(limit, self.ask(method, resource)).await;
+        answer.map_err(|_| ClientError::Timeout { seconds: limit.as_secs() })?
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, method: Method, resource: &str) -> Result<T, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|source| match source.kind() {
             io::ErrorKind::PermissionDenied => ClientError::Denied { path: self.path.clone() },
+            // The backlog is full.
+            io::ErrorKind::WouldBlock => ClientError::Busy,
             _ => ClientError::NotRunning { path: self.path.clone(), source },
         })?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let connection = tokio::spawn(connection);
-        let request =
-            hyper::Request::get(resource).header("host", "xlb").body(Empty::<Bytes>::new()).map_err(http)?;
+        let request = hyper::Request::builder().method(method).uri(resource).header("host", "xlb");
+        let request = request.body(Empty::<Bytes>::new()).map_err(http)?;
         let response = sender.send_request(request).await.map_err(http)?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
         connection.abort();
         if !status.is_success() {
             let told: Result<ApiError, _> = serde_json::from_slice(&body);
-            return Err(ClientError::Refused(told.map_or_else(|_| status.to_string(), |told| told.error)));
+            let error = told.map_or_else(|_| status.to_string(), |told| told.error);
+            return Err(ClientError::Refused { error, body });
         }
         serde_json::from_slice(&body).map_err(http)
     }

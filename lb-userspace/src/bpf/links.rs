@@ -28,6 +28,12 @@ pub struct Attached {
     pub generic: bool,
 }
 
+impl Attached {
+    pub const fn mode(&self) -> &'static str {
+        if self.generic { "generic" } else { "native" }
+    }
+}
+
 /// The links of all interfaces. They are pinned, and held open as well: a pin that somebody removes takes the
 /// program off nothing while the agent lives.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
@@ -10,9 +11,9 @@ use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
     SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, map,
 };
-use lb_common::outcome::Outcome;
 
 use super::bpffs::BpfFs;
+use super::counters::Counters;
 use super::generation::Generation;
 use super::grace::grace;
 use super::mmap::{Row, Rows};
@@ -68,6 +69,7 @@ pub struct Maps {
     backends: Rows<Backend>,
     egress: Rows<Egress>,
     interfaces: BpfHashMap<MapData, u32, Interface>,
+    counters: Arc<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
     vip_traffic: PerCpuArray<MapData, Traffic>,
     backend_traffic: PerCpuArray<MapData, Traffic>,
@@ -159,6 +161,8 @@ impl Maps {
         capacity: &Capacity,
     ) -> Result<Self, MapsError> {
         let rows: HashMap<_, _> = capacity.rows().into_iter().map(|map| (map.name, map.rows)).collect();
+        let (outcomes, vips, backends) =
+            (source(map::OUTCOMES)?, source(map::VIP_TRAFFIC)?, source(map::BACKEND_TRAFFIC)?);
         let hash = |map: Map, name| BpfHashMap::try_from(map).map_err(|error| MapsError::Map(name, error));
         let handle = |name| {
             let data = MapData::from_pin(generation.map(name));
@@ -176,9 +180,10 @@ impl Maps {
             backends: rows_of(source(map::BACKENDS)?, map::BACKENDS, rows[map::BACKENDS])?,
             egress: rows_of(source(map::EGRESS)?, map::EGRESS, rows[map::EGRESS])?,
             interfaces: hash(source(map::INTERFACES)?, map::INTERFACES)?,
-            outcomes: per_cpu(source(map::OUTCOMES)?, map::OUTCOMES)?,
-            vip_traffic: per_cpu(source(map::VIP_TRAFFIC)?, map::VIP_TRAFFIC)?,
-            backend_traffic: per_cpu(source(map::BACKEND_TRAFFIC)?, map::BACKEND_TRAFFIC)?,
+            counters: Arc::new(Counters::of(&outcomes, &vips, &backends)?),
+            outcomes: per_cpu(outcomes, map::OUTCOMES)?,
+            vip_traffic: per_cpu(vips, map::VIP_TRAFFIC)?,
+            backend_traffic: per_cpu(backends, map::BACKEND_TRAFFIC)?,
         })
     }
 
@@ -290,18 +295,9 @@ impl Maps {
         }
     }
 
-    /// Packets of an outcome, over all CPUs.
-    pub fn outcome(&self, outcome: Outcome) -> Result<u64, MapsError> {
-        let values = self.outcomes.get(&(outcome as u32), 0);
-        Ok(values.map_err(|error| MapsError::Map(map::OUTCOMES, error))?.iter().sum())
-    }
-
-    pub fn vip_traffic(&self, vip: u32) -> Result<Traffic, MapsError> {
-        total(&self.vip_traffic, map::VIP_TRAFFIC, vip)
-    }
-
-    pub fn backend_traffic(&self, id: u16) -> Result<Traffic, MapsError> {
-        total(&self.backend_traffic, map::BACKEND_TRAFFIC, u32::from(id))
+    /// Reads what is counted, for whoever asks.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 }
 
@@ -388,12 +384,4 @@ fn reset(map: &mut PerCpuArray<MapData, Traffic>, name: &'static str, row: u32) 
     let zero = aya::maps::PerCpuValues::try_from(vec![Traffic::default(); cpus])
         .map_err(|source| error(source.into()))?;
     map.set(row, zero, 0).map_err(error)
-}
-
-fn total(map: &PerCpuArray<MapData, Traffic>, name: &'static str, row: u32) -> Result<Traffic, MapsError> {
-    let values = map.get(&row, 0).map_err(|error| MapsError::Map(name, error))?;
-    Ok(values.iter().fold(Traffic::default(), |sum, value| Traffic {
-        packets: sum.packets + value.packets,
-        bytes: sum.bytes + value.bytes,
-    }))
 }

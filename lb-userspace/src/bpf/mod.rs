@@ -2,6 +2,7 @@
 
 mod bench;
 mod bpffs;
+mod counters;
 mod decap;
 mod ethtool;
 mod figures;
@@ -16,6 +17,7 @@ mod program;
 
 pub use bench::{Bench, FRAME_BYTES, Packets, Target};
 pub use bpffs::{BpfFs, BpfFsError};
+pub use counters::Counters;
 pub use decap::{Decap, DecapConfig, DecapProgram};
 pub use figures::{Figures, figures, stack_bytes};
 pub use links::{Attached, Links};

@@ -187,6 +187,11 @@ impl Datapath {
         &self.capacity
     }
 
+    /// Where a map is pinned.
+    pub fn pin_of(&self, map: &str) -> std::path::PathBuf {
+        self.generation.map(map)
+    }
+
     /// Pins maps again whose pins somebody has removed. Returns their names.
     pub fn pin_again(&self) -> Result<Vec<&'static str>, DatapathError> {
         Ok(self.maps.pin_again(&self.generation)?)

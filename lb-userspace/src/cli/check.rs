@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::{Format, exit, output};
 use crate::agent::preflight;
+use crate::api;
 use crate::capacity::{Capacity, possible_cpus};
 use crate::config;
 
@@ -31,7 +32,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(exit::CONFIG));
         }
     };
-    let config = loaded.config;
+    let (config, mut warnings) = (loaded.config, loaded.warnings);
+    // The file may be for another host.
+    warnings.extend(api::group(&config.api).err());
     let capacity = Capacity::new(&config.limits);
     if let Err(error) = preflight(&config, &capacity) {
         match arguments.output {
@@ -53,13 +56,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus)}))
             .collect();
         let value = json!({
-            "valid": true, "warnings": loaded.warnings, "services": config.services.len(), "vips": vips,
+            "valid": true, "warnings": warnings, "services": config.services.len(), "vips": vips,
             "pools": config.pools.len(), "backends": backends, "cpus": cpus, "maps": maps, "map_bytes": total,
         });
         say!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
         return Ok(ExitCode::SUCCESS);
     }
-    for warning in &loaded.warnings {
+    for warning in &warnings {
         eprintln!("warning: {warning}");
     }
     say!(

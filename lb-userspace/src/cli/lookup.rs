@@ -41,7 +41,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Ok(explanation) => explanation,
         Err(not_running @ ClientError::NotRunning { .. }) => {
             let query = Query { source: *source, vip: *vip, protocol: *protocol };
-            from_pins(run_dir, &query).with_context(|| not_running.to_string())?
+            from_pins(run_dir, &query).context(not_running)?
         }
         Err(error) => return Err(error.into()),
     };

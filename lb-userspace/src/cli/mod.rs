@@ -8,10 +8,16 @@ macro_rules! say {
 mod check;
 mod decap;
 mod detach;
+mod list;
 mod log;
 mod lookup;
 mod output;
+mod rates;
+mod reload;
+mod stats;
 mod status;
+mod tables;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,6 +26,7 @@ use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::agent::{self, DEFAULT_RUN_DIR};
+use crate::api::ClientError;
 use crate::config::Problems;
 
 /// Exit codes, the same for every command.
@@ -30,6 +37,10 @@ pub mod exit {
     pub const USAGE: u8 = 2;
     /// The configuration is wrong.
     pub const CONFIG: u8 = 3;
+    /// No agent answers.
+    pub const NO_AGENT: u8 = 4;
+    /// `verify` found a difference.
+    pub const DIFFERENCE: u8 = 5;
 }
 
 /// A packet-level L4 load balancer on XDP.
@@ -43,7 +54,8 @@ struct Cli {
     command: Command,
 }
 
-const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration.";
+const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 4 no agent answers, \
+    5 verify found a difference.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -59,6 +71,18 @@ enum Command {
     Check(check::Arguments),
     /// Show services, backends and packet outcomes of the running agent
     Status(status::Arguments),
+    /// Backends of the running agent
+    #[command(subcommand)]
+    Backend(list::Backend),
+    /// Services of the running agent
+    #[command(subcommand)]
+    Service(list::Service),
+    /// Show packets and bytes of services and backends, and packet outcomes, as totals or as rates
+    Stats(stats::Arguments),
+    /// Have the running agent read its configuration again, and say how that ended
+    Reload(reload::Arguments),
+    /// Say whether the kernel has what the agent, or without one a configuration, asks for
+    Verify(verify::Arguments),
     /// Say which backend takes a flow, and why
     Lookup(lookup::Arguments),
     /// Take xlb off all interfaces and remove everything it left in the kernel; traffic stops
@@ -111,6 +135,11 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Check(arguments) => return check::run(&arguments),
         Command::Status(arguments) => status::run(&arguments).await?,
+        Command::Backend(command) => list::backends(&command).await?,
+        Command::Service(command) => list::services(&command).await?,
+        Command::Stats(arguments) => stats::run(&arguments).await?,
+        Command::Reload(arguments) => return reload::run(&arguments).await,
+        Command::Verify(arguments) => return verify::run(&arguments).await,
         Command::Lookup(arguments) => return lookup::run(&arguments).await,
         Command::Detach { run_dir } => detach::run(&run_dir.run_dir).await?,
         Command::Decap(arguments) => decap::run(arguments).await?,
@@ -133,5 +162,8 @@ fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(exit::CONFIG);
     }
     log::fail(&format!("xlb: {error:#}"));
-    ExitCode::from(exit::FAILURE)
+    match error.downcast_ref() {
+        Some(ClientError::NotRunning { .. } | ClientError::Timeout { .. }) => ExitCode::from(exit::NO_AGENT),
+        _ => ExitCode::from(exit::FAILURE),
+    }
 }

@@ -1,6 +1,7 @@
 //! How things look on a terminal.
 
-use std::io::Write;
+use std::io::{Write, stdout};
+use std::time::Duration;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
@@ -36,6 +37,84 @@ pub fn table(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>) -> Stri
     table.trim_fmt()
 }
 
+/// A table, or a line that says why there is none.
+pub fn table_or(header: &[&str], numbers: &[usize], rows: Vec<Vec<String>>, empty: &str) -> String {
+    if rows.is_empty() { empty.to_owned() } else { table(header, numbers, rows) }
+}
+
+/// Columns of a terminal that does not say how many it has, and of what is no terminal.
+const COLUMNS: usize = 120;
+
+/// The least that is left of a column that is cut.
+const LEAST: usize = 20;
+
+/// Columns and lines of the terminal, if standard output is one.
+fn terminal() -> Option<(usize, usize)> {
+    let size = rustix::termios::tcgetwinsize(stdout()).ok()?;
+    Some((usize::from(size.ws_col), usize::from(size.ws_row))).filter(|(columns, _)| *columns > 0)
+}
+
+/// Cuts the last column so that the table is no wider than the terminal. Rows that were cut, with the whole text.
+pub fn cut_last(header: &[&str], rows: &mut [Vec<String>]) -> Vec<(usize, String)> {
+    let last = header.len() - 1;
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        2 + cells.chain([header[column].len()]).max().unwrap_or(0)
+    };
+    let columns = terminal().map_or(COLUMNS, |(columns, _)| columns);
+    let room = columns.saturating_sub((0..last).map(width).sum()).max(LEAST);
+    let mut whole = Vec::new();
+    for (index, row) in rows.iter_mut().enumerate() {
+        if let Some(cut) = cut(&row[last], room) {
+            whole.push((index, std::mem::replace(&mut row[last], cut)));
+        }
+    }
+    whole
+}
+
+/// The text with an ellipsis, if it is too long.
+fn cut(text: &str, room: usize) -> Option<String> {
+    (text.chars().count() > room)
+        .then(|| text.chars().take(room.saturating_sub(3)).collect::<String>().trim_end().to_owned() + "...")
+}
+
+/// Shows one text after another: in place on a terminal, below each other elsewhere.
+#[derive(Debug, Default)]
+pub struct Screen {
+    shown: bool,
+}
+
+impl Screen {
+    pub fn show(&mut self, text: &str) {
+        let Some((columns, lines)) = terminal() else {
+            let gap = if self.shown { "\n" } else { "" };
+            self.shown = true;
+            return say(format_args!("{gap}{text}"));
+        };
+        // Home, each line to its end, then all below; what does not fit would scroll.
+        let fits = lines.saturating_sub(2);
+        let mut screen = String::from(if self.shown { "\x1b[H" } else { "\x1b[2J\x1b[H" });
+        for line in text.lines().take(fits) {
+            let line = cut(line, columns).unwrap_or_else(|| line.to_owned());
+            screen.push_str(&format!("{line}\x1b[K\n"));
+        }
+        if let Some(more @ 1..) = text.lines().count().checked_sub(fits) {
+            screen.push_str(&format!("{more} more lines do not fit\x1b[K"));
+        }
+        self.shown = true;
+        say(format_args!("{screen}\x1b[J"));
+    }
+
+    /// Something that interrupts what is shown.
+    pub fn note(&mut self, text: &str) {
+        if terminal().is_some() {
+            self.show(text);
+        } else {
+            eprintln!("{text}");
+        }
+    }
+}
+
 /// Bytes in the unit that keeps them short (IEC).
 pub fn bytes(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -59,9 +138,48 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
+/// An interval on the command line: `2`, `2s`, `500ms`.
+pub fn interval(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let interval = digits.parse().ok().and_then(|count| match unit {
+        "" | "s" => Some(Duration::from_secs(count)),
+        "ms" => Some(Duration::from_millis(count)),
+        _ => None,
+    });
+    let allowed = Duration::from_millis(100)..=Duration::from_secs(3600);
+    interval
+        .filter(|interval| allowed.contains(interval))
+        .ok_or_else(|| "use 100ms to 3600s, such as 2s or 500ms".to_owned())
+}
+
+/// As [`interval`] takes it.
+pub fn short(interval: Duration) -> String {
+    match interval.subsec_millis() {
+        0 => format!("{} s", interval.as_secs()),
+        _ => format!("{} ms", interval.as_millis()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn intervals_have_a_unit_or_are_seconds() {
+        assert_eq!(interval("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(interval("500ms"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "s", "0", "99ms", "3601", "1m", "-1", "1.5"] {
+            assert!(interval(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_last_column_that_is_too_long_is_cut_and_told_whole() {
+        let mut rows = vec![vec!["a".repeat(100), "b".repeat(30)], vec!["a".to_owned(), "short".to_owned()]];
+        assert_eq!(cut_last(&["ONE", "TWO"], &mut rows), [(0, "b".repeat(30))]);
+        assert_eq!(rows[0][1], "b".repeat(17) + "...");
+        assert_eq!(rows[1][1], "short");
+    }
 
     #[test]
     fn sizes_and_times_are_short() {

@@ -1,11 +1,22 @@
-//! `xlb status`: what the agent knows, as tables or as JSON.
+//! `xlb status`: what the agent knows, as tables or as JSON; with `--watch` again and again.
 
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::tables::{self, Traffic};
 use super::{Format, RunDir, output};
 use crate::agent::status::Status;
-use crate::api::Client;
+use crate::api::{Client, ClientError};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// Show it again every so often, with rates, until Ctrl-C
+    #[arg(
+        short, long, value_name = "INTERVAL", value_parser = output::interval,
+        num_args = 0..=1, default_missing_value = "2s"
+    )]
+    watch: Option<Duration>,
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
     #[command(flatten)]
@@ -15,66 +26,62 @@ pub struct Arguments {
 pub async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let client = Client::new(&arguments.run_dir.run_dir);
     let status: Status = client.get("/v1/status").await?;
-    match arguments.output {
-        Format::Json => say!("{}", serde_json::to_string_pretty(&status)?),
-        Format::Table => print(&status),
+    let Some(interval) = arguments.watch else {
+        match arguments.output {
+            Format::Json => say!("{}", serde_json::to_string_pretty(&status)?),
+            Format::Table => say!("{}", text(&status, Traffic::Totals)),
+        }
+        return Ok(());
+    };
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        watched = watch(&client, interval, arguments.output, status) => watched,
+        _ = interrupt.recv() => Ok(()),
     }
-    Ok(())
 }
 
-fn print(status: &Status) {
+/// An agent that is being restarted answers again soon; what it counts goes on meanwhile.
+async fn watch(client: &Client, interval: Duration, format: Format, first: Status) -> anyhow::Result<()> {
+    let (mut earlier, mut status) = (None, first);
+    let mut screen = output::Screen::default();
+    loop {
+        match format {
+            Format::Json => say!("{}", serde_json::to_string(&status)?),
+            Format::Table => screen.show(&text(&status, Traffic::Rates(earlier.as_ref(), &status))),
+        }
+        tokio::time::sleep(interval).await;
+        let next = loop {
+            match client.get("/v1/status").await {
+                Ok(next) => break next,
+                Err(error @ (ClientError::NotRunning { .. } | ClientError::Timeout { .. })) => {
+                    screen.note(&format!("{error}\ntrying again every {}", output::short(interval)));
+                }
+                // It went away while it answered.
+                Err(ClientError::Http(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(interval).await;
+        };
+        earlier = Some(std::mem::replace(&mut status, next));
+    }
+}
+
+fn text(status: &Status, traffic: Traffic<'_>) -> String {
     let interfaces: Vec<String> =
         status.interfaces.iter().map(|i| format!("{} ({})", i.name, i.mode)).collect();
-    say!(
-        "xlb {} on {}, up {}, process {}, {}",
+    let on = if interfaces.is_empty() { "no interface".to_owned() } else { interfaces.join(", ") };
+    let mut parts = vec![format!(
+        "xlb {} on {on}, up {}, process {}, {}",
         status.version,
-        interfaces.join(", "),
         output::duration(status.uptime_seconds),
         status.pid,
         status.config_file
-    );
+    )];
     if let Some(error) = status.last_reload.as_ref().and_then(|reload| reload.error.as_ref()) {
-        say!("\nThe last reload was refused, the configuration before it is in force:\n{error}");
+        parts.push(format!("The last reload was refused, the configuration before it is in force:\n{error}"));
     }
-    let services = status.services.iter().map(|s| {
-        vec![
-            s.name.clone(),
-            std::net::SocketAddr::new(s.vip, s.port).to_string(),
-            s.protocol.clone(),
-            s.scheduler.clone(),
-            s.pool.clone(),
-            format!("{}/{}", s.backends_up, s.backends),
-            s.packets.to_string(),
-            output::bytes(s.bytes),
-        ]
-    });
-    let header = ["SERVICE", "VIP", "PROTOCOL", "SCHEDULER", "POOL", "UP", "PACKETS", "BYTES"];
-    say!("\n{}", output::table(&header, &[5, 6, 7], services.collect()));
-
-    let pool_slots =
-        |pool: &str| status.backends.iter().filter(|b| b.pool == pool).map(|b| b.slots).sum::<u64>();
-    let backends = status.backends.iter().map(|b| {
-        let of = pool_slots(&b.pool);
-        let share =
-            if of == 0 { "-".to_owned() } else { format!("{:.1} %", b.slots as f64 * 100.0 / of as f64) };
-        vec![
-            b.pool.clone(),
-            b.name.clone(),
-            b.address.to_string(),
-            b.forward.clone(),
-            b.weight.to_string(),
-            b.state.clone(),
-            share,
-            b.packets.to_string(),
-            output::bytes(b.bytes),
-            b.check.clone(),
-        ]
-    });
-    let header =
-        ["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", "PACKETS", "BYTES", "CHECK"];
-    say!("\n{}", output::table(&header, &[4, 6, 7, 8], backends.collect()));
-
-    let outcomes = status.outcomes.iter().filter(|outcome| outcome.packets > 0);
-    let outcomes = outcomes.map(|o| vec![o.name.clone(), o.packets.to_string(), o.meaning.clone()]);
-    say!("\n{}", output::table(&["OUTCOME", "PACKETS", "MEANING"], &[1], outcomes.collect()));
+    parts.push(tables::services(&status.services, traffic));
+    parts.push(tables::backends(&status.backends, traffic));
+    parts.push(tables::outcomes(&status.outcomes, traffic));
+    parts.join("\n\n")
 }

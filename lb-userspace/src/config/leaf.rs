@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use super::model::Group;
 use super::problem::show;
 use super::read::{Wrong, did_you_mean};
 
@@ -43,8 +44,11 @@ pub(super) fn number(text: &str, range: RangeInclusive<u32>, note: &str) -> Leaf
     }
 }
 
+fn is_port(text: &str) -> bool {
+    number(text, 1..=65535, "").is_ok()
+}
+
 pub(super) fn port(text: &str) -> Leaf<u16> {
-    let is_port = |text: &str| number(text, 1..=65535, "").is_ok();
     if let Some((first, last)) = text.split_once('-')
         && is_port(first)
         && is_port(last)
@@ -95,6 +99,44 @@ pub(super) fn name(text: &str) -> Leaf<String> {
         return Ok(text.to_owned());
     }
     not_allowed(text, "use 1-63 letters, digits, dots, dashes or underscores")
+}
+
+/// A group by name or number; the host knows whether there is one.
+pub(super) fn group(text: &str) -> Leaf<Group> {
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        // The kernel takes the last number for "leave it".
+        return number(text, 0..=u32::MAX - 1, "").map(Group::Id);
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if (1..=32).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-') {
+        return Ok(Group::Name(text.to_owned()));
+    }
+    not_allowed(text, "use the name or the number of a group that `getent group` shows")
+}
+
+/// Where a server listens.
+pub(super) fn listen(text: &str) -> Leaf<SocketAddr> {
+    let hint = "use an address with a port, such as 127.0.0.1:9465 or [::1]:9465";
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() == 0 => {
+            wrong(format!("{text} has no port that others could know"), hint)
+        }
+        Ok(address) if address.ip().is_multicast() => wrong(format!("{text} is a multicast address"), hint),
+        Ok(address) => Ok(address),
+        Err(_) => match text.parse::<IpAddr>() {
+            Ok(ip) => wrong(format!("{ip} has no port"), format!("write {}", SocketAddr::new(ip, 9465))),
+            Err(_) => match text.strip_prefix("localhost:").map(|port| (port, is_port(port))) {
+                Some((port, true)) => {
+                    not_allowed(text, format!("names are not resolved: write 127.0.0.1:{port}"))
+                }
+                _ if is_port(text.trim_start_matches(':')) => {
+                    let port = text.trim_start_matches(':');
+                    not_allowed(text, format!("write the address too: 127.0.0.1:{port}"))
+                }
+                _ => not_allowed(text, hint),
+            },
+        },
+    }
 }
 
 /// What the kernel takes for an interface's name (`dev_valid_name`, IFNAMSIZ is 16 with the NUL).

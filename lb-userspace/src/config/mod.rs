@@ -15,6 +15,7 @@
 //! several documents) is refused with its place. This also bounds time and memory: without
 //! aliases a document is never larger than its file.
 
+mod access;
 mod cross;
 mod health;
 mod leaf;

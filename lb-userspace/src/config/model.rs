@@ -1,12 +1,14 @@
 //! The validated configuration: what exists here is valid, and nothing here knows YAML.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::{Serialize, Serializer};
+
+use super::problem::Problem;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -19,6 +21,8 @@ pub struct Config {
     /// Log every decision of the packet path (debugging; slow).
     pub trace: bool,
     pub limits: Limits,
+    pub api: Api,
+    pub metrics: Metrics,
     pub pools: Vec<Pool>,
     pub services: Vec<Service>,
 }
@@ -54,6 +58,49 @@ pub struct Limits {
     pub backends: u32,
     /// Slots of all tables together.
     pub slots: u32,
+}
+
+/// The admin API on the unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Api {
+    /// Whose members may use it, besides the agent's own user and group.
+    pub group: Option<Written<Group>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Group {
+    Name(String),
+    Id(u32),
+}
+
+/// Where metrics are served over TCP.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Metrics {
+    pub listen: Vec<Written<SocketAddr>>,
+}
+
+/// A value that only the host can find fault with, with the place where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written<T> {
+    pub value: T,
+    pub(super) file: String,
+    pub(super) line: u32,
+    pub(super) column: u32,
+    pub(super) path: String,
+}
+
+impl<T> Written<T> {
+    /// What is wrong with it, and the way out.
+    pub fn problem(&self, message: impl Into<String>, hint: impl Into<String>) -> Problem {
+        Problem {
+            file: self.file.clone(),
+            line: Some(self.line),
+            column: Some(self.column),
+            path: self.path.clone(),
+            message: message.into(),
+            hint: Some(hint.into()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,13 +2,15 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use super::model::Written;
 
 /// Problems shown at most; the rest is counted. Bounds memory for a file that is wrong throughout.
 const MAX_SHOWN: usize = 1000;
 
 /// One mistake in a configuration, or one oddity.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     pub file: String,
     /// From 1. Absent where the problem is not in a line (a missing file).
@@ -134,6 +136,21 @@ impl Report {
         }
         let problem = self.problem(place, path, message.into(), hint.into());
         self.warnings.push(problem);
+    }
+
+    /// A value with its place, for faults that only the host can find.
+    pub fn written<T>(&self, value: T, at: &Spot) -> Written<T> {
+        Written {
+            value,
+            file: self.file.clone(),
+            line: at.place.line,
+            column: at.place.column,
+            path: at.path.clone(),
+        }
+    }
+
+    pub fn error_at<T>(&mut self, at: &Written<T>, message: impl Into<String>, hint: impl Into<String>) {
+        self.error(Place { line: at.line, column: at.column }, &at.path, message, hint);
     }
 
     fn problem(&self, place: Place, path: &str, message: String, hint: String) -> Problem {

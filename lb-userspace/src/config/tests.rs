@@ -43,6 +43,8 @@ services:
     ports: 53
     protocol: [udp, tcp]
     pool: dns
+api: {group: netops}
+metrics: {listen: ['127.0.0.1:9465', '[::1]:9465']}
 ";
 
 /// The lines printed for a file that must not load.

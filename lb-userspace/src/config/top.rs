@@ -5,7 +5,7 @@ use super::model::{Config, Interface, Limits, Mode};
 use super::problem::{Place, Report, Spot};
 use super::raw::Node;
 use super::read::{At, Fields, Wrong};
-use super::{cross, health, leaf, network, pools, services};
+use super::{access, cross, health, leaf, network, pools, services};
 
 const KEYS: &[&str] = &[
     "interfaces",
@@ -15,6 +15,8 @@ const KEYS: &[&str] = &[
     "vip_arp",
     "trace",
     "limits",
+    "api",
+    "metrics",
     "defaults",
     "pools",
     "services",
@@ -33,6 +35,8 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
     let interfaces = interfaces(&fields, report);
     let outer_source = network::outer_source(&fields, report);
     let limits = limits(&fields, report);
+    let api = access::api(&fields, report);
+    let metrics = access::metrics(&fields, report);
     let defaults = health::defaults(&fields, report);
     let pools = pools::read(&fields, &defaults, report);
     let services = services::read(&fields, &pools, report);
@@ -41,6 +45,7 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
     let seed = seed(&fields, report);
 
     health::unused_defaults(&defaults, &pools, report);
+    access::refuse_vips(&metrics, &services, report);
     cross::check(&pools, &services, &outer_source, &limits, report);
     let (pools, services) = cross::join(pools, services, &defaults, report);
     Some(Config {
@@ -50,6 +55,8 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
         vip_arp,
         trace,
         limits: limits.model,
+        api,
+        metrics,
         pools,
         services,
     })

@@ -22,8 +22,8 @@ use super::op::MapOp;
 use super::plan::{PlanError, plan, present_vips};
 use crate::capacity::Capacity;
 use crate::config::model::{
-    Backend, Check, CheckKind, Config, Forward, Limits, OnEmpty, OuterSource, Pool, Protocol, Scheduler,
-    Service,
+    Api, Backend, Check, CheckKind, Config, Forward, Limits, Metrics, OnEmpty, OuterSource, Pool, Protocol,
+    Scheduler, Service,
 };
 use crate::nexthop::NextHop;
 
@@ -72,6 +72,8 @@ impl State {
         let order: Vec<u8> = self.pools.keys().copied().collect();
         let services = self.services.iter().filter(|(_, service)| self.pools.contains_key(&service.pool));
         Config {
+            api: Api::default(),
+            metrics: Metrics::default(),
             interfaces: Vec::new(),
             seed: 7,
             outer_source: OuterSource::default(),

@@ -58,7 +58,7 @@ fn a_file_that_ends_within_a_line_loads_with_a_warning() {
     let cut = Scratch::new("cut", GOOD.trim_end().as_bytes());
     let warnings = load(&cut.0).expect("this file is good").warnings;
     let printed = warnings[0].to_string();
-    let expected = ":35:14: the last line has no line break, so the file may be cut off; \
+    let expected = ":37:52: the last line has no line break, so the file may be cut off; \
                     if it is whole, end it with a line break";
     assert!(printed.ends_with(expected), "{printed}");
     assert_eq!(warnings.len(), 1);

@@ -179,7 +179,7 @@ const TEXT: &[Row] = &[
         "a merge key",
         "interfaces: [eth0]\n<<: {mode: auto}\n",
         &[
-            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, defaults, pools or services",
+            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
     (
@@ -201,7 +201,7 @@ const TEXT: &[Row] = &[
         "a key that needs escaping",
         "interfaces: [eth0]\n\"a\\eb\": 1\n",
         &[
-            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, defaults, pools or services",
+            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
 ];
@@ -261,6 +261,57 @@ const TOP: &[Row] = &[
         "an interface with an unknown mode",
         "interfaces: [{name: eth0, mode: drv}]\n",
         &["xlb.yaml:1:33 interfaces[0].mode: drv is not allowed; use auto, native or generic"],
+    ),
+    (
+        "a group that cannot be one",
+        "interfaces: [eth0]\napi: {group: net ops}\n",
+        &[
+            "xlb.yaml:2:14 api.group: \"net ops\" is not allowed; use the name or the number of a group that `getent group` shows",
+        ],
+    ),
+    (
+        "the number that stands for no group",
+        "interfaces: [eth0]\napi: {group: 4294967295}\n",
+        &["xlb.yaml:2:14 api.group: 4294967295 is not allowed; use 0-4294967294"],
+    ),
+    (
+        "api as a word",
+        "interfaces: [eth0]\napi: netops\n",
+        &["xlb.yaml:2:6 api: netops is not allowed here; use a mapping such as {group: netops}"],
+    ),
+    (
+        "an unknown key of api",
+        "interfaces: [eth0]\napi: {gruop: netops}\n",
+        &["xlb.yaml:2:7 api.gruop: is not a known key; did you mean group?"],
+    ),
+    (
+        "metrics as an address",
+        "interfaces: [eth0]\nmetrics: 127.0.0.1:9465\n",
+        &[
+            "xlb.yaml:2:10 metrics: 127.0.0.1:9465 is not allowed here; use a mapping such as {listen: \"127.0.0.1:9465\"}",
+        ],
+    ),
+    (
+        "metrics on an address without a port, a port without an address, a name, and twice on one",
+        "interfaces: [eth0]\nmetrics:\n  listen:\n  - 127.0.0.1\n  - '::1'\n  - '9465'\n  - ':9465'\n  - localhost:9465\n  - 127.0.0.1:0\n  - 127.0.0.1:1\n  - 127.0.0.1:1\n  - '[ff02::1]:1'\n  - a:b\n",
+        &[
+            "xlb.yaml:4:5 metrics.listen[0]: 127.0.0.1 has no port; write 127.0.0.1:9465",
+            "xlb.yaml:5:5 metrics.listen[1]: ::1 has no port; write [::1]:9465",
+            "xlb.yaml:6:5 metrics.listen[2]: 9465 is not allowed; write the address too: 127.0.0.1:9465",
+            "xlb.yaml:7:5 metrics.listen[3]: :9465 is not allowed; write the address too: 127.0.0.1:9465",
+            "xlb.yaml:8:5 metrics.listen[4]: localhost:9465 is not allowed; names are not resolved: write 127.0.0.1:9465",
+            "xlb.yaml:9:5 metrics.listen[5]: 127.0.0.1:0 has no port that others could know; use an address with a port, such as 127.0.0.1:9465 or [::1]:9465",
+            "xlb.yaml:11:5 metrics.listen[7]: 127.0.0.1:1 is already listed at line 10 (metrics.listen[6]); remove one of the two",
+            "xlb.yaml:12:5 metrics.listen[8]: [ff02::1]:1 is a multicast address; use an address with a port, such as 127.0.0.1:9465 or [::1]:9465",
+            "xlb.yaml:13:5 metrics.listen[9]: a:b is not allowed; use an address with a port, such as 127.0.0.1:9465 or [::1]:9465",
+        ],
+    ),
+    (
+        "metrics on a VIP",
+        "interfaces: [eth0]\nmetrics: {listen: '203.0.113.10:9465'}\npools: {web: {forward: ipip, backends: [10.0.0.1]}}\nservices: [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]\n",
+        &[
+            "xlb.yaml:2:19 metrics.listen: 203.0.113.10 is also the VIP at line 4 (services[0].vip); listen on an address of the host itself",
+        ],
     ),
     (
         "an interface as a list",

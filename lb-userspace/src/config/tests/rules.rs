@@ -27,6 +27,10 @@ fn check(defaults: &str, pool: &str) -> Check {
     loaded(&text).config.pools.remove(0).check
 }
 
+fn written<T>(value: T, line: u32, column: u32, path: &str) -> Written<T> {
+    Written { value, file: "xlb.yaml".into(), line, column, path: path.into() }
+}
+
 #[test]
 fn every_key_arrives_in_the_model() {
     let Loaded { config, warnings } = loaded(GOOD);
@@ -77,6 +81,18 @@ fn every_key_arrives_in_the_model() {
         vip_arp: true,
         trace: false,
         limits: Limits { vips: 100, backends: 200, slots: 65536 },
+        api: Api { group: Some(written(Group::Name("netops".into()), 36, 14, "api.group")) },
+        metrics: Metrics {
+            listen: vec![
+                written(([127, 0, 0, 1], 9465).into(), 37, 20, "metrics.listen[0]"),
+                written(
+                    ("::1".parse::<IpAddr>().expect("an address"), 9465).into(),
+                    37,
+                    38,
+                    "metrics.listen[1]",
+                ),
+            ],
+        },
         pools: vec![web, dns],
         services: vec![
             Service {
@@ -109,6 +125,7 @@ fn what_the_file_leaves_out_has_its_documented_default() {
     let defaults = (config.vip_arp, config.trace, config.outer_source);
     assert_eq!(defaults, (false, false, OuterSource::default()));
     assert_eq!(config.limits, Limits { vips: 2048, backends: 4096, slots: 1_048_576 });
+    assert_eq!((config.api, config.metrics), (Api::default(), Metrics::default()));
     assert_eq!(config.interfaces[0].mode, Mode::Auto);
     let pool = &config.pools[0];
     assert_eq!((pool.on_empty, pool.backends[0].weight), (OnEmpty::Drop, 100));

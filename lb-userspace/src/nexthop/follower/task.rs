@@ -16,7 +16,7 @@ use super::monitor::{Batch, Monitor, Notice};
 use super::table::{Concerns, Request, Table};
 use super::{Event, Known};
 use crate::nexthop::decode::Neighbour;
-use crate::nexthop::netlink::{Care, Error};
+use crate::nexthop::netlink::Error;
 use crate::nexthop::resolver::{NeighbourKey, Resolver, not_asked};
 use crate::nexthop::route::Path;
 use crate::nexthop::{Link, Unresolved};

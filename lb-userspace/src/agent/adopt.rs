@@ -1,0 +1,85 @@
+//! What the tables of an agent that is gone say of the world: who was up, and by which way it was reached.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use lb_common::abi::{Egress, Path, SLOTS_PER_ROW, TableWord};
+use lb_common::slots::Slot;
+use lb_common::wire::{Address6, Mac};
+
+use super::core::{BackendKey, NextHops, keys};
+use crate::config::model::{CheckKind, Config, Forward};
+use crate::health::Fsm;
+use crate::nexthop::{Link, NextHop};
+use crate::reconcile::desired::backend_identity;
+use crate::reconcile::image::Image;
+
+/// Who holds slots is up until its first verdict.
+pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
+    let holders: HashSet<u16> = live_slots(image).map(|(_, slot)| slot.cur()).collect();
+    let ids = ids(image);
+    let now = Instant::now();
+    let holds = |pool: &str, forward, address| {
+        ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
+    };
+    keys(config)
+        .map(|(key, pool, _)| {
+            // The file may name another way to a backend than the one it was reached by; its health is the same.
+            let held = Forward::ALL.iter().any(|&forward| holds(&key.pool, forward, key.address));
+            let pool = &config.pools[pool];
+            let held = held || pool.check.kind == CheckKind::None;
+            let (rise, fall) = (pool.check.rise, pool.check.fall);
+            let fsm = if held { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
+            (key, fsm)
+        })
+        .collect()
+}
+
+/// Next hops hold until the kernel says otherwise. `known` are the interfaces that are there, by their index.
+pub fn next_hops<'l>(config: &Config, image: &Image, known: impl Fn(u32) -> Option<&'l Link>) -> NextHops {
+    let ids = ids(image);
+    let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
+        let forward = config.pools[pool].forward;
+        let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
+        let path = Path::from_bits(image.backends[usize::from(id)].path);
+        let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
+        Some((key.address, Ok(next_hop(key.address, path, egress, known(egress.ifindex)))))
+    };
+    keys(config).filter_map(adopt).collect()
+}
+
+fn next_hop(address: IpAddr, path: Path, egress: &Egress, link: Option<&Link>) -> NextHop {
+    let [high, low] = egress.source6;
+    let source = match address {
+        IpAddr::V4(_) => IpAddr::from(egress.source4.to_ne_bytes()),
+        IpAddr::V6(_) => IpAddr::from(Address6 { high, low }.bytes()),
+    };
+    NextHop {
+        ifindex: egress.ifindex,
+        interface: link.map_or_else(|| format!("interface {}", egress.ifindex), |link| link.name.clone()),
+        source_mac: Mac::from_bits(egress.source_mac).bytes(),
+        mac: path.mac().bytes(),
+        mtu: egress.mtu.min(u32::from(u16::MAX)) as u16,
+        preferred_source: Some(source).filter(|source| !source.is_unspecified()),
+        gateway: None,
+        kind: link.and_then(|link| link.kind.clone()),
+        // It was one when the earlier agent wrote it.
+        redirect_target: link.is_none_or(|link| link.redirect_target),
+    }
+}
+
+/// The id of each identity.
+pub fn ids(image: &Image) -> HashMap<u64, u16> {
+    let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
+    rows.map(|(id, row)| (row.identity, id as u16)).collect()
+}
+
+/// Slots of all tables that packets can reach, with the table's number.
+pub fn live_slots(image: &Image) -> impl Iterator<Item = (u16, Slot)> + '_ {
+    let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits)).enumerate();
+    words.filter(|(_, word)| *word != TableWord::default()).flat_map(move |(table, word)| {
+        let first = word.first_row() * SLOTS_PER_ROW;
+        (first..first + word.length()).map(move |index| (table as u16, image.slot(index)))
+    })
+}

@@ -1,0 +1,178 @@
+//! Another configuration takes the place of the one in force: program, maps, interfaces, health and tables, in an order that
+//! no packet notices.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use lb_common::abi::{Features, PortKey};
+use tracing::{info, warn};
+
+use super::adopt::ids;
+use super::core::{BackendKey, Core, NextHops, keys, preflight};
+use super::interfaces::{self, Wanted};
+use crate::bpf::{Datapath, DatapathError, RowPairs};
+use crate::capacity::Capacity;
+use crate::config::model::{CheckKind, Config};
+use crate::health::{Fsm, Probe};
+use crate::nexthop::Resolver;
+use crate::reconcile::desired::{World, desired, features};
+use crate::reconcile::image::Image;
+use crate::reconcile::plan::{plan, present_vips};
+
+impl Core {
+    /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
+    /// whose health was not known.
+    pub async fn reload(
+        &mut self,
+        config: Config,
+        first: &[(BackendKey, Probe)],
+        found: NextHops,
+        resolver: &Resolver,
+    ) -> anyhow::Result<()> {
+        let capacity = Capacity::new(&config.limits);
+        let same_maps = capacity == *self.datapath.capacity();
+        preflight(&config, &capacity)?;
+        if same_maps {
+            // Beside what is in use there may be less room than in empty maps.
+            plan(&self.image, &desired(&config, &World::default()), &capacity)?;
+        }
+        interfaces::refuse_local_vips(&config, resolver).await?;
+        let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
+        if config.seed != self.config.seed {
+            warn!("the seed changed: flows move to other backends");
+        }
+        if same_maps {
+            self.widen(&config, &wanted)?;
+        }
+
+        let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone());
+        let known = std::mem::take(&mut self.fsms);
+        let previous = std::mem::replace(&mut self.config, Arc::new(config));
+        self.fsms = self.carry_over(&previous, known);
+        self.transitions.retain(|key, _| self.fsms.contains_key(key));
+        self.changed = true;
+        self.on_first_look(found);
+        for (key, probe) in first {
+            self.on_probe(Instant::now(), key, probe);
+        }
+        if same_maps {
+            self.reconcile().context("the tables cannot be written")?;
+        } else if let Err(error) = self.turn_over(capacity, &wanted) {
+            (self.config, self.fsms, self.next_hops) = before;
+            return Err(error);
+        }
+        self.start_checks();
+        self.detach_others(&wanted)?;
+        self.settle(resolver).await?;
+        self.note_reload(Ok(()));
+        Ok(())
+    }
+
+    /// The program that can do what the old tables and the new ones need, on every interface.
+    fn widen(&mut self, config: &Config, wanted: &Wanted) -> Result<(), DatapathError> {
+        let (old, new) = (Features::from_bits(self.datapath.meta().features), features(config));
+        self.refit(config.seed, old.with(new))?;
+        if let Err(error) = self.attach(wanted) {
+            // Interfaces that were swapped already go back to the program that they had.
+            let before = self.wanted.clone();
+            self.refit(self.config.seed, old)?;
+            self.attach(&before)?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Fills new maps of another size beside those in use and turns the interfaces over to them, one after the other: a
+    /// packet meets the old tables or the new ones, which lead it to the same backends.
+    fn turn_over(&mut self, capacity: Capacity, wanted: &Wanted) -> anyhow::Result<()> {
+        let mut next = self.datapath.renewed(capacity, self.config.seed, features(&self.config))?;
+        let image = match self.fill(&mut next) {
+            Ok(image) => image,
+            Err(error) => {
+                next.abandon()?;
+                return Err(error);
+            }
+        };
+        let old = std::mem::replace(&mut self.datapath, next);
+        if let Err(error) = self.attach(wanted) {
+            let failed = std::mem::replace(&mut self.datapath, old);
+            let before = self.wanted.clone();
+            self.attach(&before)?;
+            failed.abandon()?;
+            return Err(error.into());
+        }
+        self.image = image;
+        self.index.take();
+        self.changed = false;
+        self.datapath.retire_others()?;
+        info!("new maps are in force; counters go on, flows stay where they are");
+        Ok(())
+    }
+
+    /// Puts tables and counters into new maps. Returns what lies there then.
+    fn fill(&self, next: &mut Datapath) -> anyhow::Result<Image> {
+        let mut image = next.maps.image()?;
+        for op in plan(&image, &desired(&self.config, &self.world()), next.capacity())? {
+            next.maps.apply(&op)?;
+            image.apply(&op);
+        }
+        let (vips, backends) = same_rows(&self.image, &image);
+        next.maps.inherit(&self.datapath.maps, &vips, &backends)?;
+        next.complete();
+        Ok(Image { meta: *next.meta(), ..image })
+    }
+
+    /// Takes features out of the program that only the tables of before needed.
+    pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
+        if self.refit(self.config.seed, features(&self.config))? {
+            let wanted = Wanted::look_up(&self.config, &mut self.links, resolver).await?;
+            self.attach(&wanted)?;
+        }
+        Ok(())
+    }
+
+    fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
+        let refitted = self.datapath.refit(seed, features)?;
+        self.image.meta = *self.datapath.meta();
+        Ok(refitted)
+    }
+
+    /// Health of backends that stay; a new backend has to answer first.
+    fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
+        let old_kinds: HashMap<&str, &CheckKind> =
+            previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
+        let now = Instant::now();
+        keys(&self.config)
+            .map(|(key, pool, _)| {
+                let check = &self.config.pools[pool].check;
+                let mut fsm = known.remove(&key).unwrap_or_else(|| Fsm::new(check.rise, check.fall));
+                fsm.set_thresholds(check.rise, check.fall);
+                // Not checked is up; what another kind of check then says counts from anew.
+                let unchecked_before = old_kinds.get(key.pool.as_str()) == Some(&&CheckKind::None);
+                if check.kind == CheckKind::None {
+                    fsm = Fsm::adopted(true, now, check.rise, check.fall);
+                } else if unchecked_before {
+                    fsm = Fsm::adopted(fsm.is_up(), now, check.rise, check.fall);
+                }
+                (key, fsm)
+            })
+            .collect()
+    }
+}
+
+/// Counter rows that stand for the same in two sets of tables: of VIPs, and of backends, from and to.
+pub(super) fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
+    let (old_vips, new_vips) = (present_vips(from), present_vips(to));
+    // Entries that mark an address have no counters.
+    let counted = new_vips.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
+    let vips = counted.filter_map(|(key, target)| Some((old_vips.get(key)?.vip, target.vip)));
+    let old_ids = ids(from);
+    let new_ids = ids(to);
+    let backends = new_ids.iter().filter_map(|(identity, id)| {
+        let old = old_ids.get(identity)?;
+        Some((u32::from(*old), u32::from(*id)))
+    });
+    (vips.collect(), backends.collect())
+}

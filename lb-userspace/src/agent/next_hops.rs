@@ -1,0 +1,113 @@
+//! What the core makes of next hops: which are taken, and which can be used by which pool. How they are found is not its business.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+
+use tracing::{info, warn};
+
+use super::core::{Core, NextHops, keys};
+use crate::config::model::{Config, Forward};
+use crate::nexthop::{Answer, Known, NextHop};
+
+impl Core {
+    /// Addresses of a configuration whose next hop is missing, or all.
+    pub fn to_resolve(&self, config: &Config, all: bool) -> Vec<IpAddr> {
+        let missing = |address: &IpAddr| self.next_hops.get(address).is_none_or(|answer| answer.hop.is_err());
+        addresses(config).into_iter().filter(|address| all || missing(address)).collect()
+    }
+
+    /// What is known, for who follows it from here.
+    pub fn known_next_hops(&self) -> Known {
+        let known = |address| (address, self.next_hops.get(&address).map(|answer| answer.hop.clone()));
+        addresses(&self.config).into_iter().map(known).collect()
+    }
+
+    /// Takes what a first look has found. What was good stays: a neighbour that is silent just now may still forward, and
+    /// the follower gives it its time.
+    pub fn on_first_look(&mut self, found: NextHops) {
+        let news = found.into_iter().filter(|(address, hop)| {
+            hop.is_ok() || self.next_hops.get(address).is_none_or(|known| known.hop.is_err())
+        });
+        let news = news.map(|(address, hop)| (address, Answer { hop, doubt: None })).collect();
+        self.on_next_hops(news);
+    }
+
+    pub fn on_next_hops(&mut self, answers: HashMap<IpAddr, Answer>) {
+        let configured = addresses(&self.config);
+        self.next_hops.retain(|address, _| configured.contains(address));
+        for (address, answer) in answers {
+            let known = self.next_hops.get(&address);
+            // An answer that comes after its backend has gone.
+            if !configured.contains(&address) || known == Some(&answer) {
+                continue;
+            }
+            let same_hop = known.is_some_and(|known| known.hop == answer.hop);
+            match (&answer.hop, &answer.doubt) {
+                (Ok(_), Some(reason)) => warn!(%address, %reason, "next hop in doubt; kept for now"),
+                (Ok(_), None) if same_hop => info!(%address, "next hop confirmed"),
+                (Ok(hop), None) => info!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop"),
+                (Err(_), _) if same_hop => {}
+                (Err(reason), _) => warn!(%address, %reason, "no next hop"),
+            }
+            self.next_hops.insert(address, answer);
+            self.changed = true;
+        }
+    }
+
+    /// The next hop of a backend, if packets can be sent that way in its pool's mode.
+    pub(super) fn usable_next_hop(&self, pool: usize, address: IpAddr) -> Result<NextHop, String> {
+        let hop = match self.next_hops.get(&address).map(|answer| &answer.hop) {
+            None => return Err("its next hop is being looked up".into()),
+            Some(Err(reason)) => return Err(reason.to_string()),
+            Some(Ok(hop)) => hop,
+        };
+        self.can_be_redirected_to(hop)?;
+        if self.config.pools[pool].forward == Forward::L2 && hop.gateway.is_some() {
+            return Err(format!(
+                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip",
+                hop.interface
+            ));
+        }
+        let filled = match address {
+            IpAddr::V4(_) => self.config.outer_source.v4.is_some(),
+            IpAddr::V6(_) => self.config.outer_source.v6.is_some(),
+        };
+        if self.config.pools[pool].forward == Forward::Ipip && !filled {
+            match hop.preferred_source {
+                None => {
+                    return Err(format!(
+                        "{} has no address to send tunnel packets from; set outer_source",
+                        hop.interface
+                    ));
+                }
+                Some(source) if self.config.services.iter().any(|service| service.vips.contains(&source)) => {
+                    return Err(format!("the route's source address {source} is a VIP; set outer_source"));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(hop.clone())
+    }
+
+    /// Native XDP needs the driver's help to send through an interface that a packet did not come in by.
+    fn can_be_redirected_to(&self, hop: &NextHop) -> Result<(), String> {
+        let native = self.attached.iter().find(|from| !from.generic && from.ifindex != hop.ifindex);
+        let Some(from) = native.filter(|_| !hop.redirect_target) else { return Ok(()) };
+        let interface = &hop.interface;
+        Err(match hop.kind.as_deref() {
+            Some("veth") => format!(
+                "{interface} is a veth whose other end has no XDP program, and takes nothing that native XDP on {} redirects; load one there, or use mode: generic",
+                from.interface
+            ),
+            kind => format!(
+                "{interface}{} cannot send what native XDP on {} redirects; route the backend through the device below it, or use mode: generic",
+                kind.map_or_else(String::new, |kind| format!(" ({kind})")),
+                from.interface
+            ),
+        })
+    }
+}
+
+fn addresses(config: &Config) -> HashSet<IpAddr> {
+    keys(config).map(|(key, ..)| key.address).collect()
+}

@@ -1,0 +1,130 @@
+//! The agent's state at one moment, as the core gives it to whoever asks: what is cheap to copy, and where the rest
+//! can be read. Counting, sorting and words are made of it elsewhere, while the core goes on.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use lb_common::abi::VipTarget;
+
+use super::adopt::{ids, live_slots};
+use crate::bpf::{Attached, Counters};
+use crate::config::model::Config;
+use crate::reconcile::image::Image;
+use crate::reconcile::plan::present_vips;
+
+/// How the last reload ended.
+#[derive(Debug, Clone)]
+pub struct Reload {
+    pub at: SystemTime,
+    pub result: Result<(), String>,
+}
+
+/// Reloads since the agent started.
+#[derive(Debug, Clone)]
+pub struct Reloads {
+    pub last: Option<Reload>,
+    pub succeeded: u64,
+    pub refused: u64,
+    /// When the configuration that is in force was taken over.
+    pub in_force_since: SystemTime,
+}
+
+impl Reloads {
+    /// The start of the agent is no reload.
+    pub fn none() -> Self {
+        Self { last: None, succeeded: 0, refused: 0, in_force_since: SystemTime::now() }
+    }
+
+    pub fn note(&mut self, result: Result<(), String>) {
+        let at = SystemTime::now();
+        if result.is_ok() {
+            self.succeeded += 1;
+            self.in_force_since = at;
+        } else {
+            self.refused += 1;
+        }
+        self.last = Some(Reload { at, result });
+    }
+}
+
+/// What lies where in the tables. Made anew when they have changed and somebody asks.
+#[derive(Debug)]
+pub struct Index {
+    /// The id of each identity.
+    pub ids: HashMap<u64, u16>,
+    /// How many slots each id holds, over all tables.
+    slots: Vec<u32>,
+    pub vips: BTreeMap<(IpAddr, u32), VipTarget>,
+}
+
+impl Index {
+    pub fn new(image: &Image) -> Self {
+        let mut slots = vec![0; image.backends.len()];
+        for (_, slot) in live_slots(image) {
+            if let Some(count) = slots.get_mut(usize::from(slot.cur())) {
+                *count += 1;
+            }
+        }
+        Self { ids: ids(image), slots, vips: present_vips(image) }
+    }
+
+    pub fn slots(&self, id: u16) -> u32 {
+        self.slots.get(usize::from(id)).copied().unwrap_or(0)
+    }
+}
+
+/// What a backend can be found in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendState {
+    Up,
+    Down,
+    /// New, not answered yet.
+    Checking,
+    /// No packet can be sent to it.
+    Unresolved,
+}
+
+impl BackendState {
+    pub const ALL: [Self; 4] = [Self::Up, Self::Down, Self::Checking, Self::Unresolved];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Down => "down",
+            Self::Checking => "checking",
+            Self::Unresolved => "unresolved",
+        }
+    }
+}
+
+/// How often the checks of a backend brought it up or took it down.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Transitions {
+    pub up: u64,
+    pub down: u64,
+}
+
+/// Of one backend, in the order of [`super::core::keys`].
+#[derive(Debug, Clone)]
+pub struct BackendView {
+    pub state: BackendState,
+    /// Why, in words.
+    pub check: String,
+    pub transitions: Transitions,
+}
+
+#[derive(Debug)]
+pub struct Snapshot {
+    pub config: Arc<Config>,
+    pub path: PathBuf,
+    pub attached: Vec<Attached>,
+    pub reloads: Reloads,
+    pub uptime: Duration,
+    pub started: SystemTime,
+    pub backends: Vec<BackendView>,
+    pub index: Arc<Index>,
+    pub counters: Arc<Counters>,
+}

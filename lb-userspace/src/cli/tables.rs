@@ -1,0 +1,141 @@
+//! What the agent tells, as tables: sorted, aligned, no wider than a terminal. Asks nobody.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::output;
+use super::rates::Rate;
+use crate::agent::status::{BackendStatus, OutcomeStatus, ServiceStatus, Status};
+
+/// What to show of traffic.
+#[derive(Clone, Copy)]
+pub enum Traffic<'a> {
+    Totals,
+    /// Since another status; nothing is known yet where there is none.
+    Rates(Option<&'a Status>, &'a Status),
+}
+
+impl Traffic<'_> {
+    pub const fn header(self) -> [&'static str; 2] {
+        match self {
+            Traffic::Totals => ["PACKETS", "BYTES"],
+            Traffic::Rates(..) => ["PACKETS/S", "BITS/S"],
+        }
+    }
+
+    fn cells(self, packets: u64, bytes: u64, before: impl Fn(&Status) -> Option<(u64, u64)>) -> [String; 2] {
+        let (earlier, later) = match self {
+            Traffic::Totals => return [packets.to_string(), output::bytes(bytes)],
+            Traffic::Rates(earlier, later) => (earlier, later),
+        };
+        let rate = earlier.and_then(|earlier| {
+            let rate = Rate::new(earlier.monotonic_ns, later.monotonic_ns)?;
+            let (packets_before, bytes_before) = before(earlier)?;
+            Some([rate.packets(packets_before, packets), rate.bits(bytes_before, bytes)])
+        });
+        rate.unwrap_or_else(|| ["-".to_owned(), "-".to_owned()])
+    }
+}
+
+fn service_key(service: &ServiceStatus) -> (&str, IpAddr, u16, &str) {
+    (&service.name, service.vip, service.port, &service.protocol)
+}
+
+fn backend_key(backend: &BackendStatus) -> (&str, IpAddr) {
+    (&backend.pool, backend.address)
+}
+
+pub fn services(services: &[ServiceStatus], traffic: Traffic<'_>) -> String {
+    if services.is_empty() {
+        return "no services are configured".to_owned();
+    }
+    let mut services: Vec<_> = services.iter().collect();
+    services.sort_by_key(|service| service_key(service));
+    let rows = services.into_iter().map(|service| {
+        let before = |status: &Status| {
+            let same = status.services.iter().find(|other| service_key(other) == service_key(service))?;
+            Some((same.packets, same.bytes))
+        };
+        let [packets, bytes] = traffic.cells(service.packets, service.bytes, before);
+        vec![
+            service.name.clone(),
+            SocketAddr::new(service.vip, service.port).to_string(),
+            service.protocol.clone(),
+            service.scheduler.clone(),
+            service.pool.clone(),
+            format!("{}/{}", service.backends_up, service.backends),
+            packets,
+            bytes,
+        ]
+    });
+    let [packets, bytes] = traffic.header();
+    let header = ["SERVICE", "VIP", "PROTOCOL", "SCHEDULER", "POOL", "UP", packets, bytes];
+    output::table(&header, &[5, 6, 7], rows.collect())
+}
+
+/// The table, and below it in full what did not fit there.
+pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
+    if backends.is_empty() {
+        return "no backends are configured".to_owned();
+    }
+    let mut sorted: Vec<_> = backends.iter().collect();
+    sorted.sort_by_key(|backend| backend_key(backend));
+    let pool_slots = |pool: &str| backends.iter().filter(|b| b.pool == pool).map(|b| b.slots).sum::<u64>();
+    let mut pool = ("", 0);
+    let rows = sorted.iter().map(|backend| {
+        if pool.0 != backend.pool {
+            pool = (&backend.pool, pool_slots(&backend.pool));
+        }
+        let share = match pool.1 {
+            0 => "-".to_owned(),
+            slots => format!("{:.1} %", backend.slots as f64 * 100.0 / slots as f64),
+        };
+        let before = |status: &Status| {
+            let same = status.backends.iter().find(|other| backend_key(other) == backend_key(backend))?;
+            Some((same.packets, same.bytes))
+        };
+        let [packets, bytes] = traffic.cells(backend.packets, backend.bytes, before);
+        vec![
+            backend.pool.clone(),
+            backend.name.clone(),
+            backend.address.to_string(),
+            backend.forward.clone(),
+            backend.weight.to_string(),
+            backend.state.clone(),
+            share,
+            packets,
+            bytes,
+            backend.check.clone(),
+        ]
+    });
+    let [packets, bytes] = traffic.header();
+    let header =
+        ["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", packets, bytes, "CHECK"];
+    let mut rows: Vec<_> = rows.collect();
+    let cut = output::cut_last(&header, &mut rows);
+    let mut text = output::table(&header, &[4, 6, 7, 8], rows);
+    for (index, check) in cut {
+        let BackendStatus { pool, name, state, .. } = sorted[index];
+        text.push_str(&format!("\n{pool}/{name} is {state}: {check}"));
+    }
+    text
+}
+
+/// Those that happened.
+pub fn outcomes(outcomes: &[OutcomeStatus], traffic: Traffic<'_>) -> String {
+    let rows = outcomes.iter().filter(|outcome| outcome.packets > 0).map(|outcome| {
+        let before = |status: &Status| {
+            let same = status.outcomes.iter().find(|other| other.name == outcome.name)?;
+            Some((same.packets, 0))
+        };
+        let [packets, _] = traffic.cells(outcome.packets, 0, before);
+        vec![outcome.name.clone(), packets, outcome.meaning.clone()]
+    });
+    let mut rows: Vec<_> = rows.collect();
+    if rows.is_empty() {
+        return "no packet has come in on these interfaces".to_owned();
+    }
+    let [packets, _] = traffic.header();
+    let header = ["OUTCOME", packets, "MEANING"];
+    output::cut_last(&header, &mut rows);
+    output::table(&header, &[1], rows)
+}
