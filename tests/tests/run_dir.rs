@@ -227,43 +227,33 @@ fn fault_32_a_planted_pin_is_refused_before_it_is_opened() -> Result<()> {
     // As `mount -t bpf` leaves it: open to everybody.
     scene.mount(&["-t", "bpf", "xlb", text(&bpf)?])?;
     scene.refused(&run_dir, &["bpf can be changed by others", "mode 1777"])?;
-    let planted = bpf.join("XLB_META");
-    scene.as_nobody(&["mkdir", text(&planted)?])?;
+    let maps = bpf.join("maps_1");
+    scene.as_nobody(&["mkdir", text(&maps)?])?;
     fs::set_permissions(&bpf, fs::Permissions::from_mode(0o700))?;
-    scene.refused(&run_dir, &["XLB_META belongs to user 65534", "this is user 0"])?;
-    fs::remove_dir(&planted)?;
-    symlink("/sys/fs/bpf/elsewhere", &planted)?;
-    scene.refused(&run_dir, &["XLB_META is a symbolic link"])?;
-    fs::remove_file(&planted)?;
-    let map = ["bpftool", "map", "create", text(&planted)?, "type", "array", "key", "4", "value", "8"];
-    scene.host.run(map.iter().chain(&["entries", "1", "name", "xlb_meta"]))?;
-    chown(&planted, Some(NOBODY), None)?;
-    scene.refused(&run_dir, &["XLB_META belongs to user 65534"])?;
-    // Ours, and still not what this xlb pins.
-    chown(&planted, Some(0), None)?;
-    scene.refused(&run_dir, &["XLB_"])?;
-    fs::remove_file(&planted)?;
-    // A file of elsewhere, mounted over a pin's name.
-    fs::File::create(scene.dir.join("file"))?;
-    scene.host.run([
-        "bpftool",
-        "map",
-        "create",
-        text(&planted)?,
-        "type",
-        "array",
-        "key",
-        "4",
-        "value",
-        "8",
-        "entries",
-        "1",
-        "name",
-        "x",
-    ])?;
-    scene.mount(&["--bind", text(&scene.dir.join("file"))?, text(&planted)?])?;
-    scene.refused(&run_dir, &["XLB_META is of another file system"])?;
-    scene.host.run(["umount", text(&planted)?])?;
-    fs::remove_file(&planted)?;
+    scene.refused(&run_dir, &["maps_1 belongs to user 65534", "this is user 0"])?;
+
+    chown(&maps, Some(0), None)?;
+    fs::set_permissions(&maps, fs::Permissions::from_mode(0o777))?;
+    scene.refused(&run_dir, &["maps_1 can be changed by others"])?;
+    fs::set_permissions(&maps, fs::Permissions::from_mode(0o700))?;
+    for planted in [maps.join("XLB_META"), bpf.join("link_eth0")] {
+        let name = planted.file_name().and_then(|name| name.to_str()).context("name")?;
+        symlink("/sys/fs/bpf/elsewhere", &planted)?;
+        scene.refused(&run_dir, &[name, "is a symbolic link"])?;
+        fs::remove_file(&planted)?;
+        let map = ["bpftool", "map", "create", text(&planted)?, "type", "array", "key", "4", "value", "8"];
+        scene.host.run(map.iter().chain(&["entries", "1", "name", "planted"]))?;
+        chown(&planted, Some(NOBODY), None)?;
+        scene.refused(&run_dir, &[name, "belongs to user 65534"])?;
+        // A file of elsewhere, mounted over a pin of ours.
+        chown(&planted, Some(0), None)?;
+        let file = scene.dir.join("file");
+        fs::write(&file, "")?;
+        scene.mount(&["--bind", text(&file)?, text(&planted)?])?;
+        scene.refused(&run_dir, &[name, "is of another file system"])?;
+        scene.host.run(["umount", text(&planted)?])?;
+        fs::remove_file(&planted)?;
+    }
+    fs::remove_dir(&maps)?;
     scene.runs_after(&[], &run_dir)?.process_ends().map(drop)
 }

@@ -114,7 +114,7 @@ impl BpfFs {
                 tracing::warn!(
                     path = %path.display(),
                     %reason,
-                    "it cannot be seen whether this mount outlives the agent; traffic stops with the agent if it does not"
+                    "it cannot be seen whether this mount outlives the agent, and traffic with it; see if root finds it in /proc/1/mountinfo"
                 );
                 Ok(())
             }

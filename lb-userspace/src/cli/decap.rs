@@ -9,6 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
 use crate::bpf::{Decap, DecapConfig};
+use crate::capabilities;
 use crate::config::model::Mode;
 use crate::nexthop::Resolver;
 
@@ -38,6 +39,7 @@ fn mode(text: &str) -> Result<Mode, String> {
 
 /// Attached until a signal ends the process; then prints what was counted.
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    capabilities::check()?;
     let link = Resolver::new()?.link(&arguments.interface).await?;
     let config = DecapConfig {
         ifindex: link.ifindex,

@@ -6,6 +6,7 @@ use anyhow::Context;
 
 use crate::agent::run_dir;
 use crate::bpf::{self, BpfFs};
+use crate::capabilities;
 use crate::nexthop::Resolver;
 
 pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
@@ -13,6 +14,8 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
         say!("nothing is pinned in {}", run_dir.display());
         return Ok(());
     };
+    // Without them interfaces would not get back what was changed.
+    capabilities::check()?;
     let _lock = run_dir::lock_existing(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
     let links = resolver.links().await?;
