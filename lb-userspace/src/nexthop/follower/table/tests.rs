@@ -1,3 +1,5 @@
+//! What follows from what, without a kernel.
+
 use super::super::hold::TIMES;
 use super::*;
 
