@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -20,6 +21,41 @@ pub fn xlb() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let here = this.ancestors().skip(1).find_map(|dir| Some(dir.join("xlb")).filter(|path| path.is_file()));
     here.context("the xlb binary is not built; run `cargo build` first")
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ended {
+    /// Runs a command that ends by itself.
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let output = command.output()?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Self { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) })
+    }
+
+    /// Runs an xlb command that ends by itself.
+    pub fn of_xlb(host: &Host, arguments: &[&str]) -> Result<Self> {
+        let xlb = xlb()?;
+        let words = ["timeout", "20", xlb.to_str().context("path")?];
+        Self::of(&mut host.exec(words.iter().chain(arguments)))
+    }
+
+    /// Refuses another exit code, and a text that lacks one of the words.
+    pub fn expect(&self, code: i32, words: &[&str]) -> Result<()> {
+        let Self { stdout, stderr, .. } = self;
+        ensure!(self.code == Some(code), "exit code {:?}\n{stdout}{stderr}", self.code);
+        let text = format!("{stdout}{stderr}");
+        words.iter().try_for_each(|word| {
+            ensure!(text.contains(word), "{word:?} is not in:\n{text}");
+            Ok(())
+        })
+    }
 }
 
 /// An agent on a host, with its configuration and run directory.
@@ -63,6 +99,12 @@ impl Balancer {
         words.extend(arguments);
         words.extend(["--run-dir", &*run_dir]);
         self.host.run(words)
+    }
+
+    /// Runs an xlb command on the balancer, however it ends.
+    pub fn command(&self, arguments: &[&str]) -> Result<Ended> {
+        let run_dir = self.run_dir.to_string_lossy();
+        Ended::of_xlb(&self.host, &[arguments, &["--run-dir", &run_dir]].concat())
     }
 
     pub fn status(&self) -> Result<Status> {

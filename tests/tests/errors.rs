@@ -3,37 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tests::balancer::{Balancer, xlb};
+use tests::balancer::{Balancer, Ended};
 use tests::lab::{self, Host, Lab, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, VIP4};
 
-/// How a command ended.
-struct Ended {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-impl Ended {
-    /// Refuses another exit code, and a text that lacks one of the words.
-    fn expect(&self, code: i32, words: &[&str]) -> Result<()> {
-        let Self { stdout, stderr, .. } = self;
-        ensure!(self.code == Some(code), "exit code {:?}\n{stdout}{stderr}", self.code);
-        let text = format!("{stdout}{stderr}");
-        words.iter().try_for_each(|word| {
-            ensure!(text.contains(word), "{word:?} is not in:\n{text}");
-            Ok(())
-        })
-    }
-}
-
 /// Runs an xlb command that ends by itself.
 fn run(host: &Host, arguments: &[&str]) -> Result<Ended> {
-    let xlb = xlb()?;
-    let words = ["timeout", "20", xlb.to_str().context("path")?];
-    let output = host.exec(words.iter().chain(arguments)).output()?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok(Ended { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) })
+    Ended::of_xlb(host, arguments)
 }
 
 /// Runs `xlb run` on a configuration that it must refuse.
@@ -144,9 +120,9 @@ fn a_command_without_an_agent_says_how_to_start_one() -> Result<()> {
     let run_dir = lab.dir().join("nobody");
     let run_dir = run_dir.to_string_lossy();
     run(&host, &["status", "--run-dir", &run_dir])?
-        .expect(1, &["no agent answers at", "xlb run -c FILE", "--run-dir"])?;
+        .expect(4, &["no agent answers at", "xlb run -c FILE", "--run-dir"])?;
     run(&host, &["lookup", "192.0.2.1:1", "203.0.113.10:80", "--run-dir", &run_dir])?
-        .expect(1, &["no agent answers at", "nothing is pinned"])?;
+        .expect(4, &["no agent answers at", "nothing is pinned"])?;
     run(&host, &["detach", "--run-dir", &run_dir])?.expect(0, &["nothing is pinned"])
 }
 

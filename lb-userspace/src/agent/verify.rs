@@ -174,11 +174,11 @@ impl Names {
     }
 
     fn backend(&self, identity: u64, row: Option<&Backend>) -> String {
-        let unknown = || match row.and_then(lookup::address) {
-            Some(address) => format!("at {address}, of no pool in the file"),
-            None => "that no pool has".to_owned(),
+        let unnamed = || match row.and_then(lookup::address) {
+            Some(address) => format!("{address} (in no pool)"),
+            None => "(unknown)".to_owned(),
         };
-        self.backends.get(&identity).cloned().unwrap_or_else(unknown)
+        self.backends.get(&identity).cloned().unwrap_or_else(unnamed)
     }
 
     fn table(&self, identity: u64) -> String {
@@ -250,6 +250,7 @@ fn tables_of(image: &Image) -> BTreeMap<u64, Vec<Option<u64>>> {
 }
 
 fn slots(intended: &Image, found: &Image, names: &Names, differences: &mut Vec<Difference>) {
+    let rows = rows(found);
     let (wanted, present) = (tables_of(intended), tables_of(found));
     let all: BTreeSet<u64> = wanted.keys().chain(present.keys()).copied().collect();
     for table in all {
@@ -262,7 +263,7 @@ fn slots(intended: &Image, found: &Image, names: &Names, differences: &mut Vec<D
                 let target = |target: &Option<u64>| match target {
                     None => "the host itself".to_owned(),
                     Some(0) => "nobody".to_owned(),
-                    Some(identity) => names.backend(*identity, None),
+                    Some(identity) => names.backend(*identity, rows.get(identity).copied()),
                 };
                 let mut moved: BTreeMap<(String, String), u32> = BTreeMap::new();
                 for (to, from) in to.iter().zip(from).filter(|(to, from)| to != from) {
@@ -302,7 +303,7 @@ fn vips(intended: &Image, found: &Image, names: &Names, config: &Config, differe
             Some((port, protocol, name)) => {
                 format!("service {name}, {} {protocol}", std::net::SocketAddr::new(key.0, *port))
             }
-            None => format!("VIP {}, of no service in the file", key.0),
+            None => format!("VIP {} (of no service)", key.0),
         };
         differences.push(Difference::new(what, words(to), words(from)));
     }
