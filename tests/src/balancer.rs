@@ -13,14 +13,37 @@ use lb_userspace::config::model::Protocol;
 use lb_userspace::lookup::{Names, Query, explain};
 use lb_userspace::reconcile::image::Image;
 
-use crate::lab::{Host, Process, Signal, wait_for};
+use crate::lab::{Host, Lab, Process, Signal, wait_for};
 use crate::stage::{VIP4, VIP6};
 
 /// The binary beside this one. `cargo build` makes it.
 pub fn xlb() -> Result<PathBuf> {
+    beside_this("xlb")?.context("the xlb binary is not built; run `cargo build` first")
+}
+
+/// The build of xlb that dies where `FAILPOINTS` says so.
+pub fn failing_build() -> Result<PathBuf> {
+    let build = beside_this("xlb-failing")?;
+    build.context(
+        "xlb-failing is not built; `cargo build -p tests --features fail-points --bin xlb-failing` makes it",
+    )
+}
+
+/// Another build of xlb: the one with fail points, of which none is set, where it is there, or a copy in another place.
+///
+/// What an upgrade changes is the program that is loaded and the process that adopts; a copy shows both.
+pub fn other_build(lab: &Lab) -> Result<PathBuf> {
+    if let Ok(build) = failing_build() {
+        return Ok(build);
+    }
+    let copy = lab.dir().join("xlb-copy");
+    std::fs::copy(xlb()?, &copy)?;
+    Ok(copy)
+}
+
+fn beside_this(name: &str) -> Result<Option<PathBuf>> {
     let this = std::env::current_exe()?;
-    let here = this.ancestors().skip(1).find_map(|dir| Some(dir.join("xlb")).filter(|path| path.is_file()));
-    here.context("the xlb binary is not built; run `cargo build` first")
+    Ok(this.ancestors().skip(1).find_map(|dir| Some(dir.join(name)).filter(|path| path.is_file())))
 }
 
 /// How a command ended.
@@ -64,6 +87,8 @@ pub struct Balancer {
     pub config: PathBuf,
     pub run_dir: PathBuf,
     pub process: Process,
+    /// The build that the agent and the commands are of.
+    pub binary: PathBuf,
 }
 
 impl Balancer {
@@ -71,8 +96,9 @@ impl Balancer {
     pub fn start(host: &Host, run_dir: &Path, yaml: &str) -> Result<Self> {
         let config = host.new_file("xlb.yaml");
         std::fs::write(&config, yaml)?;
-        let process = run(host, run_dir, &config)?;
-        let this = Self { host: host.clone(), config, run_dir: run_dir.to_owned(), process };
+        let binary = xlb()?;
+        let process = run(host, &binary, run_dir, &config)?;
+        let this = Self { host: host.clone(), config, run_dir: run_dir.to_owned(), process, binary };
         this.wait_until_answers()?;
         Ok(this)
     }
@@ -87,15 +113,29 @@ impl Balancer {
 
     /// Starts the agent again, after it was ended.
     pub fn restart(&mut self) -> Result<()> {
-        self.process = run(&self.host, &self.run_dir, &self.config)?;
+        self.process = run(&self.host, &self.binary, &self.run_dir, &self.config)?;
         self.wait_until_answers()
+    }
+
+    /// Starts the agent again with other words in its environment; it may not live long enough to answer.
+    pub fn restart_with(&mut self, variable: &str, value: &str) -> Result<()> {
+        let mut command = run_command(&self.host, &self.binary, &self.run_dir, &self.config);
+        self.process = self.host.spawn_command(command.env(variable, value))?;
+        Ok(())
+    }
+
+    /// Stops the agent as a service manager does, and starts another build in its place.
+    pub fn upgrade(&mut self, binary: &Path) -> Result<()> {
+        self.process.signal(Signal::TERM)?;
+        self.process.wait_exit(Duration::from_secs(10))?;
+        self.binary = binary.to_owned();
+        self.restart()
     }
 
     /// Runs an xlb command on the balancer; the error has what it printed.
     pub fn xlb(&self, arguments: &[&str]) -> Result<String> {
-        let xlb = xlb()?;
         let run_dir = self.run_dir.to_string_lossy();
-        let mut words = vec![xlb.to_str().context("path")?];
+        let mut words = vec![self.binary.to_str().context("path")?];
         words.extend(arguments);
         words.extend(["--run-dir", &*run_dir]);
         self.host.run(words)
@@ -161,13 +201,12 @@ impl Balancer {
                 (format!("[fd00:111::2]:{port}"), format!("[{VIP6}]:80")),
             ]
         });
-        let place = |(source, vip): (String, String)| {
+        let named = |(source, vip): (String, String)| {
             let query = Query { source: source.parse()?, vip: vip.parse()?, protocol: Protocol::Tcp };
-            let told = explain(&tables, &query, 0, &Names::default()).map_err(anyhow::Error::msg)?;
-            let address = told.backend_address.with_context(|| format!("nobody takes {source}"))?;
+            let address = place(&tables, &query)?.with_context(|| format!("nobody takes {source}"))?;
             Ok((source, names.get(&address).cloned().unwrap_or_else(|| address.to_string())))
         };
-        flows.map(place).collect()
+        flows.map(named).collect()
     }
 
     /// The id of the link that holds the program on the balancer's interface.
@@ -196,9 +235,19 @@ impl Balancer {
     }
 }
 
-fn run(host: &Host, run_dir: &Path, config: &Path) -> Result<Process> {
-    let (xlb, run_dir, config) = (xlb()?, run_dir.to_string_lossy(), config.to_string_lossy());
-    host.spawn([&*xlb.to_string_lossy(), "run", "-c", &*config, "--run-dir", &*run_dir])
+fn run(host: &Host, xlb: &Path, run_dir: &Path, config: &Path) -> Result<Process> {
+    host.spawn_command(&mut run_command(host, xlb, run_dir, config))
+}
+
+fn run_command(host: &Host, xlb: &Path, run_dir: &Path, config: &Path) -> Command {
+    let (run, file, place) = ("run".as_ref(), "-c".as_ref(), "--run-dir".as_ref());
+    host.exec([xlb.as_os_str(), run, file, config.as_os_str(), place, run_dir.as_os_str()])
+}
+
+/// The address of the backend that takes a flow by these tables, if one does.
+pub fn place(tables: &Image, query: &Query) -> Result<Option<IpAddr>> {
+    let explanation = explain(tables, query, 0, &Names::default()).map_err(anyhow::Error::msg)?;
+    Ok(explanation.backend_address.filter(|_| explanation.outcome.starts_with("forward_")))
 }
 
 /// Starts `xlb decap` on a backend's `eth0` and waits until it is attached.

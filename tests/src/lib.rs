@@ -4,4 +4,5 @@ pub mod balancer;
 pub mod fixtures;
 pub mod lab;
 pub mod manager;
+pub mod scene;
 pub mod stage;

@@ -74,6 +74,7 @@ impl Scene {
             config: self.config.clone(),
             run_dir: run_dir.to_owned(),
             process,
+            binary: xlb()?,
         })
     }
 

@@ -28,7 +28,7 @@ fn start_under(manager: &Manager, stage: &Stage, config: &Path, run_dir: &Path) 
     command.env("NOTIFY_SOCKET", manager.path()).env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string());
     let process = stage.balancer.spawn_command(&mut command)?;
     manager.wait_for("READY=1", ready, PATIENCE)?;
-    Ok(Balancer { host: stage.balancer.clone(), config, run_dir: run_dir.to_owned(), process })
+    Ok(Balancer { host: stage.balancer.clone(), config, run_dir: run_dir.to_owned(), process, binary: xlb })
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn xlb_needs_three_capabilities_and_not_root() -> Result<()> {
         let process = stage.balancer.spawn(&run)?;
         process.wait_for_log("running", PATIENCE)?;
         let (host, config, run_dir) = (stage.balancer.clone(), config.clone(), run_dir.clone());
-        let balancer = Balancer { host, config, run_dir, process };
+        let balancer = Balancer { host, config, run_dir, process, binary: xlb.clone().into() };
         balancer.wait_for_backends(2, PATIENCE)?;
         Ok(balancer)
     };

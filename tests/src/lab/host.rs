@@ -78,6 +78,27 @@ impl Host {
         Ok(interface)
     }
 
+    /// Deletes an interface, as if its card were pulled.
+    pub fn delete_interface(&self, name: &str) -> Result<()> {
+        self.ip(&format!("link delete {name}")).map(drop)
+    }
+
+    /// Makes a deleted interface again, with its name, MAC and addresses and another index; its routes are gone.
+    pub fn remake_interface(&self, switch: &Switch, name: &str) -> Result<()> {
+        let interfaces = self.interfaces();
+        let index = interfaces.iter().position(|interface| interface.name == name);
+        let index = index.with_context(|| format!("host {}: no interface {name}", self.name))?;
+        self.connect(switch, &interfaces[index], &format!("{}-{index}", self.name))
+            .with_context(|| format!("host {}, interface {name}", self.name))
+    }
+
+    /// Gives an interface another MAC address, which it announces on its link.
+    pub fn change_mac(&self, name: &str, mac: [u8; 6]) -> Result<()> {
+        self.sysctl(&format!("net/ipv4/conf/{name}/arp_notify"), "1")?;
+        self.sysctl(&format!("net/ipv6/conf/{name}/ndisc_notify"), "1")?;
+        self.ip(&format!("link set {name} address {}", mac_text(mac))).map(drop)
+    }
+
     fn connect(&self, switch: &Switch, interface: &Interface, port: &str) -> Result<()> {
         let (name, mac, namespace) = (&interface.name, mac_text(interface.mac), &self.namespace);
         let (bridge, pass) = (&switch.name, self.shared.pass_object.display());

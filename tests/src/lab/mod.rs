@@ -21,11 +21,15 @@
 //! ```
 
 mod command;
+mod datagrams;
+mod download;
+mod echo;
 mod host;
 mod http;
 mod process;
 mod remains;
 mod servers;
+mod stalls;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -38,6 +42,9 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::MountFlags;
 pub use rustix::process::Signal;
 
+pub use self::datagrams::{DatagramFlows, DatagramServer, Flow};
+pub use self::download::{Download, SlowServer};
+pub use self::echo::{Connection, Connections, EchoServer};
 pub use self::host::{Host, Interface};
 pub use self::http::{
     HttpLoad, Request, Response, RunningLoad, backends, failures, http_get, http_get_within, http_load,
