@@ -15,6 +15,19 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let mut build = cargo();
     build.args(["build", "--locked"]);
     crate::run(build)?;
+    // Another build, which dies where a test wants it to. Features of one cargo call are those of all its programs.
+    let mut failing = cargo();
+    failing.args([
+        "build",
+        "--locked",
+        "--package",
+        "tests",
+        "--features",
+        "fail-points",
+        "--bin",
+        "xlb-failing",
+    ]);
+    crate::run(failing)?;
     let mut test = cargo();
     test.args(["test", "--locked", "--no-fail-fast"])
         .args(arguments)
