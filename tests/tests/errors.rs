@@ -39,7 +39,7 @@ fn config_with(backends: &[&str]) -> Config {
 }
 
 #[test]
-fn another_xdp_program_is_explained_with_its_id_and_left_alone() -> Result<()> {
+fn fault_26_another_xdp_program_is_explained_with_its_id_and_left_alone() -> Result<()> {
     let Some((lab, host)) = alone("busy")? else { return Ok(()) };
     host.ip(&format!("link set dev eth0 xdp obj {} sec xdp", lab.dir().join("pass.o").display()))?;
     let shown = host.ip("link show eth0")?;
@@ -60,7 +60,7 @@ fn jumbo(name: &str) -> Result<Option<(Lab, Host)>> {
 }
 
 #[test]
-fn native_mode_that_the_mtu_forbids_fails_and_names_the_mtu() -> Result<()> {
+fn fault_27_native_mode_that_the_mtu_forbids_fails_and_names_the_mtu() -> Result<()> {
     let Some((_lab, host)) = jumbo("jumbo")? else { return Ok(()) };
     let config = Config { top: "mode: native\n".to_owned(), ..config_with(&["10.111.0.11"]) };
     refused(&host, &config)?
@@ -70,7 +70,7 @@ fn native_mode_that_the_mtu_forbids_fails_and_names_the_mtu() -> Result<()> {
 }
 
 #[test]
-fn automatic_mode_degrades_to_generic_and_says_so() -> Result<()> {
+fn fault_27_automatic_mode_degrades_to_generic_and_says_so() -> Result<()> {
     let Some((lab, host)) = jumbo("degraded")? else { return Ok(()) };
     let config = config_with(&["10.111.0.11"]);
     let balancer = Balancer::start(&host, &lab.dir().join("xlb"), &config.to_string())?;
@@ -127,7 +127,7 @@ fn a_command_without_an_agent_says_how_to_start_one() -> Result<()> {
 }
 
 #[test]
-fn a_second_agent_in_the_same_place_names_the_first() -> Result<()> {
+fn fault_33_a_second_agent_in_the_same_place_names_the_first() -> Result<()> {
     let Some((lab, host)) = alone("twice")? else { return Ok(()) };
     let yaml = config_with(&["10.111.0.11"]).to_string();
     let balancer = Balancer::start(&host, &lab.dir().join("xlb"), &yaml)?;
@@ -144,7 +144,7 @@ fn a_second_agent_in_the_same_place_names_the_first() -> Result<()> {
 }
 
 #[test]
-fn an_address_that_nobody_has_is_unresolved_and_the_others_serve() -> Result<()> {
+fn fault_24_an_address_that_nobody_has_is_unresolved_and_the_others_serve() -> Result<()> {
     let Some(stage) = Stage::set("nobody", 1)? else { return Ok(()) };
     let mut config = stage.config();
     config.backends.push("{address: 10.111.0.99, name: ghost}".to_owned());

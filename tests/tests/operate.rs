@@ -147,7 +147,7 @@ fn a_bad_file_changes_nothing_and_the_log_has_its_places() -> Result<()> {
 }
 
 #[test]
-fn a_killed_agent_leaves_traffic_flowing_and_the_next_one_takes_over() -> Result<()> {
+fn fault_01_a_killed_agent_leaves_traffic_flowing_and_the_next_one_takes_over() -> Result<()> {
     let Some(stage) = Stage::set("killagent", 3)? else { return Ok(()) };
     let mut balancer = stage.start(&stage.config())?;
     let (before, flows, link) = (balancer.tables()?, balancer.places()?, balancer.link_id()?);

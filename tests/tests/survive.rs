@@ -18,12 +18,14 @@ const UNNOTICED: Duration = Duration::from_secs(1);
 /// Files that lead every flow where it was before.
 fn harmless(scene: &Scene, number: usize) -> String {
     let mut config = scene.config.clone();
-    match number % 5 {
+    match number % 6 {
         1 => config.health = config.health.replace("interval: 300ms", "interval: 400ms"),
         2 => config.services.push(stage::service("more", &[VIP4], "81", "tcp")),
         // Features that the program lacks, so that another one takes its place.
         3 => config.services.push(stage::service("six", &[VIP6], "80", "tcp")),
         4 => config.top.push_str("trace: true\n"),
+        // Other maps.
+        5 => config.top.push_str("limits: {slots: 65536, vips: 64}\n"),
         _ => {}
     }
     config.to_string()

@@ -76,7 +76,8 @@ pub struct Download {
 }
 
 struct Progress {
-    last: Instant,
+    /// Nothing before the first byte: curl has to connect.
+    last: Option<Instant>,
     gaps: Vec<Stall>,
 }
 
@@ -87,7 +88,7 @@ impl Download {
         curl.args(["--no-buffer", "--connect-timeout", "2", &format!("http://{server}/")]);
         let mut curl = start(curl.stdout(Stdio::piped()).stderr(Stdio::inherit()))?;
         let stdout = curl.stdout.take().context("curl has no stdout")?;
-        let progress = Arc::new(Mutex::new(Progress { last: Instant::now(), gaps: Vec::new() }));
+        let progress = Arc::new(Mutex::new(Progress { last: None, gaps: Vec::new() }));
         let seen = Arc::clone(&progress);
         let reader = std::thread::spawn(move || read(stdout, &seen));
         let expected = pieces(takes) * PIECE_BYTES as u64;
@@ -98,7 +99,8 @@ impl Download {
     /// counts as zero.
     pub fn longest_stall(&self, begin: Instant, end: Instant) -> Duration {
         let progress = lock_ignoring_poison(&self.progress);
-        let now = (!self.is_over()).then(|| Stall::until(progress.last, Instant::now()));
+        let last = progress.last.filter(|_| !self.is_over());
+        let now = last.map(|last| Stall::until(last, Instant::now()));
         longest(progress.gaps.iter().copied().chain(now.filter(|gap| gap.duration > GAP)), begin, end)
     }
 
@@ -136,11 +138,9 @@ fn read(mut stdout: ChildStdout, progress: &Mutex<Progress>) -> Result<u64> {
         let now = Instant::now();
         {
             let mut progress = lock_ignoring_poison(progress);
-            let gap = Stall::until(progress.last, now);
-            if gap.duration > GAP {
-                progress.gaps.push(gap);
-            }
-            progress.last = now;
+            let gap = progress.last.map(|last| Stall::until(last, now));
+            progress.gaps.extend(gap.filter(|gap| gap.duration > GAP));
+            progress.last = Some(now);
         }
         if count == 0 {
             return Ok(bytes);
