@@ -1,15 +1,14 @@
 //! `xlb detach`: the only command that takes xlb out of the kernel.
 
-use std::path::Path;
-
 use anyhow::Context;
+use lb_common::abi::Path;
 
 use crate::agent::run_dir;
-use crate::bpf::{self, BpfFs};
+use crate::bpf::{self, BpfFs, Maps};
 use crate::capabilities;
 use crate::nexthop::Resolver;
 
-pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
+pub async fn run(run_dir: &std::path::Path) -> anyhow::Result<()> {
     let Some(fs) = BpfFs::existing(run_dir)? else {
         say!("nothing is pinned in {}", run_dir.display());
         return Ok(());
@@ -19,8 +18,10 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
     let _lock = run_dir::lock_existing(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
     let links = resolver.links().await?;
+    let managed = next_hops(&fs);
     let mount = fs.path().to_owned();
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
+    resolver.unmanage(&managed).await;
     let interfaces = detached.interfaces.join(", ");
     let interfaces = if interfaces.is_empty() { "no interface" } else { &interfaces };
     say!("detached from {interfaces}; maps and pins are removed");
@@ -31,4 +32,19 @@ pub async fn run(run_dir: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Neighbours that packets were sent to, by interface and MAC: the kernel kept them confirmed for the agent.
+fn next_hops(fs: &BpfFs) -> Vec<(u32, [u8; 6])> {
+    // Maps that cannot be read name nobody; they are removed all the same.
+    let Ok(image) = Maps::from_pins(fs).and_then(|maps| maps.image()) else { return Vec::new() };
+    let paths = image.backends.iter().map(|backend| Path::from_bits(backend.path));
+    let hops = paths.filter_map(|path| {
+        let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
+        Some((egress.ifindex, path.mac().bytes()))
+    });
+    let mut hops: Vec<_> = hops.collect();
+    hops.sort_unstable();
+    hops.dedup();
+    hops
 }
