@@ -201,7 +201,7 @@ fn metrics_are_openmetrics_and_say_what_a_client_sent() -> Result<()> {
     // The table that the docs are made of is what is served.
     let served: BTreeSet<_> = scrape.samples.keys().map(|(name, _)| name.clone()).collect();
     ensure!(served == FAMILIES.iter().map(|family| family.name()).collect());
-    for ((name, labels), _) in &scrape.samples {
+    for (name, labels) in scrape.samples.keys() {
         let family = FAMILIES.iter().find(|family| family.name() == *name).context("a family")?;
         ensure!(
             labels.len() == family.labels.len() && family.labels.iter().all(|key| labels.contains_key(*key))

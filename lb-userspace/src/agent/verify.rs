@@ -71,7 +71,10 @@ pub async fn interfaces(
     let mut differences = Vec::new();
     for interface in &config.interfaces {
         let found = match links.place(&interface.name)? {
-            None => "no link is pinned".to_owned(),
+            None => match resolver.link(&interface.name).await {
+                Ok(_) => "no link is pinned".to_owned(),
+                Err(error) => error.to_string(),
+            },
             Some((0, _)) => "its link is of a device that is gone".to_owned(),
             Some((ifindex, program)) => match resolver.link_of_index(ifindex).await {
                 Ok(link) if link.xdp_program == Some(program) => continue,
