@@ -159,13 +159,9 @@ impl Demo {
         let on_balancer = self.balancer.host.enter_command();
         println!("== the lab keeps running. Try:");
         println!("   {} curl {}", self.stage.client.enter_command(), URL4);
-        println!("   {on_balancer} {xlb} status --run-dir {run_dir}");
         println!("   {on_balancer} {xlb} lookup 10.111.0.2:40000 203.0.113.10:80 --run-dir {run_dir}");
-        println!(
-            "   edit {}, then: kill -HUP {}",
-            self.balancer.config.display(),
-            self.balancer.process.pid()
-        );
+        println!("   {on_balancer} {xlb} status --watch --run-dir {run_dir}");
+        println!("   edit {}, then: {xlb} reload --run-dir {run_dir}", self.balancer.config.display());
         println!("   the agent's log: {}", self.balancer.process.log_path().display());
         println!("   remove it all: ./scripts/demo --remove");
         Ok(())
