@@ -13,10 +13,10 @@ use super::adopt;
 use super::changeover::same_rows;
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Transitions};
-use super::verify::{self, Difference};
+use super::verify::{self, Verification};
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Check, CheckKind, Config};
+use crate::config::model::{Backend, Check, CheckKind, Config};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::lookup::{self, Explanation, Names, Query};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
@@ -294,24 +294,24 @@ impl Core {
 
     pub fn lookup(&self, query: &Query) -> Result<Explanation, String> {
         let ifindex = self.attached.first().map_or(0, |attached| attached.ifindex);
-        lookup::explain(&self.image, query, ifindex, &self.names())
-    }
-
-    fn names(&self) -> Names {
-        let ids = &self.index().ids;
-        let mut names = Names::default();
-        for (key, pool, backend) in keys(&self.config) {
-            let pool = &self.config.pools[pool];
-            if let Some(id) = ids.get(&backend_identity(&pool.name, pool.forward, key.address)) {
-                names.backends.insert(*id, (pool.name.clone(), pool.backends[backend].name.clone()));
+        let mut told = lookup::explain(&self.image, query, ifindex, &Names::default())?;
+        let asked = (query.vip.ip(), query.vip.port(), query.protocol);
+        let service = self.config.services.iter().find(|service| service.triples().any(|it| it == asked));
+        told.service = service.map(|service| service.name.clone());
+        let row = told.backend_id.and_then(|id| self.image.backends.get(usize::from(id)));
+        let Some((identity, address)) = row.map(|row| row.identity).zip(told.backend_address) else {
+            return Ok(told);
+        };
+        for pool in &self.config.pools {
+            let is_it = |backend: &&Backend| {
+                backend.address == address
+                    && backend_identity(&pool.name, pool.forward, backend.address) == identity
+            };
+            if let Some(backend) = pool.backends.iter().find(is_it) {
+                (told.pool, told.backend) = (Some(pool.name.clone()), Some(backend.name.clone()));
             }
         }
-        for service in &self.config.services {
-            for triple in service.triples() {
-                names.services.insert(triple, service.name.clone());
-            }
-        }
-        names
+        Ok(told)
     }
 
     /// One line on what is served by whom.
@@ -325,13 +325,17 @@ impl Core {
         format!("services: {}, backends up: {up} of {all}", self.config.services.len())
     }
 
-    /// What the maps have, against what this agent would have them have.
-    pub async fn verify(&mut self, resolver: &Resolver) -> anyhow::Result<Vec<Difference>> {
-        let image = self.datapath.maps.image()?;
-        let mut differences = verify::missing_pins(&self.datapath, &self.attached);
-        differences.extend(verify::tables(&self.config, &self.world(), &image, self.datapath.capacity()));
-        differences.extend(verify::interfaces(&self.config, &mut self.links, resolver).await?);
-        Ok(differences)
+    /// What the kernel has, and what this agent would have it have.
+    pub async fn verification(&mut self, resolver: &Resolver) -> anyhow::Result<Verification> {
+        let mut seen = verify::missing_pins(&self.datapath, &self.attached);
+        seen.extend(verify::interfaces(&self.config, &mut self.links, resolver).await?);
+        Ok(Verification {
+            seen,
+            config: Arc::clone(&self.config),
+            world: self.world(),
+            capacity: *self.datapath.capacity(),
+            image: self.datapath.maps.image()?,
+        })
     }
 
     pub fn snapshot(&self, now: Instant) -> Snapshot {

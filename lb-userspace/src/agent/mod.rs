@@ -40,7 +40,7 @@ use self::notify::Notify;
 use self::reload::Reloader;
 pub use self::reload::{Refused, Summary};
 use self::snapshot::Snapshot;
-use self::verify::Difference;
+use self::verify::Verification;
 
 /// Where an agent keeps its socket, its lock and the pins.
 pub const DEFAULT_RUN_DIR: &str = "/run/xlb";
@@ -71,7 +71,7 @@ pub struct Options {
 pub enum Request {
     Snapshot(oneshot::Sender<Snapshot>),
     Lookup(Query, oneshot::Sender<Result<Explanation, String>>),
-    Verify(oneshot::Sender<Result<Vec<Difference>, String>>),
+    Verify(oneshot::Sender<anyhow::Result<Verification>>),
     Reload(oneshot::Sender<Result<Summary, Refused>>),
 }
 
@@ -237,9 +237,7 @@ async fn answer(
     match request {
         Request::Snapshot(reply) => _ = reply.send(core.snapshot(Instant::now())),
         Request::Lookup(query, reply) => _ = reply.send(core.lookup(&query)),
-        Request::Verify(reply) => {
-            _ = reply.send(core.verify(resolver).await.map_err(|error| format!("{error:#}")));
-        }
+        Request::Verify(reply) => _ = reply.send(core.verification(resolver).await),
         Request::Reload(reply) => return Some(reply),
     }
     None

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
 use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, PortKey, SLOTS_PER_ROW, TableWord};
@@ -35,6 +36,24 @@ pub struct Difference {
 impl Difference {
     fn new(what: impl Into<String>, intended: impl Into<String>, found: impl Into<String>) -> Self {
         Self { what: what.into(), intended: intended.into(), found: found.into() }
+    }
+}
+
+/// The kernel and an agent at one moment, to be compared at leisure.
+#[derive(Debug)]
+pub struct Verification {
+    pub config: Arc<Config>,
+    pub world: World,
+    pub capacity: Capacity,
+    pub image: Image,
+    /// Outside of the tables.
+    pub seen: Vec<Difference>,
+}
+
+impl Verification {
+    pub fn differences(self) -> Vec<Difference> {
+        let tables = tables(&self.config, &self.world, &self.image, &self.capacity);
+        self.seen.into_iter().chain(tables).collect()
     }
 }
 

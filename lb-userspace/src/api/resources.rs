@@ -99,8 +99,10 @@ async fn version() -> Response {
 async fn verify(State(core): State<Core>) -> Response {
     match ask(&core, Request::Verify).await {
         None => gone(),
-        Some(Ok(differences)) => Json(differences).into_response(),
-        Some(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error),
+        Some(verification) => {
+            let json = aside(move || Ok(serde_json::to_vec(&verification?.differences())?)).await;
+            json.map_or_else(|error| error, json_body)
+        }
     }
 }
 
@@ -141,20 +143,28 @@ async fn told<T: Serialize + Send + 'static>(
     core: &Core,
     tell: impl FnOnce(&Snapshot) -> Result<T, MapsError> + Send + 'static,
 ) -> Response {
-    match from_snapshot(core, |snapshot| Ok(serde_json::to_vec(&tell(snapshot)?)?)).await {
-        Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
-        Err(response) => response,
-    }
+    let json = from_snapshot(core, |snapshot| Ok(serde_json::to_vec(&tell(snapshot)?)?)).await;
+    json.map_or_else(|error| error, json_body)
 }
 
-/// Works on a snapshot where it blocks nobody: counters are read by a system call each.
+fn json_body(json: Vec<u8>) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], json).into_response()
+}
+
 async fn from_snapshot<T: Send + 'static>(
     core: &Core,
     work: impl FnOnce(&Snapshot) -> anyhow::Result<T> + Send + 'static,
 ) -> Result<T, Response> {
     let snapshot = ask(core, Request::Snapshot).await.ok_or_else(gone)?;
-    let worked = tokio::task::spawn_blocking(move || work(&snapshot)).await;
+    aside(move || work(&snapshot)).await
+}
+
+/// Works where it blocks nobody: counters are read by a system call each, and there may be many of everything.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> Result<T, Response> {
     // A panic has told its own story on standard error.
+    let worked = tokio::task::spawn_blocking(work).await;
     let worked = worked.unwrap_or_else(|_| Err(anyhow::anyhow!("the answer could not be made")));
     worked.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")))
 }
