@@ -203,7 +203,8 @@ fn a_reload_is_answered_when_it_is_done_with_what_it_changed_or_what_is_wrong() 
     let json: Value = serde_json::from_str(&json.stdout)?;
     ensure!(json["problems"][0]["path"] == "pools.web.backends[0].weight", "{json}");
     let elsewhere = Config { interfaces: "[eth0, eth7]".to_owned(), ..config.clone() };
-    reload(&elsewhere.to_string())?.expect(1, &["interface eth7", "the last good configuration goes on"])?;
+    reload(&elsewhere.to_string())?
+        .expect(1, &["no interface eth7", "the last good configuration goes on"])?;
     reload(&config.to_string())?.expect(0, &["added: backend web/web2"])
 }
 
@@ -279,7 +280,7 @@ fn verify_finds_what_somebody_else_wrote_with_an_agent_and_without() -> Result<(
         "backend 10.111.0.11 (in no pool)",
         "service www, 203.0.113.10:443 tcp",
         "VIP 2001:db8:113::10 (of no service)",
-        "no interface eth7",
+        "interface eth7",
         "features of the program",
     ];
     ended.expect(5, &words)?;

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::output;
 use super::rates::Rate;
+use crate::agent::snapshot::BackendState;
 use crate::agent::status::{BackendStatus, OutcomeStatus, ServiceStatus, Status};
 
 /// What to show of traffic.
@@ -72,7 +73,7 @@ pub fn services(services: &[ServiceStatus], traffic: Traffic<'_>) -> String {
     output::table(&header, &[5, 6, 7], rows.collect())
 }
 
-/// The table, and below it in full what did not fit there.
+/// The table, and below it in full what did not fit there of a backend that is not up.
 pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     if backends.is_empty() {
         return "no backends are configured".to_owned();
@@ -115,6 +116,9 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     let mut text = output::table(&header, &[4, 6, 7, 8], rows);
     for (index, check) in cut {
         let BackendStatus { pool, name, state, .. } = sorted[index];
+        if state == BackendState::Up.as_str() {
+            continue;
+        }
         text.push_str(&format!("\n{pool}/{name} is {state}: {check}"));
     }
     text
