@@ -79,6 +79,28 @@ fn a_reload_that_cannot_attach_an_interface_changes_nothing() -> Result<()> {
     stage.balances(URL4, 200, 2)
 }
 
+/// The first look at an interface was before the program was on it; putting it back must not go by that.
+#[test]
+fn a_reload_that_fails_leaves_a_generic_interface_as_it_was() -> Result<()> {
+    let Some(stage) = Stage::set("busygeneric", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    config.interfaces = "[{name: eth0, mode: generic}]".to_owned();
+    let balancer = stage.start(&config)?;
+    let (link, flags) = (balancer.link_id()?, balancer.tables()?.interfaces);
+    let other = stage.lab.switch("other")?;
+    stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
+    let pass = stage.lab.dir().join("pass.o");
+    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+
+    config.interfaces = "[{name: eth0, mode: generic}, eth1]".to_owned();
+    config.top = "vip_arp: true".to_owned();
+    ensure!(balancer.reload(&config.to_string()).is_err(), "eth1 is taken");
+    ensure!(balancer.link_id()? == link, "attached anew");
+    ensure!(balancer.tables()?.interfaces == flags, "the interface's row changed");
+    ensure!(balancer.status()?.interfaces[0].mode == "generic");
+    stage.balances(URL4, 200, 2)
+}
+
 #[test]
 fn a_restart_that_cannot_attach_an_interface_leaves_the_others_forwarding() -> Result<()> {
     let Some(stage) = Stage::set("again", 2)? else { return Ok(()) };

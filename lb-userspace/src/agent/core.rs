@@ -171,9 +171,13 @@ impl Core {
                 }
             }
         }
+        self.wanted = wanted.clone();
+        // It may be attached again as it is, after a reload that failed.
+        for (wanted, now) in self.wanted.links.iter_mut().zip(&attached) {
+            wanted.link.xdp_generic = now.generic;
+        }
         self.attached = attached;
         self.refused.clear();
-        self.wanted = wanted.clone();
         Ok(())
     }
 

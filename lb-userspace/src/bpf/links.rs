@@ -272,9 +272,10 @@ pub(super) fn detach_all(
     let mut detached = Vec::new();
     for name in &names {
         let path = fs.link(name);
-        let ifindex = PinnedLink::from_pin(&path).ok().and_then(|pinned| ifindex_of(&pinned.into()));
+        let open = PinnedLink::from_pin(&path).ok().map(FdLink::from);
+        let link = open.as_ref().and_then(|open| links.iter().find(|link| carries(link, open)));
+        drop(open);
         std::fs::remove_file(&path)?;
-        let link = links.iter().find(|link| Some(link.ifindex) == ifindex);
         if let Some(link) = link
             && rows(link.ifindex).is_some_and(|row| row.flags & Interface::RESTORE_GRO != 0)
         {
@@ -283,6 +284,12 @@ pub(super) fn detach_all(
         detached.push(link.map_or_else(|| name.clone(), |link| link.name.clone()));
     }
     Ok(detached)
+}
+
+/// Whether the interface is the link's: in another network namespace the same index is another interface.
+fn carries(interface: &Link, link: &FdLink) -> bool {
+    let program = link.info().ok().map(|info| info.program_id());
+    ifindex_of(link) == Some(interface.ifindex) && program == interface.xdp_program
 }
 
 /// The interface of a link, nothing where its device has gone. The kernel tells by the descriptor's entry in
