@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adopt;
 use super::core::keys;
-use crate::bpf::{Attached, BpfFs, Datapath, Links, Maps};
+use crate::bpf::{Attached, BpfFs, Datapath, Links, Maps, MapsError};
 use crate::capacity::Capacity;
 use crate::config;
 use crate::config::model::Config;
@@ -65,7 +65,14 @@ pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec
     let config = config::load(config_path)?.config;
     let fs =
         BpfFs::existing(run_dir)?.with_context(|| format!("nothing is pinned in {}", run_dir.display()))?;
-    let image = Maps::from_pins(&fs)?.image()?;
+    let image = match Maps::from_pins(&fs) {
+        Ok(maps) => maps.image()?,
+        // The next agent could not adopt the others either.
+        Err(MapsError::Partial { name }) => {
+            return Ok(vec![Difference::new(format!("pin of the map {name}"), "pinned", NONE)]);
+        }
+        Err(error) => return Err(error.into()),
+    };
     let health = adopt::health(&config, &image);
     let hops = adopt::next_hops(&config, &image, |_| None);
     let mut world = World::default();
