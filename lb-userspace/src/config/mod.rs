@@ -83,17 +83,17 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
             return Err(report.into_problems());
         }
     };
-    let mut loaded = parse(&file, text)?;
+    let loaded = parse(&file, text)?;
     if !text.ends_with('\n') {
         // A file cut within its last line can still be YAML: 10.0.1.1 may have been 10.0.1.11.
         let mut report = Report::new(&file);
-        report.warn(
+        report.error(
             Place::after(text),
             "",
             "the last line has no line break, so the file may be cut off",
             "if it is whole, end it with a line break",
         );
-        loaded.warnings.extend(report.into_warnings());
+        return Err(report.into_problems());
     }
     Ok(loaded)
 }

@@ -43,13 +43,17 @@ impl<'p> PoolNames<'p> {
 }
 
 pub(super) fn read(fields: &Fields<'_>, pools: &[PoolDraft], report: &mut Report) -> Vec<ServiceDraft> {
-    let (items, at) = match fields.get("services") {
-        Some(at) => (at.items(WANT, report), at.place()),
-        None => (Vec::new(), Place::START),
+    let items = match fields.get("services") {
+        Some(at) => {
+            let items = at.items(WANT, report);
+            if items.is_empty() {
+                let hint = format!("use {WANT}");
+                report.warn(at.place(), "services", "there are none, so nothing is balanced", hint);
+            }
+            items
+        }
+        None => Vec::new(),
     };
-    if items.is_empty() {
-        report.warn(at, "services", "there are none, so nothing is balanced", format!("use {WANT}"));
-    }
     let names_of_pools = PoolNames::new(pools);
     let mut services: Vec<ServiceDraft> = Vec::new();
     let mut names = HashMap::new();
@@ -66,6 +70,14 @@ pub(super) fn read(fields: &Fields<'_>, pools: &[PoolDraft], report: &mut Report
         services.push(service);
     }
     services
+}
+
+/// A file that was cut off between two lines lacks the key. Beside other mistakes that would be one word too many.
+pub(super) fn refuse_absent(fields: &Fields<'_>, report: &mut Report) {
+    if fields.get("services").is_none() && !report.has_errors() {
+        let hint = format!("use {WANT}, or services: [] where none are meant");
+        report.error(Place::START, "services", "is missing, so the file may be cut off", hint);
+    }
 }
 
 fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<ServiceDraft> {

@@ -48,6 +48,7 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
     access::refuse_vips(&metrics, &services, report);
     cross::check(&pools, &services, &outer_source, &limits, report);
     let (pools, services) = cross::join(pools, services, &defaults, report);
+    services::refuse_absent(&fields, report);
     Some(Config {
         interfaces,
         seed,

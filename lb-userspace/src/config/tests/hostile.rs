@@ -52,19 +52,19 @@ fn a_file_that_is_no_text_or_no_file_is_one_problem() {
 }
 
 #[test]
-fn a_file_that_ends_within_a_line_loads_with_a_warning() {
+fn a_file_that_ends_within_a_line_is_refused() {
     let whole = Scratch::new("whole", GOOD.as_bytes());
     assert_eq!(load(&whole.0).expect("this file is good").warnings, []);
     let cut = Scratch::new("cut", GOOD.trim_end().as_bytes());
-    let warnings = load(&cut.0).expect("this file is good").warnings;
-    let printed = warnings[0].to_string();
+    let problems = load(&cut.0).expect_err("the last line is cut").0;
+    let printed = problems[0].to_string();
     let expected = ":37:52: the last line has no line break, so the file may be cut off; \
                     if it is whole, end it with a line break";
     assert!(printed.ends_with(expected), "{printed}");
-    assert_eq!(warnings.len(), 1);
+    assert_eq!(problems.len(), 1);
 }
 
-/// A cut within a line is warned of (see above): here are the cuts that nothing warns of.
+/// A cut within a line is refused (see above): here are the cuts between two lines.
 #[test]
 fn a_file_cut_at_any_byte_never_names_what_the_whole_file_does_not() {
     let whole = loaded(GOOD).config;

@@ -1052,6 +1052,13 @@ const SERVICES: &[Row] = &[
             "xlb.yaml:5:32 services[1].vip[1]: 203.0.113.10:443 tcp (and 1 more) already belongs to a at line 4 (services[0].vip); remove it from one of the two services",
         ],
     ),
+    (
+        "no services",
+        "interfaces: [eth0]\nseed: 1\n",
+        &[
+            "xlb.yaml:1:1 services: is missing, so the file may be cut off; use a list such as [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}], or services: [] where none are meant",
+        ],
+    ),
 ];
 
 /// What is allowed and hardly meant.
@@ -1061,13 +1068,6 @@ const WARNINGS: &[Row] = &[
         "interfaces: [eth0]\npools: {web: {forward: ipip, backends: [10.0.0.1]}}\nservices: [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]\n",
         &[
             "xlb.yaml:1:1 seed: is missing, so a public one is used: anyone can compute which flow meets which backend; set the same on every balancer of the group, such as the output of `openssl rand -hex 8`",
-        ],
-    ),
-    (
-        "no services",
-        "interfaces: [eth0]\nseed: 1\n",
-        &[
-            "xlb.yaml:1:1 services: there are none, so nothing is balanced; use a list such as [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]",
         ],
     ),
     (

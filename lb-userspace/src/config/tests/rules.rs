@@ -178,7 +178,8 @@ fn the_checked_port_is_the_pools_then_the_defaults_then_the_first_services() {
 
 #[test]
 fn an_unused_pool_without_a_port_has_no_check() {
-    let text = "interfaces: [eth0]\nseed: 1\npools: {old: {forward: l2, backends: [10.0.0.1]}}\n";
+    let text =
+        "interfaces: [eth0]\nseed: 1\npools: {old: {forward: l2, backends: [10.0.0.1]}}\nservices: []\n";
     let check = &loaded(text).config.pools[0].check;
     assert_eq!((&check.kind, check.port), (&CheckKind::None, 0));
 }
