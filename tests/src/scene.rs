@@ -162,11 +162,11 @@ impl Scene {
     }
 
     fn show(&self) {
-        println!("{:44} {:>12} {:>12} {:>5} {:>5}", "STEP", "CONNECTIONS", "DOWNLOAD", "LOST", "MOVED");
+        println!("{:50} {:>12} {:>12} {:>5} {:>5}", "STEP", "CONNECTIONS", "DOWNLOAD", "LOST", "MOVED");
         for row in &self.rows {
             let Row { step, connections, download, lost, moved } = row;
             let (connections, download) = (connections.as_millis(), download.as_millis());
-            println!("{step:44} {connections:9} ms {download:9} ms {lost:5} {moved:5}");
+            println!("{step:50} {connections:9} ms {download:9} ms {lost:5} {moved:5}");
         }
         let echoes: u64 = self.connections.all().iter().map(|connection| connection.echoes).sum();
         println!("{} connections, {echoes} messages", self.connections.all().len());
