@@ -165,6 +165,7 @@ impl Crash {
         ensure!(places == self.places[1], "flows are not where the file leads them");
         let pins = self.pins()?;
         ensure!(pins == self.pins, "pinned are {pins:?}, not {:?}", self.pins);
+        self.balancer.xlb(&["verify"])?;
         Ok(())
     }
 
