@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tests::balancer::{Balancer, Ended};
+use tests::balancer::{Balancer, Ended, decap};
 use tests::lab::{self, Host, Lab, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, VIP4};
 
@@ -46,8 +46,20 @@ fn fault_26_another_xdp_program_is_explained_with_its_id_and_left_alone() -> Res
     let id =
         shown.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next()).context(shown.clone())?;
     let ended = refused(&host, &config_with(&["10.111.0.11"]))?;
-    ended.expect(1, &["eth0: another XDP program is attached", &format!("(program id {id}")])?;
+    let held = format!("(program id {id} `pass`");
+    ended.expect(1, &["eth0: another XDP program is attached", &held, "ip link set dev eth0 xdp off"])?;
     ensure!(host.ip("link show eth0")?.contains(&format!("prog/xdp id {id} ")), "it was touched");
+    Ok(())
+}
+
+#[test]
+fn fault_26_a_program_that_a_process_holds_is_explained_with_the_process() -> Result<()> {
+    let Some((_lab, host)) = alone("held")? else { return Ok(()) };
+    let holder = decap(&host, &[VIP4], &["10.255.0.0/24"])?;
+    let ended = refused(&host, &config_with(&["10.111.0.11"]))?;
+    let process = format!("process {} (xlb)", holder.pid());
+    ended.expect(1, &["eth0: another XDP program is attached", "`decap`", "attached by link", &process])?;
+    ensure!(holder.exit().is_none() && host.ip("link show eth0")?.contains("xdp"), "it was touched");
     Ok(())
 }
 
