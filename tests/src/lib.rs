@@ -5,4 +5,5 @@ pub mod fixtures;
 pub mod lab;
 pub mod manager;
 pub mod scene;
+pub mod soak;
 pub mod stage;
