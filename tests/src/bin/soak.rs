@@ -2,13 +2,14 @@
 //! descriptors, threads and BPF objects must not grow. `scripts/soak` builds and runs it.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use tests::balancer::Balancer;
 use tests::lab::{self, Host, HttpLoad, Lab, Request, wait_for};
 use tests::soak::{self, Footprint, Sample, Tally, growth};
@@ -22,6 +23,7 @@ const OTHER_CHECKS: &str = "{type: http, path: /healthz, interval: 1200ms, timeo
 
 const SAMPLES_EVERY: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_secs(3);
+const TICK: Duration = Duration::from_millis(50);
 const LINK_DOWN: Duration = Duration::from_secs(1);
 
 /// Of each of the two clients, one for each VIP.
@@ -58,10 +60,25 @@ fn main() -> ExitCode {
 }
 
 fn run(length: Duration) -> Result<ExitCode> {
-    lab::clean_up_on_signals()?;
+    let interrupted = interruptions()?;
     let mut soak = Soak::begin(Lab::new("soak")?)?;
-    soak.go_on_for(length)?;
-    soak.end()
+    soak.go_on_for(length, &interrupted)?;
+    let verdict = soak.end()?;
+    Ok(match interrupted.load(Ordering::Relaxed) {
+        0 => verdict,
+        signal => ExitCode::from(128 + signal as u8),
+    })
+}
+
+/// The number of the signal that asks for an end. The lab goes when the turn is over: who took it away at once would
+/// make the turn fail.
+fn interruptions() -> Result<Arc<AtomicUsize>> {
+    let interrupted = Arc::<AtomicUsize>::default();
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_usize(signal, Arc::clone(&interrupted), signal as usize)
+            .context("catching signals")?;
+    }
+    Ok(interrupted)
 }
 
 struct Soak {
@@ -80,8 +97,10 @@ struct Soak {
     stage: Stage,
 }
 
+type Turn = fn(&mut Soak, usize) -> Result<()>;
+
 /// What happens to the agent, in turn, with the number of the round. Questions follow each.
-const TURNS: [(&str, fn(&mut Soak, usize) -> Result<()>); 9] = [
+const TURNS: [(&str, Turn); 9] = [
     ("reload without a change", |soak, _| soak.reload()),
     ("a backend is killed and healed", Soak::kill_and_heal),
     ("a service comes", |soak, _| {
@@ -140,7 +159,7 @@ impl Soak {
     }
 
     /// One turn after the other; samples are taken between turns, when nothing is broken.
-    fn go_on_for(&mut self, length: Duration) -> Result<()> {
+    fn go_on_for(&mut self, length: Duration, interrupted: &AtomicUsize) -> Result<()> {
         let end = self.begin + length;
         for number in 0.. {
             let (name, turn) = TURNS[number % TURNS.len()];
@@ -149,10 +168,13 @@ impl Soak {
             if self.sampled.elapsed() >= SAMPLES_EVERY {
                 self.sample()?;
             }
-            if Instant::now() + PAUSE >= end {
+            let next = Instant::now() + PAUSE;
+            while Instant::now() < next && interrupted.load(Ordering::Relaxed) == 0 {
+                thread::sleep(TICK);
+            }
+            if next >= end || interrupted.load(Ordering::Relaxed) != 0 {
                 break;
             }
-            thread::sleep(PAUSE);
         }
         Ok(())
     }
@@ -311,7 +333,7 @@ impl Load {
         let (client, stopped, sink) = (client.clone(), Arc::clone(&stop), Arc::clone(&results));
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                let chunk = chunk(&client);
+                let chunk = chunk(&client, &stopped);
                 let mut results = sink.lock().unwrap_or_else(PoisonError::into_inner);
                 match chunk {
                     Ok(requests) => {
@@ -334,7 +356,7 @@ impl Load {
         results.error.map_or(Ok((results.done, results.failed)), |error| Err(error.context("the load")))
     }
 
-    /// Waits for the requests that are being sent.
+    /// Gives up the requests that have not been sent.
     fn stop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take()
@@ -345,17 +367,22 @@ impl Load {
     }
 }
 
-fn chunk(client: &Host) -> Result<Vec<Request>> {
+/// Some requests to both VIPs; fewer if they are to stop.
+fn chunk(client: &Host, stopped: &AtomicBool) -> Result<Vec<Request>> {
     let start = |url: &str| {
         HttpLoad::new(url, CHUNK)
             .rate(RATE)
             .timeouts(Duration::from_secs(3), Duration::from_secs(5))
             .start(client)
     };
-    let loads = URLS.map(start);
     let mut requests = Vec::new();
-    for load in loads {
-        requests.extend(load?.finish()?);
+    for load in URLS.map(start) {
+        let mut load = load?;
+        while !load.is_done() && !stopped.load(Ordering::Relaxed) {
+            thread::sleep(TICK);
+        }
+        // Stopped, there may be no result yet, which `stop` calls an error.
+        requests.extend(if load.is_done() { load.finish()? } else { load.stop().unwrap_or_default() });
     }
     Ok(requests)
 }
