@@ -321,6 +321,21 @@ fn every_feature_bit_and_every_hash_key_bites() {
     assert!(!reseeded.datapath.refit(SEED ^ 1, Setting::Everything.features()).expect("nothing to do"));
 }
 
+/// What is not asked for is not in the program: the verifier takes it out.
+#[test]
+fn without_any_one_feature_the_program_is_shorter() {
+    if left_out("without_any_one_feature_the_program_is_shorter") {
+        return;
+    }
+    let everything = Features::ALL.iter().fold(Features::default(), |all, (feature, _)| all.with(*feature));
+    let instructions = |features| figures(features).unwrap_or_else(|e| panic!("{e:#}")).instructions;
+    let with = instructions(everything);
+    for (feature, name) in Features::ALL {
+        let without = instructions(Features::from_bits(everything.bits() & !feature.bits()));
+        assert!(0 < without && without < with, "without {name}: {without} of {with} instructions");
+    }
+}
+
 /// Loading over the same maps keeps tables and counters.
 #[test]
 fn a_program_that_is_loaded_again_adopts_tables_and_counters() {

@@ -23,6 +23,21 @@ pub fn run() -> Result<()> {
         let bpf::Figures { instructions, verifier_steps, jited_bytes } = bpf::figures(features)?;
         println!("{name:32} {instructions:12} {verifier_steps:14} {jited_bytes:11}");
     }
+    println!();
+    without_each()?;
     println!("\nstack: {} of 512 bytes, with everything compiled in", bpf::stack_bytes()?);
+    Ok(())
+}
+
+/// Each load-time constant is shown to bite: what the program would lose without it.
+fn without_each() -> Result<()> {
+    let everything = Features::ALL.iter().fold(Features::default(), |all, (feature, _)| all.with(*feature));
+    let with = bpf::figures(everything)?.instructions;
+    println!("{:32} {:>12} {:>14} {:>11}", "EVERYTHING BUT", "INSTRUCTIONS", "EVERYTHING", "DIFFERENCE");
+    for (feature, name) in Features::ALL {
+        let rest = Features::from_bits(everything.bits() & !feature.bits());
+        let without = bpf::figures(rest)?.instructions;
+        println!("{name:32} {without:12} {with:14} {:11}", i64::from(without) - i64::from(with));
+    }
     Ok(())
 }
