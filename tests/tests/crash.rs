@@ -14,7 +14,7 @@ use tests::lab::{self, Signal, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, VIP4, VIP6};
 
 /// So many of the first and of the last times that a place is passed are all tried.
-const EACH: usize = 4;
+const EACH: usize = 6;
 
 /// More writes than any of these files leads to: beyond it something is wrong.
 const MOST: usize = 10_000;

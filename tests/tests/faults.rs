@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use lb_common::abi::Path;
 use lb_userspace::config;
-use tests::balancer::{Balancer, other_build};
+use tests::balancer::{Balancer, Ended, other_build};
 use tests::lab::{self, DatagramFlows, DatagramServer, HttpLoad, RunningLoad, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, VIP4, VIPS};
 
@@ -19,15 +19,11 @@ fn traffic(stage: &Stage) -> Result<RunningLoad> {
     Ok(load)
 }
 
-/// How `xlb check` ends on a text, and what it prints.
-fn check(stage: &Stage, yaml: &str) -> Result<(Option<i32>, String)> {
+/// How `xlb check` ends on a text.
+fn check(stage: &Stage, yaml: &str) -> Result<Ended> {
     let file = stage.balancer.new_file("checked.yaml");
     fs::write(&file, yaml)?;
-    let xlb = tests::balancer::xlb()?;
-    let words = [xlb.as_os_str(), "check".as_ref(), "-c".as_ref(), file.as_os_str()];
-    let output = stage.balancer.exec(words).output()?;
-    let told = [output.stdout, output.stderr].concat();
-    Ok((output.status.code(), String::from_utf8_lossy(&told).into_owned()))
+    Ended::of_xlb(&stage.balancer, &["check", "-c", &file.to_string_lossy()])
 }
 
 #[test]
@@ -101,8 +97,7 @@ fn fault_06_a_half_written_file_is_refused_by_check_and_by_a_living_agent() -> R
     let load = traffic(&stage)?;
     for part in 0..20 {
         let half = &config[..(config.len() - 1) * part / 19];
-        let (code, told) = check(&stage, half)?;
-        ensure!(code == Some(3) && told.contains("checked.yaml"), "{} bytes: {code:?}: {told}", half.len());
+        check(&stage, half)?.expect(3, &["checked.yaml"]).with_context(|| format!("{} bytes", half.len()))?;
         ensure!(balancer.reload(half).is_err(), "{} bytes were taken", half.len());
     }
     ensure!(balancer.tables()? == before, "a refused file changed the tables");
@@ -133,8 +128,7 @@ fn beyond(stage: &Stage) -> [(&'static str, Config); 3] {
 fn fault_10_what_does_not_fit_is_refused_before_anything_is_written() -> Result<()> {
     let Some(stage) = Stage::set("full", 2)? else { return Ok(()) };
     for (limit, config) in beyond(&stage) {
-        let (code, told) = check(&stage, &config.to_string())?;
-        ensure!(code == Some(3) && told.contains(limit), "{limit}: {code:?}: {told}");
+        check(&stage, &config.to_string())?.expect(3, &[limit])?;
         let run_dir = stage.lab.dir().join("full");
         let started = Balancer::start(&stage.balancer, &run_dir, &config.to_string());
         let told = format!("{:#}", started.err().with_context(|| format!("{limit}: it runs"))?);
@@ -330,24 +324,16 @@ fn fault_37_a_removed_pin_costs_no_packet_while_the_agent_lives_and_comes_back()
 
 #[test]
 fn fault_37_verify_tells_of_a_removed_pin_where_no_agent_runs() -> Result<()> {
-    for pin in ["link_eth0", "maps_1/XLB_SLOTS"] {
+    for (pin, what) in [("link_eth0", "interface eth0"), ("maps_1/XLB_SLOTS", "pin of the map XLB_SLOTS")] {
         let Some(stage) = Stage::set("verify", 1)? else { return Ok(()) };
         let balancer = stage.start(&stage.config())?;
-        let verify = || -> Result<(Option<i32>, String)> {
-            let words = ["verify", "-c", &*balancer.config.to_string_lossy(), "--run-dir"];
-            let mut command = stage.balancer.exec([&balancer.binary]);
-            let output = command.args(words).arg(&balancer.run_dir).output()?;
-            let told = [output.stdout, output.stderr].concat();
-            Ok((output.status.code(), String::from_utf8_lossy(&told).into_owned()))
-        };
-        ensure!(verify()?.0 == Some(0), "{:?}", verify()?);
+        let config = balancer.config.to_string_lossy();
+        let verify = || balancer.command(&["verify", "-c", &*config]);
+        verify()?.expect(0, &["no difference"])?;
         balancer.process.kill();
-        ensure!(verify()?.0 == Some(0), "{:?}", verify()?);
+        verify()?.expect(0, &["no difference"])?;
         fs::remove_file(balancer.run_dir.join("bpf").join(pin))?;
-        let (code, told) = verify()?;
-        println!("{told}");
-        let name = pin.rsplit(['/', '_']).next().unwrap_or_default();
-        ensure!(code == Some(5) && told.contains(name), "{pin}: {code:?}: {told}");
+        verify()?.expect(5, &[what])?;
     }
     Ok(())
 }
