@@ -62,7 +62,7 @@ fn lists_are_sorted_aligned_and_no_wider_than_a_terminal() -> Result<()> {
 #[test]
 fn an_agent_without_services_says_so() -> Result<()> {
     let Some(stage) = Stage::set("nothing", 0)? else { return Ok(()) };
-    let yaml = "interfaces: [eth0]\nseed: 5f1d0c3a9be24771\n";
+    let yaml = "interfaces: [eth0]\nseed: 5f1d0c3a9be24771\nservices: []\n";
     let balancer = Balancer::start(&stage.balancer, &stage.lab.dir().join("xlb"), yaml)?;
     ensure!(balancer.xlb(&["service", "list"])? == "no services are configured\n");
     ensure!(balancer.xlb(&["backend", "list"])? == "no backends are configured\n");

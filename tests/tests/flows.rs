@@ -85,7 +85,8 @@ fn a_download_tells_of_a_gap_and_of_an_early_end() -> Result<()> {
     let [gap, end] = outage(&server)?;
     ensure!(download.longest_stall(gap, end) >= OUTAGE / 2, "{:?}", download.longest_stall(gap, end));
     download.finish(PATIENCE)?;
-    ensure!(begin.elapsed() >= takes);
+    // The server's clock is not this one: it sends by its own beats.
+    ensure!(begin.elapsed() >= takes * 9 / 10, "{:?}", begin.elapsed());
 
     let download = Download::start(&client, address, takes)?;
     sleep(OUTAGE);
