@@ -85,7 +85,8 @@ impl Follower {
         Ok((Follower { addresses, task }, receiver))
     }
 
-    /// Replaces the set of addresses. An answer that differs from what is known will be told.
+    /// Replaces the set of addresses. An answer that differs from what is known will be told; of addresses that were
+    /// watched before, any answer is told again.
     pub fn watch(&self, addresses: Known) {
         self.addresses.send_replace(addresses);
     }

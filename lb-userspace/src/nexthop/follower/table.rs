@@ -108,16 +108,17 @@ impl Table {
         }
         let mut new = Vec::new();
         for (address, known) in addresses {
-            let told = known.clone().map(|hop| Answer { hop, doubt: None });
             match self.watched.get_mut(&address) {
                 Some(watched) => {
-                    watched.told = told;
+                    // What was told may be on its way still, and be taken for newer than what the watcher knows now.
+                    watched.told = None;
                     if watched.hold.answer().is_none() {
                         watched.hold = Hold::new(known);
                     }
                 }
                 None => {
                     new.push(address);
+                    let told = known.clone().map(|hop| Answer { hop, doubt: None });
                     self.watched.insert(address, Watched { path: None, hold: Hold::new(known), told });
                 }
             }

@@ -194,3 +194,17 @@ fn a_link_event_concerns_its_users_and_all_where_it_flips() {
     assert_eq!(concerns(Link { up: false, ..link() }), (users, true));
     assert_eq!(concerns(Link { ifindex: 4, ..link() }), (vec![], true));
 }
+
+/// What was told may still be on its way when the watcher says what it knows.
+#[test]
+fn what_is_so_is_told_again_after_addresses_are_given_anew() {
+    let now = Instant::now();
+    let mut table = table(now, neighbour(1, NeighbourState::Reachable));
+    table.on_path(now, address(1), Err(Unresolved::Blackhole));
+    assert_eq!(table.take_news()[&address(1)].hop, Err(Unresolved::Blackhole));
+    // The watcher has not taken this yet.
+    table.on_path(now, address(1), Ok(path()));
+    let good = table.watched[&address(1)].hold.answer().unwrap().hop;
+    table.watch([(address(1), Some(good.clone()))].into());
+    assert_eq!(table.take_news()[&address(1)].hop, good);
+}
