@@ -44,7 +44,7 @@ impl Core {
             warn!("the seed changed: flows move to other backends");
         }
         if same_maps {
-            self.widen(&config, &wanted)?;
+            self.widen(&config, &wanted, resolver).await?;
         }
 
         let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone());
@@ -59,7 +59,7 @@ impl Core {
         }
         if same_maps {
             self.reconcile().context("the tables cannot be written")?;
-        } else if let Err(error) = self.turn_over(capacity, &wanted) {
+        } else if let Err(error) = self.turn_over(capacity, &wanted, resolver).await {
             (self.config, self.fsms, self.next_hops) = before;
             return Err(error);
         }
@@ -71,12 +71,17 @@ impl Core {
     }
 
     /// The program that can do what the old tables and the new ones need, on every interface.
-    fn widen(&mut self, config: &Config, wanted: &Wanted) -> Result<(), DatapathError> {
+    async fn widen(
+        &mut self,
+        config: &Config,
+        wanted: &Wanted,
+        resolver: &Resolver,
+    ) -> Result<(), DatapathError> {
         let (old, new) = (Features::from_bits(self.datapath.meta().features), features(config));
         self.refit(config.seed, old.with(new))?;
         if let Err(error) = self.attach(wanted) {
             // Interfaces that were swapped already go back to the program that they had.
-            let before = self.wanted.clone();
+            let before = self.carrying(resolver).await;
             self.refit(self.config.seed, old)?;
             self.attach(&before)?;
             return Err(error);
@@ -86,7 +91,12 @@ impl Core {
 
     /// Fills new maps of another size beside those in use and turns the interfaces over to them, one after the other: a
     /// packet meets the old tables or the new ones, which lead it to the same backends.
-    fn turn_over(&mut self, capacity: Capacity, wanted: &Wanted) -> anyhow::Result<()> {
+    async fn turn_over(
+        &mut self,
+        capacity: Capacity,
+        wanted: &Wanted,
+        resolver: &Resolver,
+    ) -> anyhow::Result<()> {
         let mut next = self.datapath.renewed(capacity, self.config.seed, features(&self.config))?;
         let image = match self.fill(&mut next) {
             Ok(image) => image,
@@ -98,14 +108,15 @@ impl Core {
         let old = std::mem::replace(&mut self.datapath, next);
         if let Err(error) = self.attach(wanted) {
             let failed = std::mem::replace(&mut self.datapath, old);
-            let before = self.wanted.clone();
+            let before = self.carrying(resolver).await;
             self.attach(&before)?;
             failed.abandon()?;
             return Err(error.into());
         }
         self.image = image;
         self.index.take();
-        self.changed = false;
+        // Which next hops can be used depends on the interfaces that are attached now.
+        self.changed = true;
         self.datapath.retire_others()?;
         info!("new maps are in force; counters go on, flows stay where they are");
         Ok(())

@@ -53,8 +53,8 @@ pub struct Core {
     pub(super) links: Links,
     pub(super) attached: Vec<Attached>,
     pub(super) refused: Refused,
-    /// The interfaces as they were last attached.
-    pub(super) wanted: Wanted,
+    /// The interfaces as the start found them.
+    wanted: Wanted,
     checker: Checker<BackendKey>,
     pub(super) fsms: HashMap<BackendKey, Fsm>,
     pub(super) next_hops: HashMap<IpAddr, Answer>,
@@ -150,7 +150,11 @@ impl Core {
 
     /// Puts the program on every interface of `wanted`. On an error those that carried it before still do.
     pub(super) fn attach(&mut self, wanted: &Wanted) -> Result<(), DatapathError> {
-        let carried = self.links.pinned()?;
+        // By what they are: the configuration may have another name for one.
+        let mut carried = Vec::new();
+        for name in self.links.known()? {
+            carried.extend(self.links.place(&name)?);
+        }
         let mut attached: Vec<Attached> = Vec::new();
         for WantedLink { name, link, mode } in &wanted.links {
             match self.links.attach(&mut self.datapath, name, link, *mode) {
@@ -163,18 +167,14 @@ impl Core {
                 }
                 Err(error) => {
                     for (now, wanted) in attached.iter().zip(&wanted.links) {
-                        if !carried.contains(&now.name) {
+                        let before = wanted.link.xdp_program.map(|program| (now.ifindex, program));
+                        if before.is_none_or(|before| !carried.contains(&before)) {
                             self.links.detach(&mut self.datapath, &now.name, Some(&wanted.link))?;
                         }
                     }
                     return Err(error);
                 }
             }
-        }
-        self.wanted = wanted.clone();
-        // It may be attached again as it is, after a reload that failed.
-        for (wanted, now) in self.wanted.links.iter_mut().zip(&attached) {
-            wanted.link.xdp_generic = now.generic;
         }
         self.attached = attached;
         self.refused.clear();

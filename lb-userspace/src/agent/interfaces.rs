@@ -48,7 +48,7 @@ impl Wanted {
             }
             this.links.push(WantedLink { name: interface.name.clone(), link, mode: interface.mode });
         }
-        for name in links.pinned()? {
+        for name in links.known()? {
             let configured = config.interfaces.iter().any(|interface| interface.name == name);
             let ifindex = links.ifindex(&name)?.unwrap_or(0);
             // The file may call an interface by another name than before.
@@ -78,6 +78,20 @@ async fn find(name: &str, links: &mut Links, resolver: &Resolver) -> anyhow::Res
 }
 
 impl Core {
+    /// The interfaces that carry the program, as they are now: a reload that fails puts it back there. They may have been
+    /// made again, or changed otherwise, since they were attached.
+    pub(super) async fn carrying(&self, resolver: &Resolver) -> Wanted {
+        let mut wanted = Wanted::default();
+        for attached in &self.attached {
+            // One that is gone just now is looked after when that is noticed.
+            if let Ok(link) = resolver.link_of_index(attached.ifindex).await {
+                let mode = if attached.generic { Mode::Generic } else { Mode::Native };
+                wanted.links.push(WantedLink { name: attached.name.clone(), link, mode });
+            }
+        }
+        wanted
+    }
+
     /// Makes the kernel's interfaces what the configuration wants, whatever has happened to them: gone, back, renamed,
     /// with another MAC or MTU, or without the program. Also pins again what somebody has removed.
     pub async fn check_interfaces(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
@@ -87,7 +101,9 @@ impl Core {
         for (name, mode) in wanted {
             let Some(attached) = self.attached.iter().find(|attached| attached.name == name).cloned() else {
                 if let Ok(link) = resolver.link(&name).await {
-                    self.attach_one(&name, &link, mode, "attached: the interface is back");
+                    let was_refused = self.refused.contains_key(&name);
+                    let what = if was_refused { "attached" } else { "attached: the interface is back" };
+                    self.attach_one(&name, &link, mode, what);
                 }
                 continue;
             };
@@ -95,10 +111,17 @@ impl Core {
                 Ok(link) if link.xdp_program == Some(ours) => self.follow(&attached, &link)?,
                 Ok(link) => {
                     warn!(interface = %link.name, "the program was taken off");
+                    self.attached.retain(|entry| entry.name != name);
+                    self.changed = true;
                     self.attach_one(&name, &link, mode, "attached again");
                 }
                 Err(crate::nexthop::LinkError::NotFound { .. }) => self.let_go(&attached)?,
                 Err(error) => return Err(error.into()),
+            }
+        }
+        for attached in self.attached.clone() {
+            if self.links.pin_again(&attached)? {
+                warn!(interface = %attached.interface, "the pin of its link was removed; pinned again, the program was never off");
             }
         }
         for map in self.datapath.pin_again()? {
@@ -121,9 +144,6 @@ impl Core {
                 self.datapath.maps.set_interface(link.ifindex, now)?;
                 self.read_interfaces()?;
             }
-        }
-        if self.links.pin_again(attached)? {
-            warn!(interface = %link.name, "the pin of its link was removed; pinned again, the program was never off");
         }
         Ok(())
     }

@@ -130,6 +130,25 @@ impl BpfFs {
         Ok(statfs(&self.path)?.f_type as u32 == BPF_FS_MAGIC)
     }
 
+    /// Whether it is still there: somebody may have unmounted it.
+    pub fn check_mounted(&self) -> io::Result<()> {
+        match self.is_mounted() {
+            Ok(true) => Ok(()),
+            _ => Err(io::Error::other(format!(
+                "no longer mounted; interfaces that are attached forward while this agent lives; mount it again: {}",
+                mount_command(&self.path)
+            ))),
+        }
+    }
+
+    /// Whether something can be pinned at a path. A link that is pinned in vain is closed, and with it its program is off:
+    /// a directory is tried first.
+    pub fn check_pin(&self, path: &Path) -> io::Result<()> {
+        self.check_mounted()?;
+        std::fs::create_dir(path)?;
+        std::fs::remove_dir(path)
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

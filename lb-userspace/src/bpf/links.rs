@@ -47,9 +47,13 @@ impl Links {
         Self { fs, held: HashMap::new() }
     }
 
-    /// Interfaces whose link is pinned: they carry the program, or did before they went.
-    pub fn pinned(&self) -> Result<Vec<String>, DatapathError> {
-        self.fs.linked_interfaces().map_err(|source| fs_error(&self.fs, source))
+    /// Interfaces whose link is pinned or held: they carry the program, or did before they went.
+    pub fn known(&self) -> Result<Vec<String>, DatapathError> {
+        let mut names = self.fs.linked_interfaces().map_err(|source| fs_error(&self.fs, source))?;
+        names.extend(self.held.keys().cloned());
+        names.sort();
+        names.dedup();
+        Ok(names)
     }
 
     /// Puts the program on an interface: onto its link if it has one, else on a new one.
@@ -68,10 +72,9 @@ impl Links {
             Mode::Generic => link.xdp_generic,
         };
         let open = self.open(name)?;
+        let carried = open.as_ref().and_then(ifindex_of) == Some(link.ifindex);
         let swapped = match open {
-            Some(open) if fits && ifindex_of(&open) == Some(link.ifindex) => {
-                self.swap(datapath.program()?, name, link, open)?
-            }
+            Some(open) if fits && carried => self.swap(datapath.program()?, name, link, open)?,
             // Of another mode, or of a device that has gone. An open link would keep the interface busy.
             other => {
                 drop(other);
@@ -83,7 +86,14 @@ impl Links {
         } else {
             // With its pin the old link goes, if there is one.
             self.unpin(name)?;
-            self.attach_new(datapath.program()?, name, link, mode)?
+            let program = datapath.program()?;
+            match self.attach_new(program, name, link, mode) {
+                Err(error) if carried => {
+                    self.attach_as_before(program, name, link);
+                    return Err(error);
+                }
+                attached => attached?,
+            }
         };
         let known = datapath.maps.interface(link.ifindex);
         let mut flags = known.map_or(0, |known| known.flags) & Interface::RESTORE_GRO;
@@ -150,6 +160,10 @@ impl Links {
         if path.exists() {
             return Ok(false);
         }
+        if !self.held.contains_key(&attached.name) {
+            return Ok(false);
+        }
+        self.fs.check_pin(&path).map_err(|source| fs_error(&self.fs, source))?;
         let Some(open) = self.held.remove(&attached.name) else { return Ok(false) };
         let pinned = open.pin(&path).map_err(|error| pin_error(&attached.interface, &path, error))?;
         self.held.insert(attached.name.clone(), pinned.into());
@@ -180,10 +194,10 @@ impl Links {
 
     /// The configuration may call an interface by another name than before.
     fn adopt_alias(&mut self, name: &str, link: &Link) -> Result<(), DatapathError> {
-        if self.fs.link(name).exists() {
+        if self.held.contains_key(name) || self.fs.link(name).exists() {
             return Ok(());
         }
-        for other in self.pinned()? {
+        for other in self.known()? {
             if self.ifindex(&other)? == Some(link.ifindex) {
                 std::fs::rename(self.fs.link(&other), self.fs.link(name))
                     .map_err(|source| fs_error(&self.fs, source))?;
@@ -246,14 +260,27 @@ impl Links {
         let open = FdLink::try_from(owned)
             .map_err(|_: LinkError| DatapathError::NoLink { interface: link.name.clone() })?;
         fail_point!("pin");
-        self.hold(name, link, open)?;
+        // Without a pin it would end with the agent.
+        self.hold(name, link, open).inspect_err(|_| drop(self.held.remove(name)))?;
         Ok(generic)
+    }
+
+    /// Traffic goes on in the mode of before where another one is not to be had.
+    fn attach_as_before(&mut self, program: &mut Xdp, name: &str, link: &Link) {
+        let mode = if link.xdp_generic { Mode::Generic } else { Mode::Native };
+        if let Err(error) = self.attach_new(program, name, link, mode) {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(interface = %link.name, %error, "not attached in the mode of before either");
+        }
     }
 
     fn hold(&mut self, name: &str, link: &Link, open: FdLink) -> Result<(), DatapathError> {
         let path = self.fs.link(name);
         let open = if path.exists() {
             open
+        } else if let Err(source) = self.fs.check_pin(&path) {
+            self.held.insert(name.to_owned(), open);
+            return Err(fs_error(&self.fs, source));
         } else {
             open.pin(&path).map_err(|error| pin_error(&link.name, &path, error))?.into()
         };

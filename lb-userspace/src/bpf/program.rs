@@ -118,7 +118,9 @@ impl Datapath {
     }
 
     fn fresh(fs: BpfFs, capacity: Capacity, meta: &Meta) -> Result<Self, DatapathError> {
-        let generation = Generation::create(&fs)
+        let generation = fs
+            .check_mounted()
+            .and_then(|()| Generation::create(&fs))
             .map_err(|source| DatapathError::BpfFs { path: fs.path().display().to_string(), source })?;
         fail_point!("generation");
         let (ebpf, maps) = match load(&generation, &capacity, meta) {
@@ -194,6 +196,7 @@ impl Datapath {
 
     /// Pins maps again whose pins somebody has removed. Returns their names.
     pub fn pin_again(&self) -> Result<Vec<&'static str>, DatapathError> {
+        self.fs.check_mounted().map_err(|source| self.fs_error(source))?;
         Ok(self.maps.pin_again(&self.generation)?)
     }
 
