@@ -175,3 +175,24 @@ fn a_reload_of_mode_and_limits_together_leaves_no_backend_behind_a_device_that_c
     ensure!(backend.state == "unresolved" && backend.check.contains("br0 (bridge)"), "{backend:?}");
     balancer.command(&["verify"])?.expect(0, &[])
 }
+
+#[test]
+fn a_backend_that_left_the_file_while_no_agent_ran_is_left_alone_by_the_kernel() -> Result<()> {
+    let Some(stage) = Stage::set("uncared", 2)? else { return Ok(()) };
+    let mut config = stage.config();
+    let mut balancer = stage.start(&config)?;
+    let managed = |index| -> Result<bool> {
+        let shown = stage.balancer.ip(&format!("neigh show {}", stage::address(index, false)))?;
+        Ok(shown.contains("managed"))
+    };
+    let both = || managed(0).unwrap_or(false) && managed(1).unwrap_or(false);
+    wait_for("the kernel cares for both", PATIENCE, both)?;
+    balancer.process.kill();
+    config.backends.pop();
+    std::fs::write(&balancer.config, config.to_string())?;
+    balancer.restart()?;
+    balancer.process.wait_for_log("running", PATIENCE)?;
+    wait_for("the kernel cares for one", PATIENCE, || managed(1).is_ok_and(|managed| !managed))?;
+    ensure!(managed(0)?);
+    Ok(())
+}

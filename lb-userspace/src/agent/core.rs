@@ -123,7 +123,11 @@ impl Core {
     }
 
     /// Brings the first tables into force: into maps that were taken over, or into new ones that are attached then.
-    pub fn begin(&mut self) -> anyhow::Result<()> {
+    pub async fn begin(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
+        let before = match &self.datapath.predecessor {
+            Some(maps) => maps.image()?.neighbours(),
+            None => self.image.neighbours(),
+        };
         self.reconcile().context("the first tables cannot be written")?;
         let wanted = self.wanted.clone();
         if !self.datapath.adopted {
@@ -137,6 +141,9 @@ impl Core {
         self.datapath.retire_others()?;
         // Which next hops can be used depends on the interfaces that are attached.
         self.changed = true;
+        // Those of backends that have left the file: nobody else knows of them.
+        let left: Vec<_> = before.difference(&self.image.neighbours()).copied().collect();
+        resolver.unmanage(&left).await;
         self.detach_others(&wanted)
     }
 

@@ -197,7 +197,7 @@ async fn begin(core: &mut Core, resolver: &Resolver) -> anyhow::Result<()> {
     for (key, probe) in &first {
         core.on_probe(Instant::now(), key, probe);
     }
-    core.begin()?;
+    core.begin(resolver).await?;
     core.settle(resolver).await
 }
 

@@ -1,7 +1,6 @@
 //! `xlb detach`: the only command that takes xlb out of the kernel.
 
 use anyhow::Context;
-use lb_common::abi::Path;
 
 use crate::agent::run_dir;
 use crate::bpf::{self, BpfFs, Maps};
@@ -18,7 +17,9 @@ pub async fn run(run_dir: &std::path::Path) -> anyhow::Result<()> {
     let _lock = run_dir::lock_existing(run_dir).context("an agent that runs would attach again")?;
     let resolver = Resolver::new().context("netlink is not to be had")?;
     let links = resolver.links().await?;
-    let managed = next_hops(&fs);
+    // The kernel kept them confirmed for the agent. Maps that cannot be read name nobody; they are removed all the same.
+    let image = Maps::from_pins(&fs).and_then(|maps| maps.image());
+    let managed: Vec<_> = image.map(|image| image.neighbours()).unwrap_or_default().into_iter().collect();
     let mount = fs.path().to_owned();
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
     resolver.unmanage(&managed).await;
@@ -32,19 +33,4 @@ pub async fn run(run_dir: &std::path::Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-/// Neighbours that packets were sent to, by interface and MAC: the kernel kept them confirmed for the agent.
-fn next_hops(fs: &BpfFs) -> Vec<(u32, [u8; 6])> {
-    // Maps that cannot be read name nobody; they are removed all the same.
-    let Ok(image) = Maps::from_pins(fs).and_then(|maps| maps.image()) else { return Vec::new() };
-    let paths = image.backends.iter().map(|backend| Path::from_bits(backend.path));
-    let hops = paths.filter_map(|path| {
-        let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
-        Some((egress.ifindex, path.mac().bytes()))
-    });
-    let mut hops: Vec<_> = hops.collect();
-    hops.sort_unstable();
-    hops.dedup();
-    hops
 }

@@ -2,11 +2,11 @@
 //! that a packet meets. Tests, `xlb lookup` and the plan all work on it.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use lb_common::abi::{
-    BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, SLOTS_PER_ROW, SlotRow,
-    TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, Path, SLOTS_PER_ROW,
+    SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::flow;
 use lb_common::outcome::Outcome;
@@ -48,6 +48,16 @@ impl Image {
             egress: vec![Egress::default(); capacity.egress_rows as usize],
             interfaces: HashMap::new(),
         }
+    }
+
+    /// Neighbours that packets are sent to, by interface and MAC.
+    pub fn neighbours(&self) -> HashSet<(u32, [u8; 6])> {
+        let paths = self.backends.iter().map(|backend| Path::from_bits(backend.path));
+        let neighbours = paths.filter_map(|path| {
+            let egress = self.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
+            Some((egress.ifindex, path.mac().bytes()))
+        });
+        neighbours.collect()
     }
 
     pub fn vip_word4(&self) -> VipWord {
