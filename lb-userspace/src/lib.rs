@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod health;
 pub mod lookup;
+pub mod memory;
 pub mod nexthop;
 mod owned;
 pub mod reconcile;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::xdp::XdpLink;
@@ -16,6 +17,10 @@ use super::holder::holder;
 use super::program::{Datapath, DatapathError};
 use crate::config::model::Mode;
 use crate::nexthop::Link;
+
+/// The kernel frees a link after an RCU grace period, in a work queue: milliseconds, more where it is busy.
+const FREED_WITHIN: Duration = Duration::from_secs(1);
+const FREED_STEP: Duration = Duration::from_millis(2);
 
 /// An interface that carries the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,12 +92,16 @@ impl Links {
             // With its pin the old link goes, if there is one.
             self.unpin(name)?;
             let program = datapath.program()?;
-            match self.attach_new(program, name, link, mode) {
-                Err(error) if carried => {
-                    self.attach_as_before(program, name, link);
-                    return Err(error);
+            if carried {
+                match self.attach_when_free(program, name, link, mode) {
+                    Err(error) => {
+                        self.attach_as_before(program, name, link);
+                        return Err(error);
+                    }
+                    Ok(generic) => generic,
                 }
-                attached => attached?,
+            } else {
+                self.attach_new(program, name, link, mode)?
             }
         };
         let known = datapath.maps.interface(link.ifindex);
@@ -233,6 +242,26 @@ impl Links {
         Ok(true)
     }
 
+    /// As [`Self::attach_new`], to an interface whose link we have just let go: the kernel frees it aside, and the
+    /// interface is taken until then.
+    fn attach_when_free(
+        &mut self,
+        program: &mut Xdp,
+        name: &str,
+        link: &Link,
+        mode: Mode,
+    ) -> Result<bool, DatapathError> {
+        let deadline = Instant::now() + FREED_WITHIN;
+        loop {
+            match self.attach_new(program, name, link, mode) {
+                Err(DatapathError::Busy { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(FREED_STEP);
+                }
+                attached => return attached,
+            }
+        }
+    }
+
     /// Attaches and pins. Returns whether the mode is generic.
     fn attach_new(
         &mut self,
@@ -268,7 +297,7 @@ impl Links {
     /// Traffic goes on in the mode of before where another one is not to be had.
     fn attach_as_before(&mut self, program: &mut Xdp, name: &str, link: &Link) {
         let mode = if link.xdp_generic { Mode::Generic } else { Mode::Native };
-        if let Err(error) = self.attach_new(program, name, link, mode) {
+        if let Err(error) = self.attach_when_free(program, name, link, mode) {
             let error = format!("{:#}", anyhow::Error::from(error));
             tracing::warn!(interface = %link.name, %error, "not attached in the mode of before either");
         }
