@@ -255,6 +255,8 @@ fn verify_finds_what_somebody_else_wrote_with_an_agent_and_without() -> Result<(
     json.expect(5, &[])?;
     let differences: Vec<Difference> = serde_json::from_str(&json.stdout)?;
     ensure!(differences.iter().all(|difference| difference.found == "nobody"), "{differences:?}");
+    balancer.command(&["reload"])?.expect(0, &[])?;
+    verify(&balancer)?.expect(0, &["no difference"])?;
     std::fs::remove_file(balancer.run_dir.join("bpf/link_eth0"))?;
     verify(&balancer)?.expect(5, &["pin of the link on eth0"])?;
 

@@ -35,6 +35,9 @@ impl Core {
         let same_maps = capacity == *self.datapath.capacity();
         preflight(&config, &capacity)?;
         if same_maps {
+            // What somebody else wrote into them is undone.
+            self.image = self.datapath.maps.image()?;
+            self.index.take();
             // Beside what is in use there may be less room than in empty maps.
             plan(&self.image, &desired(&config, &World::default()), &capacity)?;
         }
