@@ -124,9 +124,10 @@ impl Core {
 
     /// Brings the first tables into force: into maps that were taken over, or into new ones that are attached then.
     pub async fn begin(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
-        let before = match &self.datapath.predecessor {
-            Some(maps) => maps.image()?.neighbours(),
-            None => self.image.neighbours(),
+        let backends = |image: &Image| (image.neighbours(), image.addresses());
+        let (neighbours, addresses) = match &self.datapath.predecessor {
+            Some(maps) => backends(&maps.image()?),
+            None => backends(&self.image),
         };
         self.reconcile().context("the first tables cannot be written")?;
         let wanted = self.wanted.clone();
@@ -142,8 +143,8 @@ impl Core {
         // Which next hops can be used depends on the interfaces that are attached.
         self.changed = true;
         // Those of backends that have left the file: nobody else knows of them.
-        let left: Vec<_> = before.difference(&self.image.neighbours()).copied().collect();
-        resolver.unmanage(&left).await;
+        let (neighbours_now, addresses_now) = backends(&self.image);
+        resolver.unmanage(&(&neighbours - &neighbours_now), &(&addresses - &addresses_now)).await;
         self.detach_others(&wanted)
     }
 

@@ -19,10 +19,11 @@ pub async fn run(run_dir: &std::path::Path) -> anyhow::Result<()> {
     let links = resolver.links().await?;
     // The kernel kept them confirmed for the agent. Maps that cannot be read name nobody; they are removed all the same.
     let image = Maps::from_pins(&fs).and_then(|maps| maps.image());
-    let managed: Vec<_> = image.map(|image| image.neighbours()).unwrap_or_default().into_iter().collect();
+    let (neighbours, addresses) =
+        image.map(|image| (image.neighbours(), image.addresses())).unwrap_or_default();
     let mount = fs.path().to_owned();
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
-    resolver.unmanage(&managed).await;
+    resolver.unmanage(&neighbours, &addresses).await;
     let interfaces = detached.interfaces.join(", ");
     let interfaces = if interfaces.is_empty() { "no interface" } else { &interfaces };
     say!("detached from {interfaces}; maps and pins are removed");

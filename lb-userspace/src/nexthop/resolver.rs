@@ -153,12 +153,12 @@ impl Resolver {
     }
 
     /// Takes neighbours out of the kernel's care that the follower has put there: those with these MAC addresses on
-    /// these interfaces, by index. The entries stay, and age like any other.
-    pub async fn unmanage(&self, neighbours: &[(u32, [u8; 6])]) {
-        if neighbours.is_empty() {
+    /// these interfaces, by index, and those with these addresses, who may have no MAC any more. The entries stay, and
+    /// age like any other.
+    pub async fn unmanage(&self, neighbours: &HashSet<(u32, [u8; 6])>, addresses: &HashSet<IpAddr>) {
+        if neighbours.is_empty() && addresses.is_empty() {
             return;
         }
-        let wanted: HashSet<(u32, &[u8])> = neighbours.iter().map(|(i, mac)| (*i, mac.as_slice())).collect();
         let all = match self.netlink.neighbours().await {
             Ok(all) => all,
             Err(error) => {
@@ -167,8 +167,9 @@ impl Resolver {
             }
         };
         for neighbour in all.iter().filter(|neighbour| neighbour.managed) {
-            let mac = neighbour.mac.as_deref().unwrap_or_default();
-            if wanted.contains(&(neighbour.ifindex, mac)) {
+            let mac = neighbour.mac.as_deref().and_then(|mac| mac.try_into().ok());
+            let by_mac = mac.is_some_and(|mac| neighbours.contains(&(neighbour.ifindex, mac)));
+            if by_mac || addresses.contains(&neighbour.address) {
                 self.release((neighbour.ifindex, neighbour.address), Some(neighbour)).await;
             }
         }

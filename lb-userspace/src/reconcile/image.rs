@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 
 use lb_common::abi::{
     BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, Path, SLOTS_PER_ROW,
@@ -15,6 +16,7 @@ use lb_common::tables::Tables;
 
 use super::op::MapOp;
 use crate::capacity::Capacity;
+use crate::lookup;
 
 /// The tables, as they lie in the maps.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +60,11 @@ impl Image {
             Some((egress.ifindex, path.mac().bytes()))
         });
         neighbours.collect()
+    }
+
+    /// Addresses of backends, with a next hop or without.
+    pub fn addresses(&self) -> HashSet<IpAddr> {
+        self.backends.iter().filter_map(lookup::address).collect()
     }
 
     pub fn vip_word4(&self) -> VipWord {

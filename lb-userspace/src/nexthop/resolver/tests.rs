@@ -359,7 +359,8 @@ fn neighbours_are_taken_out_of_the_kernels_care_by_interface_and_mac() {
         }
         let resolver = Resolver::new().unwrap();
         let ifindex = resolver.link("near0").await.unwrap().ifindex;
-        resolver.unmanage(&[(ifindex, [2, 0, 0, 0, 0, 0x50]), (ifindex + 1, [2, 0, 0, 0, 0, 0x51])]).await;
+        let neighbours = [(ifindex, [2, 0, 0, 0, 0, 0x50]), (ifindex + 1, [2, 0, 0, 0, 0, 0x51])];
+        resolver.unmanage(&neighbours.into(), &HashSet::new()).await;
         let shown = |address| lab.near_shows(&format!("neigh show {address}"));
         let released = shown("10.77.0.50");
         assert!(!released.contains("managed") && released.contains("02:00:00:00:00:50"), "{released}");
