@@ -60,15 +60,24 @@ impl Core {
         for (key, probe) in first {
             self.on_probe(Instant::now(), key, probe);
         }
-        if same_maps {
-            self.reconcile().context("the tables cannot be written")?;
-        } else if let Err(error) = self.turn_over(capacity, &wanted, resolver).await {
+        let taken = if same_maps {
+            self.reconcile().context("the tables cannot be written")
+        } else {
+            self.turn_over(capacity, &wanted, resolver).await
+        };
+        if let Err(error) = taken {
             (self.config, self.fsms, self.next_hops) = before;
+            self.changed = true;
             return Err(error);
         }
         self.start_checks();
-        self.detach_others(&wanted)?;
-        self.settle(resolver).await?;
+        // The configuration is in force: what is left of the one before does no harm, and goes with the next reload.
+        if let Err(error) = self.detach_others(&wanted) {
+            warn!(error = %format!("{error:#}"), "interfaces that are no longer configured stay attached");
+        }
+        if let Err(error) = self.settle(resolver).await {
+            warn!(error = %format!("{error:#}"), "the program keeps features that nothing needs");
+        }
         self.note_reload(Ok(()));
         Ok(())
     }
