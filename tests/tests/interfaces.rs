@@ -196,20 +196,3 @@ fn a_backend_that_left_the_file_while_no_agent_ran_is_left_alone_by_the_kernel()
     ensure!(managed(0)?);
     Ok(())
 }
-
-/// A next hop that is lost is in no table any more, but the kernel goes on to ask for its neighbour.
-#[test]
-fn detach_ends_the_kernels_care_for_a_backend_that_had_fallen_silent() -> Result<()> {
-    let Some(stage) = Stage::set("silent", 1)? else { return Ok(()) };
-    let balancer = stage.start(&stage.config())?;
-    let neighbour = || stage.balancer.ip(&format!("neigh show {}", stage::address(0, false)));
-    let managed = || neighbour().is_ok_and(|shown| shown.contains("managed"));
-    wait_for("the kernel cares for it", PATIENCE, managed)?;
-    stage.backends[0].host.set_link("eth0", false)?;
-    let unresolved = || balancer.backends().is_ok_and(|backends| backends[0].state == "unresolved");
-    wait_for("it is given up", 4 * PATIENCE, unresolved)?;
-    ensure!(managed(), "{}", neighbour()?);
-    balancer.process_ends()?;
-    ensure!(!managed(), "{}", neighbour()?);
-    Ok(())
-}

@@ -368,6 +368,22 @@ fn neighbours_are_taken_out_of_the_kernels_care_by_interface_and_mac() {
     });
 }
 
+/// A silent one has no MAC by which to know it.
+#[test]
+fn a_silent_neighbour_is_taken_out_of_the_kernels_care_by_its_address() {
+    in_lab(async |lab: &Lab| {
+        for host in [50, 51] {
+            lab.near_ip(&format!("neigh add 10.77.0.{host} dev near0 managed"));
+        }
+        let shown = |host: u8| lab.near_shows(&format!("neigh show 10.77.0.{host}"));
+        assert!(shown(50).contains("managed") && !shown(50).contains("lladdr"), "{}", shown(50));
+        let address = IpAddr::from([10, 77, 0, 50]);
+        Resolver::new().unwrap().unmanage(&HashSet::new(), &[address].into()).await;
+        assert!(!shown(50).contains("managed"), "{}", shown(50));
+        assert!(shown(51).contains("managed"), "{}", shown(51));
+    });
+}
+
 #[test]
 fn asking_for_a_neighbour_leaves_the_marks_that_others_have_put_on_it() {
     in_lab(async |lab: &Lab| {
