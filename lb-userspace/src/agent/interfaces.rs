@@ -100,11 +100,7 @@ impl Core {
             self.config().interfaces.iter().map(|i| (i.name.clone(), i.mode)).collect();
         for (name, mode) in wanted {
             let Some(attached) = self.attached.iter().find(|attached| attached.name == name).cloned() else {
-                if let Ok(link) = resolver.link(&name).await {
-                    let was_refused = self.refused.contains_key(&name);
-                    let what = if was_refused { "attached" } else { "attached: the interface is back" };
-                    self.attach_one(&name, &link, mode, what);
-                }
+                self.attach_if_there(&name, mode, resolver).await;
                 continue;
             };
             match resolver.link_of_index(attached.ifindex).await {
@@ -115,7 +111,11 @@ impl Core {
                     self.changed = true;
                     self.attach_one(&name, &link, mode, "attached again");
                 }
-                Err(crate::nexthop::LinkError::NotFound { .. }) => self.let_go(&attached)?,
+                Err(crate::nexthop::LinkError::NotFound { .. }) => {
+                    self.let_go(&attached)?;
+                    // It may have been made again before the first event was read.
+                    self.attach_if_there(&name, mode, resolver).await;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -128,6 +128,13 @@ impl Core {
             warn!(map, "its pin was removed; pinned again");
         }
         Ok(())
+    }
+
+    async fn attach_if_there(&mut self, name: &str, mode: Mode, resolver: &Resolver) {
+        let Ok(link) = resolver.link(name).await else { return };
+        let was_refused = self.refused.contains_key(name);
+        let what = if was_refused { "attached" } else { "attached: the interface is back" };
+        self.attach_one(name, &link, mode, what);
     }
 
     /// An interface that carries the program, with what may have changed of it.
