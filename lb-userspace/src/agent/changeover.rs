@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::adopt::ids;
 use super::core::{BackendKey, Core, NextHops, keys, preflight};
 use super::interfaces::{self, Wanted};
-use crate::bpf::{Datapath, DatapathError, RowPairs};
+use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
 use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, Probe};
@@ -141,8 +141,7 @@ impl Core {
             next.maps.apply(&op)?;
             image.apply(&op);
         }
-        let (vips, backends) = same_rows(&self.image, &image);
-        next.maps.inherit(&self.datapath.maps, &vips, &backends)?;
+        inherit(next, &self.datapath.maps, &self.image, &image)?;
         next.complete();
         Ok(Image { meta: *next.meta(), ..image })
     }
@@ -185,8 +184,14 @@ impl Core {
     }
 }
 
+/// Gives new maps, in which `to` lies, what the maps before, with `from` in them, have counted.
+pub(super) fn inherit(next: &mut Datapath, before: &Maps, from: &Image, to: &Image) -> Result<(), MapsError> {
+    let (vips, backends) = same_rows(from, to);
+    next.maps.inherit(before, &vips, &backends)
+}
+
 /// Counter rows that stand for the same in two sets of tables: of VIPs, and of backends, from and to.
-pub(super) fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
+fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
     let (old_vips, new_vips) = (present_vips(from), present_vips(to));
     // Entries that mark an address have no counters.
     let counted = new_vips.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);

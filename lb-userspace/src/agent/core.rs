@@ -10,7 +10,7 @@ use anyhow::Context;
 use tracing::{info, warn};
 
 use super::adopt;
-use super::changeover::same_rows;
+use super::changeover::inherit;
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Transitions};
 use super::verify::{self, Verification};
@@ -53,8 +53,6 @@ pub struct Core {
     pub(super) links: Links,
     pub(super) attached: Vec<Attached>,
     pub(super) refused: Refused,
-    /// The interfaces as the start found them.
-    wanted: Wanted,
     checker: Checker<BackendKey>,
     pub(super) fsms: HashMap<BackendKey, Fsm>,
     pub(super) next_hops: HashMap<IpAddr, Answer>,
@@ -69,14 +67,15 @@ pub struct Core {
 }
 
 impl Core {
-    /// Loads the program and takes over what an earlier agent left. Writes no tables yet.
+    /// Loads the program and takes over what an earlier agent left. Writes no tables yet. Also returns the interfaces
+    /// as it found them, for [`Self::begin`].
     pub async fn start(
         path: &std::path::Path,
         config: Config,
         fs: BpfFs,
         resolver: &Resolver,
         checker: Checker<BackendKey>,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<(Self, Wanted)> {
         let capacity = Capacity::new(&config.limits);
         preflight(&config, &capacity)?;
         interfaces::refuse_local_vips(&config, resolver).await?;
@@ -94,7 +93,6 @@ impl Core {
             links,
             attached: Vec::new(),
             refused: Refused::new(),
-            wanted: Wanted::default(),
             checker,
             next_hops: HashMap::new(),
             empty: HashSet::new(),
@@ -110,34 +108,32 @@ impl Core {
             core.attach(&wanted)?;
         }
         let before = match &core.datapath.predecessor {
-            Some(maps) => maps.image()?,
-            None => core.image.clone(),
+            Some(maps) => Some(maps.image()?),
+            None => None,
         };
-        core.fsms = adopt::health(&core.config, &before);
+        let before = before.as_ref().unwrap_or(&core.image);
+        let fsms = adopt::health(&core.config, before);
         let known = |ifindex| wanted.links.iter().map(|wanted| &wanted.link).find(|l| l.ifindex == ifindex);
         let held = |hop| Answer { hop, doubt: None };
-        let adopted = adopt::next_hops(&core.config, &before, known);
+        let adopted = adopt::next_hops(&core.config, before, known);
         core.next_hops = adopted.into_iter().map(|(address, hop)| (address, held(hop))).collect();
-        core.wanted = wanted;
-        Ok(core)
+        core.fsms = fsms;
+        Ok((core, wanted))
     }
 
     /// Brings the first tables into force: into maps that were taken over, or into new ones that are attached then.
-    pub async fn begin(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
+    pub async fn begin(&mut self, wanted: &Wanted, resolver: &Resolver) -> anyhow::Result<()> {
         let backends = |image: &Image| (image.neighbours(), image.addresses());
-        let (neighbours, addresses) = match &self.datapath.predecessor {
-            Some(maps) => backends(&maps.image()?),
-            None => backends(&self.image),
-        };
+        let before = self.datapath.predecessor.take();
+        let before = before.map(|maps| Ok::<_, MapsError>((maps.image()?, maps))).transpose()?;
+        let (neighbours, addresses) = backends(before.as_ref().map_or(&self.image, |(image, _)| image));
         self.reconcile().context("the first tables cannot be written")?;
-        let wanted = self.wanted.clone();
         if !self.datapath.adopted {
-            if let Some(before) = self.datapath.predecessor.take() {
-                let (vips, backends) = same_rows(&before.image()?, &self.image);
-                self.datapath.maps.inherit(&before, &vips, &backends)?;
+            if let Some((image, maps)) = &before {
+                inherit(&mut self.datapath, maps, image, &self.image)?;
             }
             self.datapath.complete();
-            self.attach(&wanted)?;
+            self.attach(wanted)?;
         }
         self.datapath.retire_others()?;
         // Which next hops can be used depends on the interfaces that are attached.
@@ -145,7 +141,7 @@ impl Core {
         // Those of backends that have left the file: nobody else knows of them.
         let (neighbours_now, addresses_now) = backends(&self.image);
         resolver.unmanage(&(&neighbours - &neighbours_now), &(&addresses - &addresses_now)).await;
-        self.detach_others(&wanted)
+        self.detach_others(wanted)
     }
 
     pub fn config(&self) -> &Config {

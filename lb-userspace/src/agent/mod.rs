@@ -36,6 +36,7 @@ use crate::nexthop::{Event, Follower, Resolver};
 
 use self::core::{BackendKey, Core};
 pub use self::core::{keys, preflight};
+use self::interfaces::Wanted;
 use self::notify::Notify;
 use self::reload::Reloader;
 pub use self::reload::{Refused, Summary};
@@ -101,9 +102,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let fs = BpfFs::open(&options.run_dir)?;
     let fresh = !fs.is_used()?;
     let started = Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await;
-    let mut core = started.inspect_err(|_| give_up(&fs, fresh))?;
+    let (mut core, wanted) = started.inspect_err(|_| give_up(&fs, fresh))?;
     tokio::spawn(api::serve(socket, request_tx));
-    if let Err(error) = begin(&mut core, &resolver).await {
+    if let Err(error) = begin(&mut core, &wanted, &resolver).await {
         drop(core);
         give_up(&fs, fresh);
         return Err(error);
@@ -188,7 +189,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// The first tables. Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before.
-async fn begin(core: &mut Core, resolver: &Resolver) -> anyhow::Result<()> {
+async fn begin(core: &mut Core, wanted: &Wanted, resolver: &Resolver) -> anyhow::Result<()> {
     let unknown = core.unknown(core.config());
     let addresses = core.to_resolve(core.config(), true);
     let hops = resolver.resolve_all(&addresses, FIRST_RESOLVE);
@@ -197,7 +198,7 @@ async fn begin(core: &mut Core, resolver: &Resolver) -> anyhow::Result<()> {
     for (key, probe) in &first {
         core.on_probe(Instant::now(), key, probe);
     }
-    core.begin(resolver).await?;
+    core.begin(wanted, resolver).await?;
     core.settle(resolver).await
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::xdp::XdpLink;
+use aya::programs::xdp::{XdpLink, XdpLinkId};
 use aya::programs::{ProgramError, Xdp, XdpMode};
 use lb_common::abi::Interface;
 use lb_common::wire::Mac;
@@ -92,17 +92,11 @@ impl Links {
             // With its pin the old link goes, if there is one.
             self.unpin(name)?;
             let program = datapath.program()?;
-            if carried {
-                match self.attach_when_free(program, name, link, mode) {
-                    Err(error) => {
-                        self.attach_as_before(program, name, link);
-                        return Err(error);
-                    }
-                    Ok(generic) => generic,
-                }
-            } else {
-                self.attach_new(program, name, link, mode)?
+            let attached = self.attach_new(program, name, link, mode, carried);
+            if carried && attached.is_err() {
+                self.attach_as_before(program, name, link);
             }
+            attached?
         };
         let known = datapath.maps.interface(link.ifindex);
         let mut flags = known.map_or(0, |known| known.flags) & Interface::RESTORE_GRO;
@@ -166,10 +160,7 @@ impl Links {
     /// Pins a link again whose pin somebody has removed. Returns whether that was so.
     pub fn pin_again(&mut self, attached: &Attached) -> Result<bool, DatapathError> {
         let path = self.fs.link(&attached.name);
-        if path.exists() {
-            return Ok(false);
-        }
-        if !self.held.contains_key(&attached.name) {
+        if path.exists() || !self.held.contains_key(&attached.name) {
             return Ok(false);
         }
         self.fs.check_pin(&path).map_err(|source| fs_error(&self.fs, source))?;
@@ -242,48 +233,26 @@ impl Links {
         Ok(true)
     }
 
-    /// As [`Self::attach_new`], to an interface whose link we have just let go: the kernel frees it aside, and the
-    /// interface is taken until then.
-    fn attach_when_free(
-        &mut self,
-        program: &mut Xdp,
-        name: &str,
-        link: &Link,
-        mode: Mode,
-    ) -> Result<bool, DatapathError> {
-        let deadline = Instant::now() + FREED_WITHIN;
-        loop {
-            match self.attach_new(program, name, link, mode) {
-                Err(DatapathError::Busy { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(FREED_STEP);
-                }
-                attached => return attached,
-            }
-        }
-    }
-
-    /// Attaches and pins. Returns whether the mode is generic.
+    /// Attaches and pins. Returns whether the mode is generic. With `freed`, our own link has just been let go: the kernel
+    /// frees it aside, and the interface is taken until then.
     fn attach_new(
         &mut self,
         program: &mut Xdp,
         name: &str,
         link: &Link,
         mode: Mode,
+        freed: bool,
     ) -> Result<bool, DatapathError> {
         fail_point!("attach");
-        let native = match mode {
-            Mode::Auto | Mode::Native => program.attach_to_if_index(link.ifindex, XdpMode::Driver),
-            Mode::Generic => program.attach_to_if_index(link.ifindex, XdpMode::Skb),
-        };
-        let (id, generic) = match native {
-            Ok(id) => (id, mode == Mode::Generic),
-            Err(error) if mode == Mode::Auto && is_native_refusal(&error) => {
-                let reason = attach_error(link, Mode::Native, error);
-                tracing::warn!(interface = %link.name, %reason, "native XDP is not to be had; running in generic mode, which is several times slower");
-                let id = program.attach_to_if_index(link.ifindex, XdpMode::Skb);
-                (id.map_err(|error| attach_error(link, mode, error))?, true)
+        let deadline = Instant::now() + if freed { FREED_WITHIN } else { Duration::ZERO };
+        let (id, generic) = loop {
+            match try_attach(program, link, mode) {
+                Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(FREED_STEP);
+                }
+                Err(error) => return Err(attach_error(link, mode, error)),
+                Ok(attached) => break attached,
             }
-            Err(error) => return Err(attach_error(link, mode, error)),
         };
         let owned = program.take_link(id).map_err(|error| attach_error(link, mode, error))?;
         let open = FdLink::try_from(owned)
@@ -297,7 +266,7 @@ impl Links {
     /// Traffic goes on in the mode of before where another one is not to be had.
     fn attach_as_before(&mut self, program: &mut Xdp, name: &str, link: &Link) {
         let mode = if link.xdp_generic { Mode::Generic } else { Mode::Native };
-        if let Err(error) = self.attach_when_free(program, name, link, mode) {
+        if let Err(error) = self.attach_new(program, name, link, mode, true) {
             let error = format!("{:#}", anyhow::Error::from(error));
             tracing::warn!(interface = %link.name, %error, "not attached in the mode of before either");
         }
@@ -386,6 +355,23 @@ fn errno(error: &ProgramError) -> Option<i32> {
     }
 }
 
+/// In the mode that is asked for, or in the one that is to be had. Returns whether it is generic.
+fn try_attach(program: &mut Xdp, link: &Link, mode: Mode) -> Result<(XdpLinkId, bool), ProgramError> {
+    let wanted = if mode == Mode::Generic { XdpMode::Skb } else { XdpMode::Driver };
+    match program.attach_to_if_index(link.ifindex, wanted) {
+        Err(error) if mode == Mode::Auto && is_native_refusal(&error) => {
+            let reason = attach_error(link, Mode::Native, error);
+            tracing::warn!(interface = %link.name, %reason, "native XDP is not to be had; running in generic mode, which is several times slower");
+            Ok((program.attach_to_if_index(link.ifindex, XdpMode::Skb)?, true))
+        }
+        attached => Ok((attached?, mode == Mode::Generic)),
+    }
+}
+
+fn is_busy(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::EBUSY | libc::EEXIST))
+}
+
 /// The driver says no to native XDP, not to XDP.
 fn is_native_refusal(error: &ProgramError) -> bool {
     matches!(errno(error), Some(libc::EOPNOTSUPP | libc::ERANGE | libc::EINVAL | libc::ENOSPC | libc::E2BIG))
@@ -394,7 +380,7 @@ fn is_native_refusal(error: &ProgramError) -> bool {
 fn attach_error(link: &Link, mode: Mode, error: ProgramError) -> DatapathError {
     let interface = link.name.clone();
     match errno(&error) {
-        Some(libc::EBUSY | libc::EEXIST) => DatapathError::Busy { holder: holder(link), interface },
+        _ if is_busy(&error) => DatapathError::Busy { holder: holder(link), interface },
         Some(libc::ERANGE) => DatapathError::Mtu { interface, mtu: link.mtu },
         Some(libc::EOPNOTSUPP) if mode == Mode::Native => DatapathError::NoNative { interface },
         _ => DatapathError::Attach { interface, source: Box::new(error) },

@@ -144,8 +144,7 @@ impl Datapath {
     }
 
     /// Removes all other sets of maps. No interface may be left that goes by them.
-    pub fn retire_others(&mut self) -> Result<(), DatapathError> {
-        self.predecessor = None;
+    pub fn retire_others(&self) -> Result<(), DatapathError> {
         for other in Generation::all(&self.fs).map_err(|source| self.fs_error(source))? {
             if other != self.generation {
                 fail_point!("retire");
