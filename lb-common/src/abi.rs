@@ -7,7 +7,7 @@
 use crate::wire::{Address6, Be16, Mac};
 
 /// Version of the layouts in this file. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Names of the maps, which are their names in the object, in the kernel (15 bytes at most) and below the pin directory.
 pub mod map {
@@ -15,6 +15,8 @@ pub mod map {
     pub const VIP_WORDS: &str = "XLB_VIP_WORDS";
     pub const VIPS4: &str = "XLB_VIPS4";
     pub const VIPS6: &str = "XLB_VIPS6";
+    pub const VIP_FILTER: &str = "XLB_VIP_FILTER";
+    pub const PORT_RULES: &str = "XLB_PORT_RULES";
     pub const TABLES: &str = "XLB_TABLES";
     pub const TABLE_STATES: &str = "XLB_TABLE_STATE";
     pub const SLOTS: &str = "XLB_SLOTS";
@@ -24,6 +26,8 @@ pub mod map {
     pub const OUTCOMES: &str = "XLB_OUTCOMES";
     pub const VIP_TRAFFIC: &str = "XLB_VIP_TRAFFIC";
     pub const BACKEND_TRAFFIC: &str = "XLB_BE_TRAFFIC";
+    /// Not pinned: an allowance is not worth keeping over a change of the program.
+    pub const ALLOWANCES: &str = "XLB_ALLOWANCES";
 
     /// Decapsulation on a backend.
     pub const DECAP_VIPS: &str = "XLB_DECAP_VIPS";
@@ -35,6 +39,7 @@ pub mod map {
 /// Names of load-time constants in the objects.
 pub mod constant {
     pub const CONSTANTS: &str = "CONSTANTS";
+    pub const DECAP: &str = "DECAP";
     pub const BENCH: &str = "BENCH";
 }
 
@@ -58,7 +63,7 @@ macro_rules! word {
     };
 }
 
-word!(Features, VipWord, TableWord, Path);
+word!(Features, VipWord, PrefixLengths, VipTarget, TableWord, Path);
 
 /// Features of a loaded program. A feature that is off costs nothing: the verifier removes it.
 #[repr(transparent)]
@@ -73,6 +78,18 @@ impl Features {
     pub const L2: Self = Self(1 << 4);
     pub const VIP_ARP: Self = Self(1 << 5);
     pub const TRACE: Self = Self(1 << 6);
+    pub const GUE4: Self = Self(1 << 7);
+    pub const GUE6: Self = Self(1 << 8);
+    /// Frames with VLAN tags are balanced too.
+    pub const VLAN: Self = Self(1 << 9);
+    /// Some address has port ranges, or any port.
+    pub const PORT_RULES: Self = Self(1 << 10);
+    /// Some VIP is a prefix.
+    pub const PREFIXES: Self = Self(1 << 11);
+    /// Some service hashes by source.
+    pub const SOURCE_HASH: Self = Self(1 << 12);
+    /// Echo requests to VIPs are answered.
+    pub const ECHO: Self = Self(1 << 13);
     pub const ALL: &[(Self, &str)] = &[
         (Self::IPV4, "ipv4"),
         (Self::IPV6, "ipv6"),
@@ -81,6 +98,13 @@ impl Features {
         (Self::L2, "l2"),
         (Self::VIP_ARP, "vip_arp"),
         (Self::TRACE, "trace"),
+        (Self::GUE4, "gue4"),
+        (Self::GUE6, "gue6"),
+        (Self::VLAN, "vlan"),
+        (Self::PORT_RULES, "port_rules"),
+        (Self::PREFIXES, "prefixes"),
+        (Self::SOURCE_HASH, "source_hash"),
+        (Self::ECHO, "echo"),
     ];
 
     #[inline(always)]
@@ -99,6 +123,8 @@ impl Features {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Constants {
     pub features: u64,
+    /// ICMP messages of each kind (`allowance::Answer`) that a CPU sends in a second.
+    pub icmp_rate: u64,
     /// Keys of the flow hash, derived from the cluster seed (`flow::keys`).
     pub hash_keys: [u64; HASH_KEYS],
 }
@@ -106,7 +132,7 @@ pub struct Constants {
 /// Number of 64-bit keys of the flow hash.
 pub const HASH_KEYS: usize = 10;
 
-const _: () = assert!(size_of::<Constants>() == 88);
+const _: () = assert!(size_of::<Constants>() == 96);
 
 /// `XLB_META`, row 0: what an agent compares before it adopts pinned maps.
 /// Written once when the maps are made; the packet path does not read it.
@@ -120,7 +146,9 @@ pub struct Meta {
     pub seed: u64,
     /// Features of the program that is attached.
     pub features: u64,
-    pub spare: [u64; 4],
+    /// As in `Constants`.
+    pub icmp_rate: u64,
+    pub spare: [u64; 3],
 }
 
 const _: () = assert!(size_of::<Meta>() == 64);
@@ -161,8 +189,34 @@ impl VipWord {
 /// Index of a family's word in `XLB_VIP_WORDS`.
 pub const VIP_WORD_V4: u32 = 0;
 pub const VIP_WORD_V6: u32 = 1;
+/// Index of a family's `PrefixLengths`, in the same map.
+pub const PREFIX_LENGTHS_V4: u32 = 2;
+pub const PREFIX_LENGTHS_V6: u32 = 3;
+pub const VIP_WORDS: u32 = 4;
 
-/// A port in network byte order in the upper half, the protocol in the lowest byte.
+/// Lengths of the prefixes that are VIPs, one in a byte, longest first in the lowest; 0 ends them.
+///
+/// Grows before the VIP word that brings a new length, and shrinks after it: a length too many finds
+/// nothing. So it holds twice as many as a family may have.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PrefixLengths(u64);
+
+impl PrefixLengths {
+    pub const ROOM: u32 = 8;
+
+    /// The length at `index` (below `ROOM`), or 0.
+    #[inline(always)]
+    pub const fn get(self, index: u32) -> u32 {
+        (self.0 >> (index * 8)) as u32 & 0xff
+    }
+}
+
+/// Different prefix lengths that the VIPs of a family may have.
+pub const MOST_PREFIX_LENGTHS: u32 = PrefixLengths::ROOM / 2;
+
+/// A port in network byte order in the upper half, the protocol in the lowest byte; or an entry that is
+/// not about one port.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Hash)]
 pub struct PortKey(pub u32);
@@ -170,6 +224,34 @@ pub struct PortKey(pub u32);
 impl PortKey {
     /// The entry that says "this address is a VIP", whatever port and protocol: 255 is no protocol (IANA: reserved).
     pub const ADDRESS: Self = Self(255);
+    const PREFIX: u32 = 1 << 8;
+    const FRAGMENTS: u32 = 2 << 8;
+
+    /// The entry that says "these addresses are VIPs": the entry's address is masked to `length` bits.
+    #[inline(always)]
+    pub const fn prefix(length: u32) -> Self {
+        Self(Self::PREFIX | length)
+    }
+
+    /// The entry that takes fragments of a protocol, which have no ports.
+    #[inline(always)]
+    pub const fn fragments(protocol: u8) -> Self {
+        Self(Self::FRAGMENTS | protocol as u32)
+    }
+
+    /// The length of a prefix entry.
+    pub const fn prefix_length(self) -> Option<u32> {
+        if self.0 & !0xff == Self::PREFIX { Some(self.0 & 0xff) } else { None }
+    }
+
+    /// Whether the entry leads to rules, not to a table: it marks an address or a prefix.
+    pub const fn is_address(self) -> bool {
+        self.0 == Self::ADDRESS.0 || self.prefix_length().is_some()
+    }
+
+    pub const fn is_fragments(self) -> bool {
+        self.0 & !0xff == Self::FRAGMENTS
+    }
 
     pub const fn new(port: u16, protocol: u8) -> Self {
         Self((port.to_be() as u32) << 16 | protocol as u32)
@@ -210,15 +292,120 @@ pub struct Vip6 {
     pub target: VipTarget,
 }
 
-/// The table of a VIP and the row of its counters.
+/// Where a VIP entry leads, in one word.
+///
+/// Of a service: bits 0-15 the table, 16-31 flags, 32-63 the row of its counters. Of an address or a
+/// prefix: bits 0-15 the number of its port rules, 16-31 flags, 32-63 the first of them. Zero is none.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct VipTarget(u64);
+
+impl VipTarget {
+    /// Of a service: the flow hash is over the client's address alone.
+    pub const SOURCE_HASH: u16 = 1 << 0;
+    /// Of an address: what no service takes passes to the host's stack.
+    pub const UNMAPPED_PASS: u16 = 1 << 1;
+    /// Of an address: a port that no service takes is answered with an ICMP error.
+    pub const UNMAPPED_REJECT: u16 = 1 << 2;
+    const SERVICE: u16 = 1 << 14;
+    const ADDRESS: u16 = 1 << 15;
+    /// No entry.
+    pub const NONE: Self = Self(0);
+
+    const fn new(low: u16, flags: u16, high: u32) -> Self {
+        Self(low as u64 | (flags as u64) << 16 | (high as u64) << 32)
+    }
+
+    pub const fn service(table: u16, flags: u16, vip: u32) -> Self {
+        Self::new(table, flags | Self::SERVICE, vip)
+    }
+
+    pub const fn address(rules: u16, flags: u16, first_rule: u32) -> Self {
+        Self::new(rules, flags | Self::ADDRESS, first_rule)
+    }
+
+    #[inline(always)]
+    pub const fn is_service(self) -> bool {
+        self.has(Self::SERVICE)
+    }
+
+    #[inline(always)]
+    pub const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    #[inline(always)]
+    pub const fn table(self) -> u16 {
+        self.0 as u16
+    }
+
+    #[inline(always)]
+    pub const fn has(self, flag: u16) -> bool {
+        self.0 & (flag as u64) << 16 != 0
+    }
+
+    pub const fn flags(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// The row of the counters.
+    #[inline(always)]
+    pub const fn vip(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    pub const fn rules(self) -> u32 {
+        self.table() as u32
+    }
+
+    #[inline(always)]
+    pub const fn first_rule(self) -> u32 {
+        self.vip()
+    }
+}
+
+/// Ports of an address that are no exact entries: a range, or any (0 to 65535). The first rule that
+/// holds a port is taken, so the agent orders them: exact, range, any.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct VipTarget {
-    pub table: u16,
-    /// None is defined yet.
-    pub flags: u16,
-    pub vip: u32,
+pub struct PortRule {
+    /// Bits 0-15 the lowest port, 16-31 the highest; in host byte order.
+    pub ports: u32,
+    pub protocol: u32,
+    pub target: VipTarget,
 }
+
+impl PortRule {
+    pub const fn new(low: u16, high: u16, protocol: u8, target: VipTarget) -> Self {
+        Self { ports: low as u32 | (high as u32) << 16, protocol: protocol as u32, target }
+    }
+
+    #[inline(always)]
+    pub const fn low(&self) -> u32 {
+        self.ports & 0xffff
+    }
+
+    #[inline(always)]
+    pub const fn high(&self) -> u32 {
+        self.ports >> 16
+    }
+}
+
+/// Rules that one address or prefix may have.
+pub const MOST_PORT_RULES: u32 = 16;
+pub const RULES_PER_ROW: u32 = 4;
+
+/// A row of `XLB_PORT_RULES`. Written before the buckets that lead to it are live, like them.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct RuleRow(pub [PortRule; RULES_PER_ROW as usize]);
+
+const _: () = assert!(size_of::<PortRule>() == 16 && size_of::<RuleRow>() == 64);
+
+/// Words of `XLB_VIP_FILTER`: bits of addresses that may be VIPs (`vips::filter4`, `vips::filter6`). A
+/// clear bit says "no VIP". Prefixes have none. Bits are set before a VIP is live, cleared after.
+pub const FILTER_WORDS: u32 = 1024;
 
 pub const VIP4_WAYS: usize = 4;
 pub const VIP6_WAYS: usize = 2;
@@ -319,6 +506,10 @@ pub enum BackendKind {
     Ipip6 = 3,
     /// Destination MAC rewritten.
     L2 = 4,
+    /// IP in UDP (GUE variant 1) to an IPv4 address.
+    Gue4 = 5,
+    /// IP in UDP (GUE variant 1) to an IPv6 address.
+    Gue6 = 6,
 }
 
 impl BackendKind {
@@ -331,7 +522,20 @@ impl BackendKind {
             2 => Some(Self::Ipip4),
             3 => Some(Self::Ipip6),
             4 => Some(Self::L2),
+            5 => Some(Self::Gue4),
+            6 => Some(Self::Gue6),
             _ => None,
+        }
+    }
+
+    /// Bytes that the kind puts in front of the client's IP packet; goes into `Backend::overhead`.
+    pub const fn overhead(self) -> u16 {
+        match self {
+            Self::Nobody | Self::Pass | Self::L2 => 0,
+            Self::Ipip4 => 20,
+            Self::Ipip6 => 40,
+            Self::Gue4 => 28,
+            Self::Gue6 => 48,
         }
     }
 }
@@ -373,9 +577,10 @@ pub struct Backend {
     pub flags: u8,
     /// Sum over the outer IPv4 header's constant fields (`encap::outer_sum`), not complemented.
     pub outer_sum: u16,
-    /// Port to rewrite or to send the tunnel to; 0 where the kind has none.
+    /// Port to send the tunnel to; 0 where the kind has none.
     pub port: Be16,
-    pub reserved: u16,
+    /// `BackendKind::overhead`.
+    pub overhead: u16,
     /// The backend's address; IPv4 in the first four bytes of memory, the rest zero.
     pub address: [u64; 2],
     /// Fingerprint of what the backend is (pool, address, kind): how a restart finds its id again.
@@ -451,6 +656,16 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
+/// A row of `XLB_ALLOWANCES`, per CPU: a token bucket (`allowance`).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Allowance {
+    /// When tokens were last added, nanoseconds of the coarse monotonic clock.
+    pub filled: u64,
+    /// Billionths of a message.
+    pub tokens: u64,
+}
+
 /// A pin: the backend of one flow while its slot is on the move, in one word. The layout is laid
 /// down; this version makes no pins.
 ///
@@ -495,7 +710,7 @@ pub struct PinBucket(pub [Pin; PINS_PER_BUCKET]);
 
 const _: () = assert!(size_of::<PinBucket>() == 64);
 
-/// Key of `XLB_DECAP_VIPS`: an inner destination that is let through; IPv4 as `::ffff:a.b.c.d`.
+/// Data of a key of `XLB_DECAP_VIPS`: inner destinations that are let through; IPv4 as `::ffff:a.b.c.d`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DecapVip(pub [u64; 2]);
@@ -511,6 +726,14 @@ impl DecapVip {
     pub const fn v6(address: Address6) -> Self {
         Self([address.high, address.low])
     }
+}
+
+/// Load-time constants of `xlb decap`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Decap {
+    /// The UDP port that GUE packets come to; 0 for none.
+    pub gue_port: u64,
 }
 
 /// Words of the frame that the bench driver restores.
@@ -538,7 +761,7 @@ mod user {
             $(unsafe impl aya::Pod for $name {})*
         };
     }
-    pod!(super::Bench, super::Meta, super::Constants, super::Interface, super::Traffic, super::DecapVip);
+    pod!(super::Bench, super::Meta, super::Constants, super::Decap, super::Interface, super::Traffic);
 }
 
 #[cfg(test)]
@@ -593,6 +816,28 @@ mod tests {
     }
 
     #[test]
+    fn targets_and_lengths_give_back_what_was_put_in() {
+        let target = VipTarget::service(0xabcd, VipTarget::UNMAPPED_REJECT, 0xdead_beef);
+        assert_eq!((target.table(), target.vip()), (0xabcd, 0xdead_beef));
+        assert!(target.has(VipTarget::UNMAPPED_REJECT) && !target.has(VipTarget::UNMAPPED_PASS));
+        let lengths = PrefixLengths::from_bits(0x08_18_20);
+        assert_eq!([0, 1, 2, 3].map(|i| lengths.get(i)), [32, 24, 8, 0]);
+        let rule = PortRule::new(1024, 65535, 6, target);
+        assert_eq!((rule.low(), rule.high()), (1024, 65535));
+    }
+
+    #[test]
+    fn entries_that_are_not_about_one_port_are_told_apart() {
+        assert!(PortKey::ADDRESS.is_address() && PortKey::prefix(64).is_address());
+        assert_eq!(PortKey::prefix(64).prefix_length(), Some(64));
+        assert!(PortKey::fragments(17).is_fragments() && !PortKey::fragments(17).is_address());
+        for port in [0, 1, 443, 65535] {
+            let key = PortKey::new(port, 17);
+            assert!(!key.is_address() && !key.is_fragments() && key.prefix_length().is_none());
+        }
+    }
+
+    #[test]
     fn a_v4_decap_key_is_the_mapped_v6_address() {
         let address = u32::from_ne_bytes([192, 0, 2, 7]);
         let mapped = core::net::Ipv4Addr::new(192, 0, 2, 7).to_ipv6_mapped().octets();
@@ -601,7 +846,14 @@ mod tests {
 
     #[test]
     fn map_names_fit_the_kernel() {
-        for name in [map::META, map::VIP_WORDS, map::TABLE_STATES, map::BACKEND_TRAFFIC, map::DECAP_FROM4] {
+        for name in [
+            map::ALLOWANCES,
+            map::META,
+            map::VIP_WORDS,
+            map::TABLE_STATES,
+            map::BACKEND_TRAFFIC,
+            map::DECAP_FROM4,
+        ] {
             assert!(name.len() <= 15, "{name}");
         }
     }

@@ -3,8 +3,7 @@
 //! A question that is not about a VIP, or that is not in the plain form that hosts send, passes to
 //! the host's stack untouched.
 
-use crate::abi::PortKey;
-use crate::checksum::{fold, halves};
+use crate::checksum::{address6, fold, halves};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::tables::Tables;
@@ -17,7 +16,7 @@ const IP: usize = size_of::<Ethernet>();
 #[inline(always)]
 pub fn arp<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
     let Some(request) = packet.header::<Arp>(IP) else { return Outcome::PassNotIp };
-    if !request.is_request() || vips::find4(tables, { request.target }.raw(), PortKey::ADDRESS).is_none() {
+    if !request.is_request() || vips::vip4(tables, { request.target }.raw()).is_none() {
         return Outcome::PassNotIp;
     }
     let Some(interface) = tables.interface(packet.ingress_ifindex()) else { return Outcome::PassNotIp };
@@ -59,7 +58,9 @@ pub fn neighbour<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Option<Out
         return None;
     }
     let target = question.message.target;
-    vips::find6(tables, target, PortKey::ADDRESS)?;
+    if vips::vip6(tables, target).is_none() {
+        return None;
+    }
     let ours = Mac::from_bits(tables.interface(packet.ingress_ifindex())?.mac);
 
     // RFC 4861, 7.2.4: an asker without an address is answered through all-nodes, not solicited.
@@ -91,18 +92,12 @@ pub fn neighbour<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Option<Out
 const ALL_NODES: Address6 = Address6::from_bytes([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 const ALL_NODES_MAC: Mac = Mac::from_bytes([0x33, 0x33, 0, 0, 0, 1]);
 
-#[inline(always)]
-fn address_sum(address: Address6) -> u32 {
-    let (high, low) = (address.high, address.low);
-    halves(high as u32) + halves((high >> 32) as u32) + halves(low as u32) + halves((low >> 32) as u32)
-}
-
 /// RFC 8200, 8.1: addresses, length, next header.
 #[inline(always)]
 fn pseudo_sum(source: Address6, destination: Address6) -> u32 {
     let length = Be16::new(size_of::<Neighbour>() as u16).raw() as u32;
     let next_header = Be16::new(PROTO_ICMPV6 as u16).raw() as u32;
-    address_sum(source) + address_sum(destination) + length + next_header
+    address6(source) + address6(destination) + length + next_header
 }
 
 #[inline(always)]

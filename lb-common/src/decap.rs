@@ -1,15 +1,18 @@
 //! The backend's side of a tunnel: takes the outer header off, for backends whose kernel has no
-//! ipip device or that want sources checked.
+//! ipip or fou device or that want sources checked.
 //!
 //! A tunnel packet is believed only from the balancers' addresses, and only if what is inside is
-//! for a VIP: otherwise anyone could inject packets behind the host's filters.
+//! for a VIP: otherwise anyone could inject packets behind the host's filters. The UDP checksum of GUE is
+//! not looked at: what is inside has its own (RFC 6936, section 3.3).
 
 use crate::outcome::DecapOutcome;
 use crate::packet::Packet;
-use crate::wire::{Address6, EtherType, Ethernet, Ipv4, Ipv6, PROTO_IPIP, PROTO_IPV6};
+use crate::wire::{Address6, Be16, EtherType, Ethernet, Ipv4, Ipv6, PROTO_IPIP, PROTO_IPV6, PROTO_UDP, Udp};
 
 /// What `xlb decap` was told.
 pub trait DecapTables {
+    /// The UDP port that GUE comes to; 0 for none.
+    fn gue_port(&self) -> Be16;
     /// Whether tunnel packets from this source are believed. Memory in wire order.
     fn from4(&self, source: u32) -> bool;
     fn from6(&self, source: Address6) -> bool;
@@ -50,8 +53,34 @@ fn strip<P: Packet, T: DecapTables>(packet: &mut P, tables: &T) -> Result<(), De
     Ok(())
 }
 
-const fn is_tunnel(protocol: u8) -> bool {
-    protocol == PROTO_IPIP || protocol == PROTO_IPV6
+/// Whether a header announces a tunnel: IP, or UDP to the port of GUE.
+#[inline(always)]
+fn is_tunnel<P: Packet, T: DecapTables>(packet: &P, tables: &T, protocol: u8, at: usize) -> bool {
+    match protocol {
+        PROTO_IPIP | PROTO_IPV6 => true,
+        PROTO_UDP => {
+            let port = tables.gue_port();
+            let udp = packet.header::<Udp>(at);
+            port != Be16::new(0) && udp.is_some_and(|udp| { udp.destination } == port)
+        }
+        _ => false,
+    }
+}
+
+/// Length and protocol of what an outer header of `length` bytes takes in front of the inner packet.
+#[inline(always)]
+fn tunnel<P: Packet>(packet: &P, protocol: u8, length: usize) -> Result<(usize, u8), DecapOutcome> {
+    if protocol != PROTO_UDP {
+        return Ok((length, protocol));
+    }
+    let length = length + size_of::<Udp>();
+    // GUE variant 1: the IP packet follows at once. Its header is read to the end by who judges it.
+    let ip = packet.header::<Ipv4>(IP + length).ok_or(DecapOutcome::DropTruncated)?;
+    match ip.version() {
+        4 => Ok((length, PROTO_IPIP)),
+        6 => Ok((length, PROTO_IPV6)),
+        _ => Err(DecapOutcome::DropVariant),
+    }
 }
 
 /// Length and protocol of an outer IPv4 header that may be taken off.
@@ -59,7 +88,12 @@ const fn is_tunnel(protocol: u8) -> bool {
 fn outer4<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u8), DecapOutcome> {
     let ip = packet.header::<Ipv4>(IP).ok_or(DecapOutcome::PassNotTunnel)?;
     let length = ip.header_length();
-    if ip.version() != 4 || length < size_of::<Ipv4>() || !is_tunnel(ip.protocol) {
+    let protocol = ip.protocol;
+    if ip.version() != 4 || length < size_of::<Ipv4>() {
+        return Err(DecapOutcome::PassNotTunnel);
+    }
+    // A later fragment has no UDP header that would say whether it is GUE: it is left to the stack.
+    if ip.is_later_fragment() && protocol == PROTO_UDP || !is_tunnel(packet, tables, protocol, IP + length) {
         return Err(DecapOutcome::PassNotTunnel);
     }
     if ip.is_fragment() {
@@ -68,19 +102,20 @@ fn outer4<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u
     if !tables.from4({ ip.source }.raw()) {
         return Err(DecapOutcome::DropSource);
     }
-    Ok((length, ip.protocol))
+    tunnel(packet, protocol, length)
 }
 
 #[inline(always)]
 fn outer6<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u8), DecapOutcome> {
     let ip = packet.header::<Ipv6>(IP).ok_or(DecapOutcome::PassNotTunnel)?;
-    if ip.version() != 6 || !is_tunnel(ip.next_header) {
+    let protocol = ip.next_header;
+    if ip.version() != 6 || !is_tunnel(packet, tables, protocol, IP + size_of::<Ipv6>()) {
         return Err(DecapOutcome::PassNotTunnel);
     }
     if !tables.from6(ip.source) {
         return Err(DecapOutcome::DropSource);
     }
-    Ok((size_of::<Ipv6>(), ip.next_header))
+    tunnel(packet, protocol, size_of::<Ipv6>())
 }
 
 #[inline(always)]

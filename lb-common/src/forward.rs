@@ -1,26 +1,32 @@
 //! The packet path: parse, look up, rewrite. A reader follows a packet from top to bottom.
 
-use crate::abi::{BackendKind, Features, Path, PortKey};
+use crate::abi::{BackendKind, Features, Path, VipTarget};
+use crate::classify::{self, Role};
 use crate::encap::{self, Inner, InnerFamily};
+use crate::icmp::{self, Reason};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
+use crate::parse::{Parsed4, Parsed6};
 use crate::slots::{self, Steered};
 use crate::tables::Tables;
-use crate::wire::{EtherType, Ethernet, Ipv6};
+use crate::vlan::{self, Tags};
+use crate::wire::{Address6, EtherType, Ethernet};
 use crate::{answer, flow, parse, vips};
 
-/// Where the IP header begins.
-const IP: usize = size_of::<Ethernet>();
+/// Where the IP header begins, once VLAN tags are off.
+pub const IP: usize = size_of::<Ethernet>();
 
-/// What becomes of a frame, and of whose.
+/// What becomes of a frame, and of whose. Aligned, so that the compiler may move it in words of eight bytes.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Decision {
-    pub outcome: Outcome,
     /// The interface to leave by; 0 unless the outcome's action is `Redirect`.
     pub ifindex: u32,
     /// The backend that took the packet; 0 if none did. All fields are words: narrower ones make the
     /// compiler move the struct in pieces that the verifier (6.18) calls misaligned.
     pub backend: u32,
+    /// Last, so that the other two lie in one word of eight bytes.
+    pub outcome: Outcome,
 }
 
 impl Decision {
@@ -30,69 +36,161 @@ impl Decision {
     }
 }
 
+/// Why a packet is not forwarded.
+#[derive(Clone, Copy)]
+struct Refusal {
+    outcome: Outcome,
+    /// What the way to the backend takes, bytes; for `AnswerTooBig`.
+    mtu: u32,
+}
+
+impl From<Outcome> for Refusal {
+    #[inline(always)]
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, mtu: 0 }
+    }
+}
+
 /// Decides on a frame, rewrites it, counts it. The one entry and the one exit of the packet path.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
-    let decision = decide(packet, tables).unwrap_or_else(Decision::of);
+    let vlan = tables.features().has(Features::VLAN);
+    let tags = if vlan { vlan::pop(packet) } else { Tags::NONE };
+    if vlan {
+        packet.forget();
+    }
+    let mut decision = decide(packet, tables);
+    if vlan && vlan::push(packet, tags).is_none() {
+        decision = Decision::of(Outcome::DropHeadroom);
+    }
     tables.count_outcome(decision.outcome);
     decision
 }
 
 #[inline(always)]
-fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
+fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
     let features = tables.features();
-    let ethertype = packet.header::<Ethernet>(0).ok_or(Outcome::PassTruncated)?.ethertype;
-    if ethertype == EtherType::IPV4 {
-        return if features.has(Features::IPV4) { ipv4(packet, tables) } else { Err(Outcome::PassFamilyOff) };
-    }
-    if ethertype == EtherType::IPV6 {
-        return if features.has(Features::IPV6) { ipv6(packet, tables) } else { Err(Outcome::PassFamilyOff) };
-    }
-    if ethertype == EtherType::ARP && features.has(Features::VIP_ARP) {
-        return Err(answer::arp(packet, tables));
-    }
-    Err(Outcome::PassNotIp)
+    let Some(ethernet) = packet.header::<Ethernet>(0) else { return Decision::of(Outcome::PassTruncated) };
+    let ethertype = ethernet.ethertype;
+    let decided = if ethertype == EtherType::IPV4 {
+        if features.has(Features::IPV4) { ipv4(packet, tables) } else { Err(Outcome::PassFamilyOff) }
+    } else if ethertype == EtherType::IPV6 {
+        if features.has(Features::IPV6) { ipv6(packet, tables) } else { Err(Outcome::PassFamilyOff) }
+    } else if ethertype == EtherType::ARP && features.has(Features::VIP_ARP) {
+        Err(answer::arp(packet, tables))
+    } else if ethertype.is_vlan() {
+        Err(Outcome::PassVlan)
+    } else {
+        Err(Outcome::PassNotIp)
+    };
+    decided.unwrap_or_else(Decision::of)
 }
 
 #[inline(always)]
 fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let ip = parse::ipv4(packet, IP)?;
-    let protocol = ip.transport.protocol;
-    let found = parse::ports(packet, &ip.transport).and_then(|ports| {
-        let vip = vips::find4(tables, ip.destination, PortKey::from_ports(ports, protocol));
-        Ok((ports, vip.ok_or(Outcome::DropVipPort)?))
-    });
-    let (ports, vip) = found.map_err(|reason| vips::refuse4(tables, ip.destination, reason))?;
+    let refusal = match steer4(packet, tables, &ip) {
+        Ok(decision) => return Ok(decision),
+        Err(refusal) => refusal,
+    };
+    Err(match refusal.outcome {
+        Outcome::AnswerEcho => icmp::echo4(packet, tables),
+        Outcome::AnswerTooBig => icmp::error4(packet, tables, &ip, Reason::TooBig(refusal.mtu)),
+        Outcome::AnswerUnreachable => icmp::error4(packet, tables, &ip, Reason::PortUnreachable),
+        outcome => outcome,
+    })
+}
 
-    let hash = flow::hash4(tables, ip.source, ip.destination, ports, protocol);
-    let to = slots::steer(tables, vip.table, hash.slot())?;
-    let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length as u32, tos: ip.tos, hash };
-    send(packet, tables, vip.vip, to, &inner)
+#[inline(always)]
+fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Result<Decision, Refusal> {
+    let flow = classify::v4(packet, tables, ip);
+    if let Err(refused) = flow
+        && !refused.is_answer()
+    {
+        return Err(refused.into());
+    }
+    sane4(tables, ip)?;
+    let flow = flow?;
+
+    let features = tables.features();
+    let hash = if features.has(Features::SOURCE_HASH) && flow.target.has(VipTarget::SOURCE_HASH) {
+        flow::hash4(tables, flow.client, 0, 0, 0)
+    } else {
+        flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
+    };
+    let to = slots::steer(tables, flow.target.table(), hash.slot())?;
+    let sum =
+        if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
+    let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
+    send(packet, tables, flow.target.vip(), flow.role, to, &inner)
+}
+
+/// What no client sends to a VIP: the answer would go round in circles, or to nobody.
+#[inline(always)]
+fn sane4<T: Tables>(tables: &T, ip: &Parsed4) -> Result<(), Outcome> {
+    if ip.source == ip.destination {
+        return Err(Outcome::DropLand);
+    }
+    if parse::is_martian4(ip.source) {
+        return Err(Outcome::DropMartian);
+    }
+    if !vips::vip4(tables, ip.source).is_none() {
+        return Err(Outcome::DropSourceVip);
+    }
+    if ip.ttl == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
 }
 
 #[inline(always)]
 fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let ip = parse::ipv6(packet, IP)?;
-    let protocol = ip.transport.protocol;
-    let header = packet.header::<Ipv6>(IP).ok_or(Outcome::PassTruncated)?;
-    let (source, destination) = (header.source, header.destination);
-    let found = parse::ports(packet, &ip.transport).and_then(|ports| {
-        let vip = vips::find6(tables, destination, PortKey::from_ports(ports, protocol));
-        Ok((ports, vip.ok_or(Outcome::DropVipPort)?))
-    });
-    let (ports, vip) = match found {
-        Ok(found) => found,
-        Err(Outcome::DropVipProtocol) if tables.features().has(Features::VIP_ARP) => {
-            let refused = || vips::refuse6(tables, destination, Outcome::DropVipProtocol);
-            return Err(answer::neighbour(packet, tables).unwrap_or_else(refused));
-        }
-        Err(reason) => return Err(vips::refuse6(tables, destination, reason)),
+    let refusal = match steer6(packet, tables, &ip) {
+        Ok(decision) => return Ok(decision),
+        Err(refusal) => refusal,
     };
+    Err(match refusal.outcome {
+        Outcome::AnswerEcho => icmp::echo6(packet, tables),
+        Outcome::AnswerTooBig => icmp::error6(packet, tables, &ip, Reason::TooBig(refusal.mtu)),
+        Outcome::AnswerUnreachable => icmp::error6(packet, tables, &ip, Reason::PortUnreachable),
+        outcome => outcome,
+    })
+}
 
-    let hash = flow::hash6(tables, source, destination, ports, protocol);
-    let to = slots::steer(tables, vip.table, hash.slot())?;
-    let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash };
-    send(packet, tables, vip.vip, to, &inner)
+#[inline(always)]
+fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Decision, Refusal> {
+    let flow = classify::v6(packet, tables, ip);
+    if let Err(refused) = flow
+        && !refused.is_answer()
+    {
+        return Err(refused.into());
+    }
+    sane6(tables, ip)?;
+    let flow = flow?;
+
+    let features = tables.features();
+    let hash = if features.has(Features::SOURCE_HASH) && flow.target.has(VipTarget::SOURCE_HASH) {
+        flow::hash6(tables, flow.client, Address6::default(), 0, 0)
+    } else {
+        flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
+    };
+    let to = slots::steer(tables, flow.target.table(), hash.slot())?;
+    let sum =
+        if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
+    let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
+    send(packet, tables, flow.target.vip(), flow.role, to, &inner)
+}
+
+#[inline(always)]
+fn sane6<T: Tables>(tables: &T, ip: &Parsed6) -> Result<(), Outcome> {
+    if ip.source == ip.destination {
+        return Err(Outcome::DropLand);
+    }
+    if parse::is_martian6(ip.source) {
+        return Err(Outcome::DropMartian);
+    }
+    if !vips::vip6(tables, ip.source).is_none() {
+        return Err(Outcome::DropSourceVip);
+    }
+    if ip.hop_limit == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
 }
 
 /// Rewrites the packet for its backend and sends it off.
@@ -101,47 +199,71 @@ fn send<P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     vip: u32,
+    role: Role,
     to: Steered<'_>,
     inner: &Inner,
-) -> Result<Decision, Outcome> {
+) -> Result<Decision, Refusal> {
     let features = tables.features();
     let backend = to.backend;
     let path = Path::from_bits(volatile(&backend.path));
     let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
     let kind = BackendKind::from_raw(backend.kind).ok_or(Outcome::DropInconsistent)?;
-    let sent = match kind {
-        BackendKind::Nobody => return Err(Outcome::DropNoBackend),
-        BackendKind::Pass => return Err(Outcome::PassNoBackend),
-        _ if egress.ifindex == 0 => return Err(Outcome::DropUnresolved),
+    match kind {
+        BackendKind::Nobody => return Err(Outcome::DropNoBackend.into()),
+        BackendKind::Pass => return Err(Outcome::PassNoBackend.into()),
+        _ if egress.ifindex == 0 => return Err(Outcome::DropUnresolved.into()),
+        _ => {}
+    }
+    if inner.ip_length + backend.overhead as u32 > egress.mtu {
+        return Err(oversize(packet, tables, role, inner, egress.mtu.wrapping_sub(backend.overhead as u32)));
+    }
+    match kind {
         BackendKind::Ipip4 if features.has(Features::IPIP4) => {
             encap::in_ipv4(packet, backend, path, egress, inner)
         }
         BackendKind::Ipip6 if features.has(Features::IPIP6) => {
             encap::in_ipv6(packet, backend, path, egress, inner)
         }
-        BackendKind::L2 if features.has(Features::L2) => encap::to_mac(packet, path, egress, inner),
-        BackendKind::Ipip4 | BackendKind::Ipip6 | BackendKind::L2 => Err(Outcome::DropInconsistent),
-    };
-    sent.map_err(|reason| blame(packet, tables, inner, reason))?;
+        BackendKind::Gue4 if features.has(Features::GUE4) => {
+            encap::gue_in_ipv4(packet, backend, path, egress, inner)
+        }
+        BackendKind::Gue6 if features.has(Features::GUE6) => {
+            encap::gue_in_ipv6(packet, backend, path, egress, inner)
+        }
+        BackendKind::L2 if features.has(Features::L2) => encap::to_mac(packet, path, egress),
+        _ => Err(Outcome::DropInconsistent),
+    }?;
 
     tables.count_vip(vip, inner.ip_length as u64);
     tables.count_backend(to.id, inner.ip_length as u64);
-    if egress.ifindex == packet.ingress_ifindex() {
-        Ok(Decision { outcome: Outcome::ForwardTransmit, ifindex: 0, backend: u32::from(to.id) })
-    } else {
-        Ok(Decision { outcome: Outcome::ForwardRedirect, ifindex: egress.ifindex, backend: u32::from(to.id) })
-    }
+    let here = egress.ifindex == packet.ingress_ifindex();
+    let outcome = match (role, here) {
+        (Role::Packet, true) => Outcome::ForwardTransmit,
+        (Role::Packet, false) => Outcome::ForwardRedirect,
+        (Role::Error, true) => Outcome::ForwardErrorTransmit,
+        (Role::Error, false) => Outcome::ForwardErrorRedirect,
+        (Role::FirstFragment | Role::LaterFragment, true) => Outcome::ForwardFragmentTransmit,
+        (Role::FirstFragment | Role::LaterFragment, false) => Outcome::ForwardFragmentRedirect,
+    };
+    let ifindex = if here { 0 } else { egress.ifindex };
+    Ok(Decision { outcome, ifindex, backend: u32::from(to.id) })
 }
 
-/// A frame longer than the link it came from was merged before XDP saw it: no path takes it, and
-/// the cure is another one than for a path that is too narrow.
+/// A packet that is longer than the `mtu` of its way takes. A frame longer than the link it came from was
+/// merged before XDP saw it: no path takes it, its sender cannot help it, and the cure is another one.
 #[inline(always)]
-fn blame<P: Packet, T: Tables>(packet: &P, tables: &T, inner: &Inner, reason: Outcome) -> Outcome {
-    match (reason, tables.interface(packet.ingress_ifindex())) {
-        (Outcome::DropOversize, Some(interface)) if inner.ip_length > interface.mtu => {
-            Outcome::DropSuperFrame
-        }
-        _ => reason,
+fn oversize<P: Packet, T: Tables>(packet: &P, tables: &T, role: Role, inner: &Inner, mtu: u32) -> Refusal {
+    let super_frame = match tables.interface(packet.ingress_ifindex()) {
+        Some(interface) => inner.ip_length > interface.mtu,
+        None => false,
+    };
+    if super_frame {
+        return Outcome::DropSuperFrame.into();
+    }
+    match role {
+        // RFC 1122, 3.2.2; RFC 4443, 2.4 e: never about an error, nor about a fragment that is not the first.
+        Role::Error | Role::LaterFragment => Outcome::DropOversize.into(),
+        Role::Packet | Role::FirstFragment => Refusal { outcome: Outcome::AnswerTooBig, mtu },
     }
 }
 

@@ -6,13 +6,16 @@
 //! # Who writes what
 //!
 //! The agent is the only writer of every map but the counters, and holds a file lock while it runs.
-//! The packet path writes counters only.
+//! The packet path writes counters and allowances only.
 //!
 //! | map | key -> value | absent means | while it is being changed a packet sees |
 //! |---|---|---|---|
 //! | `XLB_META` | 0 -> [`abi::Meta`] | maps of another make | nothing: the packet path does not read it |
 //! | `XLB_VIP_WORDS` | family -> [`abi::VipWord`] | 0: no VIP of the family | the old set of VIPs or the new one |
+//! | | 2 + family -> [`abi::PrefixLengths`] | 0: no prefix is a VIP | a length too many, which costs a lookup |
 //! | `XLB_VIPS4`, `XLB_VIPS6` | row -> bucket | all zero: no VIP | never a bucket that is being written |
+//! | `XLB_VIP_FILTER` | index -> 64 bits ([`vips::FilterBit`]) | 0: no VIP | a bit too many, which costs a lookup |
+//! | `XLB_PORT_RULES` | row -> 4 x [`abi::PortRule`] | number 0: no rule | never a rule that is being written |
 //! | `XLB_TABLES` | table -> [`abi::TableWord`] | 0: nobody | the old place of the table or the new one |
 //! | `XLB_TABLE_STATE` | table -> [`abi::TableState`] | identity 0: a free table | nothing: not read |
 //! | `XLB_SLOTS` | row -> 16 x [`slots::Slot`] | 0: nobody | the old backend or the new one, slot by slot |
@@ -22,11 +25,13 @@
 //! | `XLB_OUTCOMES` | outcome -> packets, per CPU | | |
 //! | `XLB_VIP_TRAFFIC` | VIP -> [`abi::Traffic`], per CPU | | |
 //! | `XLB_BE_TRAFFIC` | backend id -> [`abi::Traffic`], per CPU | | |
+//! | `XLB_ALLOWANCES` | [`allowance::Answer`] -> [`abi::Allowance`], per CPU | | |
 //!
 //! # Order of changes
 //!
 //! Egress rows before the paths that name them, backend rows before slots, slots before the table
-//! word, the table word before the VIPs that lead to it, VIP buckets before their word. Removals run
+//! word, the table word before the VIPs that lead to it, port rules, filter bits and prefix lengths before
+//! the buckets that need them, VIP buckets before their word. Removals run
 //! in reverse, and a row is given away again only after every program run that could have read its
 //! number is over. So a packet meets a backend that is valid in the old or in the new state, and a
 //! sequence that breaks off anywhere leaves the maps in a state like that.
@@ -34,16 +39,20 @@
 #![no_std]
 
 pub mod abi;
+pub mod allowance;
 pub mod answer;
 pub mod checksum;
+pub mod classify;
 pub mod decap;
 pub mod encap;
 pub mod flow;
 pub mod forward;
+pub mod icmp;
 pub mod outcome;
 pub mod packet;
 pub mod parse;
 pub mod slots;
 pub mod tables;
 pub mod vips;
+pub mod vlan;
 pub mod wire;

@@ -16,6 +16,10 @@ pub trait Packet {
     fn grow_head(&mut self, bytes: usize) -> Option<()>;
     /// Takes `bytes` off the front; `None` where the frame is shorter.
     fn shrink_head(&mut self, bytes: usize) -> Option<()>;
+    /// Cuts the frame off after `bytes` bytes; `None` where it is shorter.
+    fn truncate(&mut self, bytes: usize) -> Option<()>;
+    /// Forgets which bytes were checked: what ways that joined knew of the frame is the same from here on.
+    fn forget(&mut self) {}
     /// The index of the interface that the frame came in on.
     fn ingress_ifindex(&self) -> u32;
 }
@@ -24,6 +28,7 @@ pub trait Packet {
 pub struct Buffer<'a> {
     bytes: &'a mut [u8],
     start: usize,
+    end: usize,
     ingress_ifindex: u32,
 }
 
@@ -31,17 +36,18 @@ impl<'a> Buffer<'a> {
     /// The frame is `bytes[start..]`; what lies before is the room to grow into.
     pub fn new(bytes: &'a mut [u8], start: usize, ingress_ifindex: u32) -> Self {
         assert!(start <= bytes.len());
-        Self { bytes, start, ingress_ifindex }
+        let end = bytes.len();
+        Self { bytes, start, end, ingress_ifindex }
     }
 
     pub fn frame(&self) -> &[u8] {
-        &self.bytes[self.start..]
+        &self.bytes[self.start..self.end]
     }
 
     fn range(&self, offset: usize, length: usize) -> Option<core::ops::Range<usize>> {
         let start = self.start.checked_add(offset)?;
         let end = start.checked_add(length)?;
-        (end <= self.bytes.len()).then_some(start..end)
+        (end <= self.end).then_some(start..end)
     }
 }
 
@@ -61,7 +67,7 @@ impl Packet for Buffer<'_> {
     }
 
     fn length(&self) -> usize {
-        self.bytes.len() - self.start
+        self.end - self.start
     }
 
     fn grow_head(&mut self, bytes: usize) -> Option<()> {
@@ -74,6 +80,14 @@ impl Packet for Buffer<'_> {
             return None;
         }
         self.start += bytes;
+        Some(())
+    }
+
+    fn truncate(&mut self, bytes: usize) -> Option<()> {
+        if bytes > self.length() {
+            return None;
+        }
+        self.end = self.start + bytes;
         Some(())
     }
 
@@ -106,5 +120,15 @@ mod tests {
         assert!(packet.shrink_head(21).is_none());
         assert!(packet.shrink_head(20).is_some());
         assert_eq!(packet.length(), 0);
+    }
+
+    #[test]
+    fn a_frame_is_cut_but_never_lengthened() {
+        let mut bytes = [0u8; 20];
+        let mut packet = Buffer::new(&mut bytes, 2, 1);
+        assert!(packet.truncate(19).is_none());
+        assert!(packet.truncate(14).is_some());
+        assert_eq!((packet.length(), packet.frame().len()), (14, 14));
+        assert!(packet.header::<Ethernet>(0).is_some() && packet.header::<Ethernet>(1).is_none());
     }
 }

@@ -1,6 +1,9 @@
 //! What the packet path reads and counts, wherever it lies: maps in the kernel, copies in user space.
 
-use crate::abi::{Backend, Egress, Features, Interface, TableWord, Vip4Bucket, Vip6Bucket, VipWord};
+use crate::abi::{
+    Backend, Egress, Features, Interface, PortRule, PrefixLengths, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+};
+use crate::allowance::Answer;
 use crate::outcome::Outcome;
 use crate::slots::Slot;
 
@@ -15,6 +18,12 @@ pub trait Tables {
     fn vip_word6(&self) -> VipWord;
     fn vip4_bucket(&self, row: u32) -> Option<&Vip4Bucket>;
     fn vip6_bucket(&self, row: u32) -> Option<&Vip6Bucket>;
+    /// Word `index` (below `FILTER_WORDS`) of the filter.
+    fn vip_filter(&self, index: u32) -> u64;
+    fn prefix_lengths4(&self) -> PrefixLengths;
+    fn prefix_lengths6(&self) -> PrefixLengths;
+    /// Rule `index`, counted over the whole map.
+    fn port_rule(&self, index: u32) -> Option<&PortRule>;
 
     fn table_word(&self, table: u16) -> Option<TableWord>;
     /// Slot `index` of the table that begins at `first_row`, loaded once and whole.
@@ -22,6 +31,9 @@ pub trait Tables {
     fn backend(&self, id: u16) -> Option<&Backend>;
     fn egress(&self, row: u16) -> Option<&Egress>;
     fn interface(&self, ifindex: u32) -> Option<&Interface>;
+
+    /// Whether one more message of this kind may be sent now.
+    fn admit(&self, answer: Answer) -> bool;
 
     fn count_outcome(&self, outcome: Outcome);
     /// One packet of `bytes` bytes of IP.
@@ -64,6 +76,18 @@ pub mod tests {
         fn vip6_bucket(&self, _: u32) -> Option<&Vip6Bucket> {
             None
         }
+        fn vip_filter(&self, _: u32) -> u64 {
+            0
+        }
+        fn prefix_lengths4(&self) -> PrefixLengths {
+            PrefixLengths::default()
+        }
+        fn prefix_lengths6(&self) -> PrefixLengths {
+            PrefixLengths::default()
+        }
+        fn port_rule(&self, _: u32) -> Option<&PortRule> {
+            None
+        }
         fn table_word(&self, _: u16) -> Option<TableWord> {
             None
         }
@@ -78,6 +102,9 @@ pub mod tests {
         }
         fn interface(&self, _: u32) -> Option<&Interface> {
             None
+        }
+        fn admit(&self, _: Answer) -> bool {
+            false
         }
         fn count_outcome(&self, _: Outcome) {}
         fn count_vip(&self, _: u32, _: u64) {}

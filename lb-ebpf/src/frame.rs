@@ -1,7 +1,7 @@
 //! `Packet` on an XDP context. Owns the bounds checks in the form that the verifier understands.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::helpers::bpf_xdp_adjust_head;
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
 use lb_common::packet::Packet;
 use lb_common::wire::Header;
@@ -35,12 +35,16 @@ impl<'c> Frame<'c> {
     #[inline(always)]
     fn adjust(&mut self, delta: i32) -> Option<()> {
         // SAFETY: the context is the one that the kernel handed to the program.
-        if unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), delta) } != 0 {
-            return None;
-        }
+        let error = unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), delta) };
+        self.moved(error)
+    }
+
+    /// Reads the bounds again, also after a failure: to the verifier the old ones are void either way.
+    #[inline(always)]
+    fn moved(&mut self, error: i64) -> Option<()> {
         self.start = self.context.data();
         self.end = self.context.data_end();
-        Some(())
+        if error == 0 { Some(()) } else { None }
     }
 }
 
@@ -79,6 +83,23 @@ impl Packet for Frame<'_> {
     #[inline(always)]
     fn shrink_head(&mut self, bytes: usize) -> Option<()> {
         self.adjust(bytes as i32)
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, bytes: usize) -> Option<()> {
+        let length = self.length();
+        if bytes > length {
+            return None;
+        }
+        let delta = bytes as i32 - length as i32;
+        // SAFETY: the context is the one that the kernel handed to the program.
+        let error = unsafe { bpf_xdp_adjust_tail(self.context.as_ptr().cast(), delta) };
+        self.moved(error)
+    }
+
+    #[inline(always)]
+    fn forget(&mut self) {
+        _ = self.moved(0);
     }
 
     #[inline(always)]

@@ -2,7 +2,8 @@
 //! the loader makes the maps from it, and the plan refuses what does not fit.
 
 use lb_common::abi::{
-    BACKEND_PASS, OUTCOME_ROWS, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP4_WAYS, VIP6_WAYS, map,
+    BACKEND_PASS, FILTER_WORDS, OUTCOME_ROWS, RULES_PER_ROW, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS,
+    VIP4_WAYS, VIP6_WAYS, map,
 };
 
 use crate::config::model::Limits;
@@ -51,6 +52,15 @@ impl Capacity {
         1 + 2 * (1 << self.vip6_half_log2)
     }
 
+    /// Rows of port rules in one of the two halves that each family has.
+    pub fn rule_half_rows(&self) -> u32 {
+        self.vips.div_ceil(RULES_PER_ROW)
+    }
+
+    pub fn rule_rows(&self) -> u32 {
+        4 * self.rule_half_rows()
+    }
+
     /// Rows of VIP counters: those of VIPs that go are still counted into while others take their place.
     pub fn vip_rows(&self) -> u32 {
         2 * self.vips
@@ -61,7 +71,9 @@ impl Capacity {
         let row = |name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu };
         vec![
             row(map::META, 1, 64, false),
-            row(map::VIP_WORDS, 2, 8, false),
+            row(map::VIP_WORDS, VIP_WORDS, 8, false),
+            row(map::VIP_FILTER, FILTER_WORDS, 8, false),
+            row(map::PORT_RULES, self.rule_rows(), 64, false),
             row(map::VIPS4, self.vip4_rows(), 64, false),
             row(map::VIPS6, self.vip6_rows(), 64, false),
             row(map::TABLES, self.tables, 8, false),

@@ -105,6 +105,8 @@ const fn kind_name(kind: BackendKind) -> &'static str {
         BackendKind::Ipip4 => "ipip over IPv4",
         BackendKind::Ipip6 => "ipip over IPv6",
         BackendKind::L2 => "l2",
+        BackendKind::Gue4 => "gue over IPv4",
+        BackendKind::Gue6 => "gue over IPv6",
     }
 }
 
@@ -117,8 +119,8 @@ pub fn address(row: &Backend) -> Option<IpAddr> {
     };
     match BackendKind::from_raw(row.kind)? {
         BackendKind::Nobody | BackendKind::Pass => None,
-        BackendKind::Ipip4 => Some(v4()),
-        BackendKind::Ipip6 => Some(v6()),
+        BackendKind::Ipip4 | BackendKind::Gue4 => Some(v4()),
+        BackendKind::Ipip6 | BackendKind::Gue6 => Some(v6()),
         BackendKind::L2 if row.address[1] == 0 && row.address[0] >> 32 == 0 => Some(v4()),
         BackendKind::L2 => Some(v6()),
     }

@@ -12,7 +12,7 @@ use lb_common::forward::forward;
 use lb_common::outcome::{DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
 use lb_userspace::bpf::{BALANCER, BpfFs, DECAP, Datapath, DecapProgram, Maps, detach, figures};
-use lb_userspace::reconcile::desired::desired;
+use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::plan::plan;
 use tests::fixtures::{
@@ -89,10 +89,11 @@ struct Kernel {
 
 impl Kernel {
     fn load(setting: Setting, features: Features) -> Self {
+        let load_time = LoadTime { features, ..setting.load_time() };
         let dir = RunDir::new();
         let capacity = fixtures::capacity();
-        let mut datapath = Datapath::open(dir.fs(), capacity, SEED, features)
-            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let mut datapath =
+            Datapath::open(dir.fs(), capacity, load_time).unwrap_or_else(|error| panic!("{}", chain(&error)));
         datapath.maps.set_interface(INGRESS, fixtures::interface()).expect("the interface's row");
         let before = datapath.maps.image().expect("a copy of fresh maps");
         let desired = desired(&setting.config(), &setting.world());
@@ -314,11 +315,12 @@ fn every_feature_bit_and_every_hash_key_bites() {
     let mut reseeded = Kernel::load(Setting::Everything, Setting::Everything.features());
     let flow = rows.iter().find(|row| row.name.starts_with("flow 1 ")).expect("a flow");
     let (_, before) = reseeded.compare(&flow.name, &flow.frame);
-    assert!(reseeded.datapath.refit(SEED ^ 1, Setting::Everything.features()).expect("loaded again"));
+    let other = LoadTime { seed: SEED ^ 1, ..Setting::Everything.load_time() };
+    assert!(reseeded.datapath.refit(other).expect("loaded again"));
     reseeded.image.meta = *reseeded.datapath.meta();
     let (_, after) = reseeded.compare(&flow.name, &flow.frame);
     assert_ne!(before, after, "another seed, another tunnel source");
-    assert!(!reseeded.datapath.refit(SEED ^ 1, Setting::Everything.features()).expect("nothing to do"));
+    assert!(!reseeded.datapath.refit(other).expect("nothing to do"));
 }
 
 /// What is not asked for is not in the program: the verifier takes it out.
@@ -348,7 +350,7 @@ fn a_program_that_is_loaded_again_adopts_tables_and_counters() {
     assert!(!kernel.datapath.adopted);
     kernel.compare(&row.name, &row.frame);
     let fs = kernel.datapath.fs().clone();
-    let reopened = Datapath::open(fs, fixtures::capacity(), SEED, Setting::Everything.features());
+    let reopened = Datapath::open(fs, fixtures::capacity(), Setting::Everything.load_time());
     kernel.datapath = reopened.unwrap_or_else(|error| panic!("{}", chain(&error)));
     assert!(kernel.datapath.adopted);
     kernel.compare(&row.name, &row.frame);
@@ -360,8 +362,7 @@ fn every_decap_fixture_ends_in_the_kernel_as_on_the_host() {
     if left_out("every_decap_fixture_ends_in_the_kernel_as_on_the_host") {
         return;
     }
-    let mut program =
-        DecapProgram::load(&DecapSite::vips(), &DecapSite::from()).unwrap_or_else(|e| panic!("{e:#}"));
+    let mut program = DecapProgram::load(&DecapSite::config()).unwrap_or_else(|e| panic!("{e:#}"));
     let mut counted = vec![0; DecapOutcome::ALL.len()];
     let mut compare = |name: &str, frame: &[u8]| {
         let site = DecapSite::default();
@@ -412,7 +413,7 @@ fn map_names_in_the_objects_are_those_of_the_abi() {
         assert!(has(DECAP, name), "decap has no map {name}");
         assert!(name.len() <= 15, "the kernel cuts {name}");
     }
-    assert_eq!(Maps::PINNED.len(), 13);
+    assert_eq!(Maps::PINNED.len(), 15);
     assert!(Maps::PINNED.iter().all(|name| name.len() <= 15));
     assert!(abi::OUTCOME_ROWS as usize >= Outcome::ALL.len());
 }

@@ -17,7 +17,7 @@ use lb_userspace::capacity::Capacity;
 use lb_userspace::config;
 use lb_userspace::config::model::Config;
 use lb_userspace::nexthop::NextHop;
-use lb_userspace::reconcile::desired::{World, desired, features};
+use lb_userspace::reconcile::desired::{LoadTime, World, desired};
 use lb_userspace::reconcile::plan::plan;
 
 #[derive(Subcommand)]
@@ -123,7 +123,7 @@ impl Stage {
         let fs = BpfFs::open(&run_dir)?;
         let mut stage = Self { fs: fs.clone(), run_dir, datapath: None };
         let capacity = Capacity::new(&config.limits);
-        let mut datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
+        let mut datapath = Datapath::open(fs, capacity, LoadTime::of(&config))?;
         let image = datapath.maps.image()?;
         for op in plan(&image, &desired(&config, &world(&config)), &capacity)? {
             datapath.maps.apply(&op)?;

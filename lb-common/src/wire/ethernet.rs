@@ -53,6 +53,25 @@ impl EtherType {
     pub const IPV4: Self = Self(Be16::new(0x0800));
     pub const ARP: Self = Self(Be16::new(0x0806));
     pub const IPV6: Self = Self(Be16::new(0x86dd));
+    /// A VLAN tag (802.1Q), and the outer one of two (802.1ad).
+    pub const VLAN: Self = Self(Be16::new(0x8100));
+    pub const QINQ: Self = Self(Be16::new(0x88a8));
+
+    /// The EtherType whose bytes on the wire lie so in memory.
+    #[inline(always)]
+    pub const fn from_raw(raw: u16) -> Self {
+        Self(Be16::from_raw(raw))
+    }
+
+    #[inline(always)]
+    pub const fn raw(self) -> u16 {
+        self.0.raw()
+    }
+
+    #[inline(always)]
+    pub fn is_vlan(self) -> bool {
+        self == Self::VLAN || self == Self::QINQ
+    }
 }
 
 /// The header: both addresses as two wide words, so that a rewrite is three stores.
@@ -81,6 +100,12 @@ impl Ethernet {
     #[inline(always)]
     pub const fn destination(&self) -> Mac {
         Mac::from_bits(self.destination_source)
+    }
+
+    /// Whether it was sent to more than one station (the group bit of the destination).
+    #[inline(always)]
+    pub const fn is_group(&self) -> bool {
+        self.destination_source & 1 != 0
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! IPv4 (RFC 791).
 
 use super::{Be16, Be32, header};
+use crate::checksum::halves;
 
 /// The fixed part of the header; options follow it.
 #[repr(C, packed)]
@@ -28,6 +29,7 @@ pub const IPV4_DONT_FRAGMENT: Be16 = Be16::new(0x4000);
 
 /// More-fragments and the offset: neither is set in a packet that is whole.
 const FRAGMENT_MASK: Be16 = Be16::new(0x3fff);
+const FRAGMENT_OFFSET: Be16 = Be16::new(0x1fff);
 
 impl Ipv4 {
     /// Bytes of the header with its options; 0 to 60, below 20 is malformed.
@@ -45,5 +47,25 @@ impl Ipv4 {
     #[inline(always)]
     pub const fn is_fragment(&self) -> bool {
         self.fragment.raw() & FRAGMENT_MASK.raw() != 0
+    }
+
+    /// Whether this is a fragment, and not the first: what follows is no transport header.
+    #[inline(always)]
+    pub const fn is_later_fragment(&self) -> bool {
+        self.fragment.raw() & FRAGMENT_OFFSET.raw() != 0
+    }
+
+    /// The checksum's sum over a header without options, its checksum left out.
+    #[inline(always)]
+    pub const fn sum(&self) -> u32 {
+        let first = self.version_ihl as u32 | (self.tos as u32) << 8;
+        let hops = self.ttl as u32 | (self.protocol as u32) << 8;
+        first
+            + self.total_length.raw() as u32
+            + self.identification.raw() as u32
+            + self.fragment.raw() as u32
+            + hops
+            + halves(self.source.raw())
+            + halves(self.destination.raw())
     }
 }

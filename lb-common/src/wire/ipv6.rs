@@ -83,6 +83,51 @@ impl Ipv6 {
     }
 }
 
+/// The first eight bytes of an extension header (RFC 8200, section 4).
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub struct Extension {
+    pub next_header: u8,
+    /// Of all of it, in units of eight bytes, the first not counted. Not of a fragment header.
+    pub length: u8,
+    /// Of a routing header, its type and how many addresses are still to be visited; of a fragment
+    /// header, offset (13 bits) and more-fragments (the last bit).
+    pub word: Be16,
+    pub rest: Be32,
+}
+
+header!(Extension, 8);
+
+impl Extension {
+    pub const HOP_BY_HOP: u8 = 0;
+    pub const ROUTING: u8 = 43;
+    pub const FRAGMENT: u8 = 44;
+    pub const DESTINATION_OPTIONS: u8 = 60;
+
+    /// Bytes of the header, 8 to 2048.
+    #[inline(always)]
+    pub const fn bytes(&self) -> usize {
+        (self.length as usize + 1) * 8
+    }
+
+    /// Whether a routing header sends the packet on from here (RFC 8200, section 4.4).
+    #[inline(always)]
+    pub const fn has_segments_left(&self) -> bool {
+        self.word.get() & 0xff != 0
+    }
+
+    /// Of a fragment header: an atomic fragment (RFC 6946) is none.
+    #[inline(always)]
+    pub const fn is_fragment(&self) -> bool {
+        self.word.get() & 0xfff9 != 0
+    }
+
+    #[inline(always)]
+    pub const fn is_later_fragment(&self) -> bool {
+        self.word.get() & 0xfff8 != 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

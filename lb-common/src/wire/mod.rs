@@ -8,23 +8,30 @@
 mod arp;
 mod be;
 mod ethernet;
+mod icmp;
 mod ipv4;
 mod ipv6;
 mod neighbour;
 mod transport;
+mod udp;
+mod vlan;
 
 pub use arp::Arp;
 pub use be::{Be16, Be32};
 pub use ethernet::{EtherType, Ethernet, Mac};
+pub use icmp::Icmp;
 pub use ipv4::{IPV4_DONT_FRAGMENT, Ipv4};
-pub use ipv6::{Address6, Ipv6};
+pub use ipv6::{Address6, Extension, Ipv6};
 pub use neighbour::Neighbour;
 pub use transport::Ports;
+pub use udp::Udp;
+pub use vlan::{Tagged, TaggedTwice};
 
 #[cfg(target_endian = "big")]
 compile_error!("the wire types hold addresses in little-endian integers whose memory is the wire order");
 
 /// Protocol numbers (IANA).
+pub const PROTO_ICMP: u8 = 1;
 pub const PROTO_IPIP: u8 = 4;
 pub const PROTO_TCP: u8 = 6;
 pub const PROTO_UDP: u8 = 17;
@@ -39,6 +46,13 @@ pub unsafe trait Header: Copy {
     const LEN: usize = size_of::<Self>();
 }
 
+/// Four bytes of anything, to be summed.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub struct Word {
+    pub bits: u32,
+}
+
 macro_rules! header {
     ($name:ty, $len:literal) => {
         const _: () = assert!(size_of::<$name>() == $len && align_of::<$name>() == 1);
@@ -47,3 +61,5 @@ macro_rules! header {
     };
 }
 pub(crate) use header;
+
+header!(Word, 4);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use lb_common::abi::{Features, PortKey};
+use lb_common::abi::PortKey;
 use tracing::{info, warn};
 
 use super::adopt::ids;
@@ -17,7 +17,7 @@ use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{World, desired, features};
+use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{plan, present_vips};
 
@@ -89,12 +89,12 @@ impl Core {
         wanted: &Wanted,
         resolver: &Resolver,
     ) -> Result<(), DatapathError> {
-        let (old, new) = (Features::from_bits(self.datapath.meta().features), features(config));
-        self.refit(config.seed, old.with(new))?;
+        let old = LoadTime::of_meta(self.datapath.meta());
+        self.refit(LoadTime::of(config).with(old.features))?;
         if let Err(error) = self.attach(wanted) {
             // Interfaces that were swapped already go back to the program that they had.
             let before = self.carrying(resolver).await;
-            self.refit(self.config.seed, old)?;
+            self.refit(old)?;
             self.attach(&before)?;
             return Err(error);
         }
@@ -109,7 +109,7 @@ impl Core {
         wanted: &Wanted,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
-        let mut next = self.datapath.renewed(capacity, self.config.seed, features(&self.config))?;
+        let mut next = self.datapath.renewed(capacity, LoadTime::of(&self.config))?;
         let image = match self.fill(&mut next) {
             Ok(image) => image,
             Err(error) => {
@@ -148,15 +148,15 @@ impl Core {
 
     /// Takes features out of the program that only the tables of before needed.
     pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
-        if self.refit(self.config.seed, features(&self.config))? {
+        if self.refit(LoadTime::of(&self.config))? {
             let wanted = Wanted::look_up(&self.config, &mut self.links, resolver).await?;
             self.attach(&wanted)?;
         }
         Ok(())
     }
 
-    fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
-        let refitted = self.datapath.refit(seed, features)?;
+    fn refit(&mut self, load_time: LoadTime) -> Result<bool, DatapathError> {
+        let refitted = self.datapath.refit(load_time)?;
         self.image.meta = *self.datapath.meta();
         Ok(refitted)
     }
@@ -195,7 +195,7 @@ fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
     let (old_vips, new_vips) = (present_vips(from), present_vips(to));
     // Entries that mark an address have no counters.
     let counted = new_vips.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
-    let vips = counted.filter_map(|(key, target)| Some((old_vips.get(key)?.vip, target.vip)));
+    let vips = counted.filter_map(|(key, target)| Some((old_vips.get(key)?.vip(), target.vip())));
     let old_ids = ids(from);
     let new_ids = ids(to);
     let backends = new_ids.iter().filter_map(|(identity, id)| {

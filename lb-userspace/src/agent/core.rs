@@ -20,7 +20,7 @@ use crate::config::model::{Backend, Check, CheckKind, Config};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::lookup::{self, Explanation, Names, Query};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{World, backend_identity, desired, features};
+use crate::reconcile::desired::{LoadTime, World, backend_identity, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan};
 
@@ -81,7 +81,7 @@ impl Core {
         interfaces::refuse_local_vips(&config, resolver).await?;
         let mut links = Links::new(fs.clone());
         let wanted = Wanted::look_up(&config, &mut links, resolver).await?;
-        let datapath = Datapath::open(fs, capacity, config.seed, features(&config))?;
+        let datapath = Datapath::open(fs, capacity, LoadTime::of(&config))?;
         let image = datapath.maps.image()?;
         let mut core = Self {
             path: path.to_owned(),

@@ -167,7 +167,7 @@ impl Snapshot {
             let (backends_up, backends) = counts.get(&service.pool).copied().unwrap_or_default();
             for (vip, port, protocol) in service.triples() {
                 let key = (vip, PortKey::new(port, protocol_number(protocol)).0);
-                let row = self.index.vips.get(&key).map(|target| target.vip);
+                let row = self.index.vips.get(&key).map(|target| target.vip());
                 let traffic = row.map_or(Ok(Traffic::default()), |row| self.counters.vip(row))?;
                 services.push(ServiceStatus {
                     name: service.name.clone(),

@@ -167,6 +167,13 @@ fn constants(config: &Config, image: &Image) -> Vec<Difference> {
         // The seed is a secret.
         differences.push(Difference::new("seed", "that of the file", "another"));
     }
+    if image.meta.icmp_rate != u64::from(config.icmp.rate) {
+        differences.push(Difference::new(
+            "icmp.rate",
+            config.icmp.rate.to_string(),
+            image.meta.icmp_rate.to_string(),
+        ));
+    }
     let (wanted, found) = (features(config), Features::from_bits(image.meta.features));
     if wanted != found {
         let words = |features: Features| {
@@ -319,8 +326,9 @@ fn vips(intended: &Image, found: &Image, names: &Names, config: &Config, differe
     let all: BTreeSet<_> = wanted.keys().chain(present.keys()).copied().collect();
     for key in all {
         let lead = |image: &Image, target: Option<&lb_common::abi::VipTarget>| {
-            target
-                .map(|target| image.table_states.get(usize::from(target.table)).map_or(0, |row| row.identity))
+            target.map(|target| {
+                image.table_states.get(usize::from(target.table())).map_or(0, |row| row.identity)
+            })
         };
         let (to, from) = (lead(intended, wanted.get(&key)), lead(found, present.get(&key)));
         // Entries that only mark an address come and go with those of its ports.

@@ -1,16 +1,15 @@
 //! The decapsulation program on a backend: attached while the process lives.
 
 use std::io;
-use std::net::IpAddr;
 
 use anyhow::{Context, anyhow};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{HashMap as BpfHashMap, LpmTrie, MapData, PerCpuArray};
+use aya::maps::{LpmTrie, MapData, PerCpuArray};
 use aya::programs::links::FdLink;
 use aya::programs::{Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use ipnetwork::IpNetwork;
-use lb_common::abi::{DecapVip, map};
+use lb_common::abi::{self, DecapVip, constant, map};
 use lb_common::outcome::DecapOutcome;
 use lb_common::wire::Address6;
 
@@ -21,10 +20,10 @@ const PROGRAM: &str = "decap";
 /// What is let through.
 #[derive(Debug, Clone)]
 pub struct DecapConfig {
-    pub ifindex: u32,
-    pub mode: Mode,
-    pub vips: Vec<IpAddr>,
+    pub vips: Vec<IpNetwork>,
     pub from: Vec<IpNetwork>,
+    /// The UDP port that GUE comes to; 0 for none.
+    pub gue_port: u16,
 }
 
 /// The attached program; dropping it detaches.
@@ -36,18 +35,18 @@ pub struct Decap {
 }
 
 impl Decap {
-    pub fn attach(config: &DecapConfig) -> anyhow::Result<Self> {
-        let DecapProgram { mut ebpf, outcomes } = DecapProgram::load(&config.vips, &config.from)?;
+    pub fn attach(ifindex: u32, mode: Mode, config: &DecapConfig) -> anyhow::Result<Self> {
+        let DecapProgram { mut ebpf, outcomes } = DecapProgram::load(config)?;
         let program = program(&mut ebpf)?;
-        let mode = match config.mode {
+        let first = match mode {
             Mode::Generic => XdpMode::Skb,
             Mode::Auto | Mode::Native => XdpMode::Driver,
         };
-        let (id, generic) = match program.attach_to_if_index(config.ifindex, mode) {
-            Ok(id) => (id, config.mode == Mode::Generic),
-            Err(error) if config.mode == Mode::Auto => {
+        let (id, generic) = match program.attach_to_if_index(ifindex, first) {
+            Ok(id) => (id, mode == Mode::Generic),
+            Err(error) if mode == Mode::Auto => {
                 tracing::warn!(%error, "native XDP is not to be had; running in generic mode");
-                (program.attach_to_if_index(config.ifindex, XdpMode::Skb)?, true)
+                (program.attach_to_if_index(ifindex, XdpMode::Skb)?, true)
             }
             Err(error) => return Err(error.into()),
         };
@@ -69,8 +68,11 @@ pub struct DecapProgram {
 }
 
 impl DecapProgram {
-    pub fn load(vips: &[IpAddr], from: &[IpNetwork]) -> anyhow::Result<Self> {
+    pub fn load(config: &DecapConfig) -> anyhow::Result<Self> {
+        let DecapConfig { vips, from, gue_port } = config;
+        let constants = abi::Decap { gue_port: u64::from(*gue_port) };
         let mut loader = EbpfLoader::new();
+        loader.override_global(constant::DECAP, &constants, true);
         loader.map_max_entries(map::DECAP_VIPS, vips.len().max(1) as u32);
         for name in [map::DECAP_FROM4, map::DECAP_FROM6] {
             loader.map_max_entries(name, from.len().max(1) as u32);
@@ -107,14 +109,14 @@ fn take(ebpf: &mut Ebpf, name: &'static str) -> anyhow::Result<aya::maps::Map> {
     ebpf.take_map(name).with_context(|| format!("the object has no map {name}"))
 }
 
-fn fill(ebpf: &mut Ebpf, accepted: &[IpAddr], from: &[IpNetwork]) -> anyhow::Result<()> {
-    let mut vips = BpfHashMap::<_, DecapVip, u8>::try_from(take(ebpf, map::DECAP_VIPS)?)?;
-    for vip in accepted {
-        let key = match vip {
-            IpAddr::V4(v4) => DecapVip::v4(u32::from_ne_bytes(v4.octets())),
-            IpAddr::V6(v6) => DecapVip::v6(Address6::from_bytes(v6.octets())),
+fn fill(ebpf: &mut Ebpf, accepted: &[IpNetwork], from: &[IpNetwork]) -> anyhow::Result<()> {
+    let mut vips = LpmTrie::<_, [u64; 2], u8>::try_from(take(ebpf, map::DECAP_VIPS)?)?;
+    for prefix in accepted {
+        let (length, DecapVip(key)) = match prefix {
+            IpNetwork::V4(v4) => (96 + v4.prefix(), DecapVip::v4(u32::from_ne_bytes(v4.network().octets()))),
+            IpNetwork::V6(v6) => (v6.prefix(), DecapVip::v6(Address6::from_bytes(v6.network().octets()))),
         };
-        vips.insert(key, 1, 0)?;
+        vips.insert(&Key::new(u32::from(length), key), 1, 0)?;
     }
     let mut from4 = LpmTrie::<_, u32, u8>::try_from(take(ebpf, map::DECAP_FROM4)?)?;
     let mut from6 = LpmTrie::<_, [u64; 2], u8>::try_from(take(ebpf, map::DECAP_FROM6)?)?;

@@ -9,7 +9,7 @@ use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
-    SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, map,
+    RuleRow, SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
 };
 
 use super::bpffs::BpfFs;
@@ -61,6 +61,8 @@ const BPF_F_MMAPABLE: u32 = 1 << 10;
 pub struct Maps {
     meta: Rows<Meta>,
     vip_words: Rows<u64>,
+    vip_filter: Rows<u64>,
+    port_rules: Rows<RuleRow>,
     vips4: Rows<Vip4Bucket>,
     vips6: Rows<Vip6Bucket>,
     tables: Rows<u64>,
@@ -78,9 +80,11 @@ pub struct Maps {
 }
 
 /// Maps that the program pins, in the order of `Maps`.
-const PINNED: [&str; 13] = [
+const PINNED: [&str; 15] = [
     map::META,
     map::VIP_WORDS,
+    map::VIP_FILTER,
+    map::PORT_RULES,
     map::VIPS4,
     map::VIPS6,
     map::TABLES,
@@ -95,7 +99,7 @@ const PINNED: [&str; 13] = [
 ];
 
 impl Maps {
-    pub const PINNED: [&str; 13] = PINNED;
+    pub const PINNED: [&str; 15] = PINNED;
 
     /// What the newest complete set of pinned maps says of itself; nothing where there is none.
     pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
@@ -172,6 +176,8 @@ impl Maps {
             pins: PINNED.into_iter().map(handle).collect::<Result<_, MapsError>>()?,
             meta: rows_of(source(map::META)?, map::META, rows[map::META])?,
             vip_words: rows_of(source(map::VIP_WORDS)?, map::VIP_WORDS, rows[map::VIP_WORDS])?,
+            vip_filter: rows_of(source(map::VIP_FILTER)?, map::VIP_FILTER, rows[map::VIP_FILTER])?,
+            port_rules: rows_of(source(map::PORT_RULES)?, map::PORT_RULES, rows[map::PORT_RULES])?,
             vips4: rows_of(source(map::VIPS4)?, map::VIPS4, rows[map::VIPS4])?,
             vips6: rows_of(source(map::VIPS6)?, map::VIPS6, rows[map::VIPS6])?,
             tables: rows_of(source(map::TABLES)?, map::TABLES, rows[map::TABLES])?,
@@ -232,9 +238,12 @@ impl Maps {
     /// A copy of what lies in the maps.
     pub fn image(&self) -> Result<Image, MapsError> {
         let words = self.vip_words.to_vec();
+        let vip_words = std::array::from_fn::<_, { VIP_WORDS as usize }, _>(|index| words[index]);
         Ok(Image {
             meta: self.meta.to_vec()[0],
-            vip_words: [words[VIP_WORD_V4 as usize], words[VIP_WORD_V6 as usize]],
+            vip_words,
+            vip_filter: self.vip_filter.to_vec(),
+            port_rules: self.port_rules.to_vec(),
             vips4: self.vips4.to_vec(),
             vips6: self.vips6.to_vec(),
             tables: self.tables.to_vec(),
@@ -273,6 +282,7 @@ impl Maps {
             }
             MapOp::WriteVips4 { row, buckets } => store_all(&self.vips4, *row, buckets),
             MapOp::WriteVips6 { row, buckets } => store_all(&self.vips6, *row, buckets),
+            MapOp::SetFilterWord { index, bits } => self.vip_filter.store_word(*index as usize, 0, *bits),
             MapOp::SetVipWord4 { word } => self.vip_words.store_word(VIP_WORD_V4 as usize, 0, word.bits()),
             MapOp::SetVipWord6 { word } => self.vip_words.store_word(VIP_WORD_V6 as usize, 0, word.bits()),
             MapOp::Grace => grace(),

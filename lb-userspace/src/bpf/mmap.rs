@@ -30,6 +30,7 @@ row!(
     lb_common::abi::Meta,
     lb_common::abi::Vip4Bucket,
     lb_common::abi::Vip6Bucket,
+    lb_common::abi::RuleRow,
     lb_common::abi::TableState,
     lb_common::abi::SlotRow,
     lb_common::abi::Backend,

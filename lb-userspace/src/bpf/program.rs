@@ -13,6 +13,7 @@ use super::links;
 use super::maps::{Maps, MapsError};
 use crate::capacity::Capacity;
 use crate::nexthop::Link;
+use crate::reconcile::desired::LoadTime;
 use crate::tables::maglev::TABLE_VERSION;
 
 const PROGRAM: &str = "balancer";
@@ -90,22 +91,22 @@ impl Datapath {
     /// Loads the program over the maps of an earlier agent if they fit, else over new ones beside them. Maps that
     /// were there have the features that their tables need as well; [`Self::refit`] takes them out when the
     /// tables have changed.
-    pub fn open(fs: BpfFs, capacity: Capacity, seed: u64, features: Features) -> Result<Self, DatapathError> {
+    pub fn open(fs: BpfFs, capacity: Capacity, load_time: LoadTime) -> Result<Self, DatapathError> {
         let Some((generation, before)) = Maps::newest(&fs)? else {
-            return Self::fresh(fs, capacity, &new_meta(seed, features));
+            return Self::fresh(fs, capacity, &new_meta(load_time));
         };
         match Maps::compare(&generation, &before, &capacity) {
             Ok(()) => {}
             Err(reason) if reason.is_misfit() => {
                 tracing::warn!(%reason, "the maps of an earlier agent do not fit; new ones are filled beside them, then the program is swapped");
-                let mut this = Self::fresh(fs, capacity, &new_meta(seed, features))?;
+                let mut this = Self::fresh(fs, capacity, &new_meta(load_time))?;
                 this.predecessor = Maps::of_generation(&generation, &before).ok();
                 return Ok(this);
             }
             Err(error) => return Err(error.into()),
         }
-        warn_of_moves(&before, seed);
-        let meta = new_meta(seed, features.with(Features::from_bits(before.features)));
+        warn_of_moves(&before, load_time.seed);
+        let meta = new_meta(load_time.with(Features::from_bits(before.features)));
         let (ebpf, maps) = load(&generation, &capacity, &meta)?;
         maps.set_meta(&meta);
         let (complete, adopted, predecessor) = (true, true, None);
@@ -113,8 +114,8 @@ impl Datapath {
     }
 
     /// The program over new, empty maps beside those in use: for other limits.
-    pub fn renewed(&self, capacity: Capacity, seed: u64, features: Features) -> Result<Self, DatapathError> {
-        Self::fresh(self.fs.clone(), capacity, &new_meta(seed, features))
+    pub fn renewed(&self, capacity: Capacity, load_time: LoadTime) -> Result<Self, DatapathError> {
+        Self::fresh(self.fs.clone(), capacity, &new_meta(load_time))
     }
 
     fn fresh(fs: BpfFs, capacity: Capacity, meta: &Meta) -> Result<Self, DatapathError> {
@@ -159,13 +160,13 @@ impl Datapath {
         self.generation.remove().map_err(|source| self.fs_error(source))
     }
 
-    /// Loads the program again if it lacks a feature or has another seed; attached interfaces must be
+    /// Loads the program again if it was loaded with something else; attached interfaces must be
     /// attached again then, which swaps the program on the live link.
-    pub fn refit(&mut self, seed: u64, features: Features) -> Result<bool, DatapathError> {
-        if self.meta.seed == seed && self.meta.features == features.bits() {
+    pub fn refit(&mut self, load_time: LoadTime) -> Result<bool, DatapathError> {
+        if LoadTime::of_meta(&self.meta) == load_time {
             return Ok(false);
         }
-        let meta = Meta { seed, features: features.bits(), ..self.meta };
+        let meta = new_meta(load_time);
         // Where a pin is missing, loading would make another map.
         self.pin_again()?;
         (self.ebpf, self.maps) = load(&self.generation, &self.capacity, &meta)?;
@@ -252,13 +253,15 @@ pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Detached> {
     Ok(Detached { interfaces, mount_left })
 }
 
-fn new_meta(seed: u64, features: Features) -> Meta {
+fn new_meta(load_time: LoadTime) -> Meta {
+    let LoadTime { seed, features, icmp_rate } = load_time;
     Meta {
         abi_version: ABI_VERSION,
         hash_version: HASH_VERSION,
         table_version: TABLE_VERSION,
         seed,
         features: features.bits(),
+        icmp_rate,
         ..Meta::default()
     }
 }
@@ -276,7 +279,8 @@ fn warn_of_moves(before: &Meta, seed: u64) {
 }
 
 fn load(generation: &Generation, capacity: &Capacity, meta: &Meta) -> Result<(Ebpf, Maps), DatapathError> {
-    let constants = Constants { features: meta.features, hash_keys: flow::keys(meta.seed) };
+    let Meta { features, icmp_rate, seed, .. } = *meta;
+    let constants = Constants { features, icmp_rate, hash_keys: flow::keys(seed) };
     let rows = capacity.rows();
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::CONSTANTS, &constants, true);

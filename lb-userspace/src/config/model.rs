@@ -18,6 +18,9 @@ pub struct Config {
     pub outer_source: OuterSource,
     /// Answer ARP and neighbour solicitation for VIPs that are on-link.
     pub vip_arp: bool,
+    /// Balance frames with VLAN tags too, and keep the tags.
+    pub vlan: bool,
+    pub icmp: Icmp,
     /// Log every decision of the packet path (debugging; slow).
     pub trace: bool,
     pub limits: Limits,
@@ -48,6 +51,21 @@ pub enum Mode {
 pub struct OuterSource {
     pub v4: Option<Ipv4Network>,
     pub v6: Option<Ipv6Network>,
+}
+
+/// What xlb itself says to clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Icmp {
+    /// Answer echo requests to VIPs.
+    pub echo: bool,
+    /// Messages of each kind (echo replies, delivered errors, too big, unreachable) that a CPU sends in a second.
+    pub rate: u32,
+}
+
+impl Default for Icmp {
+    fn default() -> Self {
+        Self { echo: true, rate: 1000 }
+    }
 }
 
 /// Capacities of the kernel maps, which cannot grow while they are in use.
@@ -120,6 +138,9 @@ pub enum Forward {
     /// Rewritten destination MAC; the backend is on-link.
     L2,
 }
+
+/// The UDP port of GUE (IANA: gue).
+pub const DEFAULT_GUE_PORT: u16 = 6080;
 
 /// What becomes of packets while no backend of the pool is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

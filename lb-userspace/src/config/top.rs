@@ -1,7 +1,9 @@
 //! The top of the file: interfaces, seed, limits and switches; and the order in which the rest is read.
 
+use lb_common::allowance::MOST_RATE;
+
 use super::DEFAULT_SEED;
-use super::model::{Config, Interface, Limits, Mode};
+use super::model::{Config, Icmp, Interface, Limits, Mode};
 use super::problem::{Place, Report, Spot};
 use super::raw::Node;
 use super::read::{At, Fields, Wrong};
@@ -13,6 +15,8 @@ const KEYS: &[&str] = &[
     "seed",
     "outer_source",
     "vip_arp",
+    "vlan",
+    "icmp",
     "trace",
     "limits",
     "api",
@@ -41,6 +45,8 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
     let pools = pools::read(&fields, &defaults, report);
     let services = services::read(&fields, &pools, report);
     let vip_arp = switch(&fields, "vip_arp", report);
+    let vlan = switch(&fields, "vlan", report);
+    let icmp = icmp(&fields, report);
     let trace = switch(&fields, "trace", report);
     let seed = seed(&fields, report);
 
@@ -54,6 +60,8 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
         seed,
         outer_source: outer_source.model(),
         vip_arp,
+        vlan,
+        icmp,
         trace,
         limits: limits.model,
         api,
@@ -101,6 +109,18 @@ fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<Interface> {
 
 fn switch(fields: &Fields<'_>, key: &str, report: &mut Report) -> bool {
     fields.value(key, "true or false", leaf::boolean, report).unwrap_or(false)
+}
+
+fn icmp(fields: &Fields<'_>, report: &mut Report) -> Icmp {
+    let mut icmp = Icmp::default();
+    let want = "a mapping such as {echo: true, rate: 1000}";
+    let Some(fields) = fields.get("icmp").and_then(|at| at.fields(&["echo", "rate"], want, report)) else {
+        return icmp;
+    };
+    icmp.echo = fields.value("echo", "true or false", leaf::boolean, report).unwrap_or(icmp.echo);
+    let rate = |text| leaf::number(text, 1..=MOST_RATE as u32, " messages a second");
+    icmp.rate = fields.value("rate", "a number", rate, report).unwrap_or(icmp.rate);
+    icmp
 }
 
 fn seed(fields: &Fields<'_>, report: &mut Report) -> u64 {

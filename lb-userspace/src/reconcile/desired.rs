@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use lb_common::abi::{Backend, BackendKind, Egress, Features, PortKey};
+use lb_common::abi::{Backend, BackendKind, Egress, Features, Meta, PortKey};
 use lb_common::encap::outer_sum;
 use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
@@ -96,6 +96,33 @@ pub fn desired(config: &Config, world: &World) -> Desired {
     desired
 }
 
+/// What the program is loaded with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadTime {
+    pub seed: u64,
+    pub features: Features,
+    /// ICMP messages of a kind that a CPU sends in a second.
+    pub icmp_rate: u64,
+}
+
+impl LoadTime {
+    pub fn of(config: &Config) -> Self {
+        Self { seed: config.seed, features: features(config), icmp_rate: u64::from(config.icmp.rate) }
+    }
+
+    /// What maps say of the program that goes by them.
+    pub const fn of_meta(meta: &Meta) -> Self {
+        let Meta { seed, features, icmp_rate, .. } = *meta;
+        Self { seed, features: Features::from_bits(features), icmp_rate }
+    }
+
+    /// As it is, but able to do what another needs as well.
+    #[must_use]
+    pub const fn with(self, features: Features) -> Self {
+        Self { features: self.features.with(features), ..self }
+    }
+}
+
 /// Features that a configuration needs of the program.
 pub fn features(config: &Config) -> Features {
     let mut features = Features::default();
@@ -109,12 +136,20 @@ pub fn features(config: &Config) -> Features {
                 BackendKind::Ipip4 => Features::IPIP4,
                 BackendKind::Ipip6 => Features::IPIP6,
                 BackendKind::L2 => Features::L2,
+                BackendKind::Gue4 => Features::GUE4,
+                BackendKind::Gue6 => Features::GUE6,
                 BackendKind::Nobody | BackendKind::Pass => Features::default(),
             });
         }
     }
     if config.vip_arp {
         features = features.with(Features::VIP_ARP);
+    }
+    if config.vlan {
+        features = features.with(Features::VLAN);
+    }
+    if config.icmp.echo && !config.services.is_empty() {
+        features = features.with(Features::ECHO);
     }
     if config.trace {
         features = features.with(Features::TRACE);
@@ -167,6 +202,7 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
         flags: Backend::ACCEPTING,
         outer_sum: if kind == BackendKind::Ipip4 { sum } else { 0 },
         port: Be16::new(0),
+        overhead: kind.overhead(),
         address: words,
         identity,
         ..Backend::default()

@@ -6,9 +6,12 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use lb_common::abi::{
-    BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Meta, Path, SLOTS_PER_ROW,
-    SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Meta,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow,
+    SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket,
+    Vip6Bucket, VipWord,
 };
+use lb_common::allowance::Answer;
 use lb_common::flow;
 use lb_common::outcome::Outcome;
 use lb_common::slots::Slot;
@@ -22,7 +25,10 @@ use crate::lookup;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Image {
     pub meta: Meta,
-    pub vip_words: [u64; 2],
+    /// The VIP words of both families, then their prefix lengths.
+    pub vip_words: [u64; VIP_WORDS as usize],
+    pub vip_filter: Vec<u64>,
+    pub port_rules: Vec<RuleRow>,
     pub vips4: Vec<Vip4Bucket>,
     pub vips6: Vec<Vip6Bucket>,
     pub tables: Vec<u64>,
@@ -40,7 +46,9 @@ impl Image {
         backends[usize::from(BACKEND_PASS)].kind = BackendKind::Pass as u8;
         Self {
             meta,
-            vip_words: [0; 2],
+            vip_words: [0; VIP_WORDS as usize],
+            vip_filter: vec![0; FILTER_WORDS as usize],
+            port_rules: vec![RuleRow::default(); capacity.rule_rows() as usize],
             vips4: vec![Vip4Bucket::default(); capacity.vip4_rows() as usize],
             vips6: vec![Vip6Bucket::default(); capacity.vip6_rows() as usize],
             tables: vec![0; capacity.tables as usize],
@@ -75,6 +83,20 @@ impl Image {
         VipWord::from_bits(self.vip_words[VIP_WORD_V6 as usize])
     }
 
+    pub fn prefix_lengths4(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(self.vip_words[PREFIX_LENGTHS_V4 as usize])
+    }
+
+    pub fn prefix_lengths6(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(self.vip_words[PREFIX_LENGTHS_V6 as usize])
+    }
+
+    /// Rule `index`, counted over the whole map.
+    pub fn port_rule(&self, index: u32) -> Option<&PortRule> {
+        let row = self.port_rules.get((index / RULES_PER_ROW) as usize)?;
+        Some(&row.0[(index % RULES_PER_ROW) as usize])
+    }
+
     /// Slot `index`, counted over the whole map.
     pub fn slot(&self, index: u32) -> Slot {
         Slot::from_bits(self.slots[(index / SLOTS_PER_ROW) as usize].0[(index % SLOTS_PER_ROW) as usize])
@@ -105,6 +127,7 @@ impl Image {
             }
             MapOp::SetVipWord4 { word } => self.vip_words[VIP_WORD_V4 as usize] = word.bits(),
             MapOp::SetVipWord6 { word } => self.vip_words[VIP_WORD_V6 as usize] = word.bits(),
+            MapOp::SetFilterWord { index, bits } => self.vip_filter[*index as usize] = *bits,
             MapOp::ResetBackendTraffic { .. } | MapOp::ResetVipTraffic { .. } | MapOp::Grace => {}
         }
     }
@@ -164,6 +187,22 @@ impl Tables for Traced<'_> {
         self.image.vips6.get(row as usize)
     }
 
+    fn vip_filter(&self, index: u32) -> u64 {
+        self.image.vip_filter.get(index as usize).copied().unwrap_or(0)
+    }
+
+    fn prefix_lengths4(&self) -> PrefixLengths {
+        self.image.prefix_lengths4()
+    }
+
+    fn prefix_lengths6(&self) -> PrefixLengths {
+        self.image.prefix_lengths6()
+    }
+
+    fn port_rule(&self, index: u32) -> Option<&PortRule> {
+        self.image.port_rule(index)
+    }
+
     fn table_word(&self, table: u16) -> Option<TableWord> {
         let word = TableWord::from_bits(*self.image.tables.get(usize::from(table))?);
         self.trail.borrow_mut().table = Some((table, word));
@@ -188,6 +227,11 @@ impl Tables for Traced<'_> {
 
     fn interface(&self, ifindex: u32) -> Option<&Interface> {
         self.image.interfaces.get(&ifindex)
+    }
+
+    /// As if this were the first message after a quiet time.
+    fn admit(&self, _: Answer) -> bool {
+        self.image.meta.icmp_rate > 0
     }
 
     fn count_outcome(&self, outcome: Outcome) {

@@ -50,6 +50,11 @@ pub enum MapOp {
         row: u32,
         buckets: Vec<Vip6Bucket>,
     },
+    /// A word of the VIP filter.
+    SetFilterWord {
+        index: u32,
+        bits: u64,
+    },
     SetVipWord4 {
         word: VipWord,
     },

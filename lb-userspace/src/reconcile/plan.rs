@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, PortKey, SHORTEST_TABLE_LOG2,
-    SLOTS_PER_ROW, TableState, TableWord, VipTarget, VipWord,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, FILTER_WORDS, MOST_BACKENDS, Path, PortKey,
+    SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, TableState, TableWord, VipTarget, VipWord,
 };
 use lb_common::slots::Slot;
+use lb_common::vips::{FilterBit, filter4, filter6};
 use lb_common::wire::Address6;
 
 use super::desired::{Desired, DesiredTable, Target};
@@ -240,8 +241,8 @@ impl Planner<'_> {
             };
             match present.get(key) {
                 Some(target) => {
-                    used.insert(target.vip);
-                    wanted.insert(*key, VipTarget { table, ..*target });
+                    used.insert(target.vip());
+                    wanted.insert(*key, VipTarget::service(table, 0, target.vip()));
                 }
                 None => _ = fresh.insert((*key, table)),
             }
@@ -249,7 +250,7 @@ impl Planner<'_> {
         // Counter rows of entries that are about to go are still counted into: not given away yet.
         // Entries that mark an address have none.
         let counted = present.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
-        let resting: HashSet<u32> = counted.map(|(_, target)| target.vip).collect();
+        let resting: HashSet<u32> = counted.map(|(_, target)| target.vip()).collect();
         let mut free = (0..self.capacity.vip_rows())
             .filter(|vip| !used.contains(vip) && !resting.contains(vip))
             .collect::<Vec<_>>()
@@ -257,8 +258,9 @@ impl Planner<'_> {
         for (key, table) in fresh {
             let vip = free.next().ok_or(PlanError::Vips { needed: services, limit })?;
             self.add.push(MapOp::ResetVipTraffic { vip });
-            wanted.insert(key, VipTarget { table, flags: 0, vip });
+            wanted.insert(key, VipTarget::service(table, 0, vip));
         }
+        self.filter(wanted.keys());
         if wanted == present {
             return Ok(());
         }
@@ -281,6 +283,26 @@ impl Planner<'_> {
             self.add.push(MapOp::SetVipWord6 { word });
         }
         Ok(())
+    }
+
+    /// Bits of addresses that come are set before they are live, bits of those that go are cleared after.
+    fn filter<'k>(&mut self, keys: impl Iterator<Item = &'k VipKey>) {
+        let mut wanted = vec![0; FILTER_WORDS as usize];
+        for (address, key) in keys {
+            if PortKey(*key) == PortKey::ADDRESS {
+                let bit = filter_bit(*address);
+                wanted[bit.word() as usize] |= bit.mask();
+            }
+        }
+        for ((index, &bits), wanted) in (0..).zip(&self.image.vip_filter).zip(wanted) {
+            let both = bits | wanted;
+            if both != bits {
+                self.add.push(MapOp::SetFilterWord { index, bits: both });
+            }
+            if both != wanted {
+                self.remove.push(MapOp::SetFilterWord { index, bits: wanted });
+            }
+        }
     }
 
     /// Writes the buckets of one family into the half that is not live. Returns the word that makes
@@ -349,6 +371,13 @@ pub fn present_vips(image: &Image) -> VipMap {
         }
     }
     vips
+}
+
+fn filter_bit(address: IpAddr) -> FilterBit {
+    match address {
+        IpAddr::V4(v4) => filter4(u32::from_ne_bytes(v4.octets())),
+        IpAddr::V6(v6) => filter6(Address6::from_bytes(v6.octets())),
+    }
 }
 
 /// The first row of the half that the live word does not name.

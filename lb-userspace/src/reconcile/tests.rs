@@ -22,8 +22,8 @@ use super::op::MapOp;
 use super::plan::{PlanError, plan, present_vips};
 use crate::capacity::Capacity;
 use crate::config::model::{
-    Api, Backend, Check, CheckKind, Config, Forward, Limits, Metrics, OnEmpty, OuterSource, Pool, Protocol,
-    Scheduler, Service,
+    Api, Backend, Check, CheckKind, Config, Forward, Icmp, Limits, Metrics, OnEmpty, OuterSource, Pool,
+    Protocol, Scheduler, Service,
 };
 use crate::nexthop::NextHop;
 
@@ -79,6 +79,8 @@ impl State {
             outer_source: OuterSource::default(),
             vip_arp: false,
             trace: false,
+            vlan: false,
+            icmp: Icmp { echo: false, ..Icmp::default() },
             limits: LIMITS,
             pools: self.pools.values().map(PoolState::model).collect(),
             services: services
@@ -301,7 +303,7 @@ fn read_back(image: &Image) -> Desired {
     }
     for (key, target) in present_vips(image) {
         let marker = PortKey(key.1) == PortKey::ADDRESS;
-        let table = (!marker).then(|| image.table_states[usize::from(target.table)].identity);
+        let table = (!marker).then(|| image.table_states[usize::from(target.table())].identity);
         read.vips.insert(key, super::desired::DesiredVip { table });
     }
     read
@@ -362,7 +364,7 @@ impl Readable {
         let tables: BTreeSet<u16> = present_vips(image)
             .iter()
             .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
-            .map(|(_, t)| t.table)
+            .map(|(_, t)| t.table())
             .collect();
         for table in tables {
             let word = TableWord::from_bits(image.tables[usize::from(table)]);
@@ -419,6 +421,7 @@ impl Readable {
             | MapOp::ResetVipTraffic { .. }
             | MapOp::WriteTableState { .. }
             | MapOp::SetTableWord { .. }
+            | MapOp::SetFilterWord { .. }
             | MapOp::SetVipWord4 { .. }
             | MapOp::SetVipWord6 { .. }
             | MapOp::Grace => None,
@@ -569,7 +572,7 @@ impl Run {
         let mut counters = HashSet::new();
         for (key, target) in present_vips(&self.image) {
             let marker = PortKey(key.1) == PortKey::ADDRESS;
-            prop_assert!(marker || counters.insert(target.vip), "two VIPs share counters");
+            prop_assert!(marker || counters.insert(target.vip()), "two VIPs share counters");
         }
         Ok(())
     }
@@ -989,7 +992,7 @@ fn vips_up_to_the_limit_can_be_replaced_by_as_many_others() {
         let rows: Vec<u32> = present_vips(&image)
             .iter()
             .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
-            .map(|(_, t)| t.vip)
+            .map(|(_, t)| t.vip())
             .collect();
         let rows_of_map =
             capacity.rows().iter().find(|map| map.name == lb_common::abi::map::VIP_TRAFFIC).unwrap().rows;

@@ -38,8 +38,8 @@ pub fn balancer(context: XdpContext) -> u32 {
 fn trace(context: &XdpContext, decision: &Decision) -> u32 {
     info!(
         context,
-        "{} in={} out={} backend={} bytes={}",
-        decision.outcome.counter(),
+        "outcome={} in={} out={} backend={} bytes={}",
+        decision.outcome as u32,
         context.ingress_ifindex(),
         decision.ifindex,
         decision.backend,

@@ -2,13 +2,16 @@
 //! what a packet sees meanwhile. Numbers of rows here are placeholders: the agent sets them.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use lb_common::abi::{
-    Backend, Constants, Egress, Features, HASH_KEYS, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
-    SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, Vip4Bucket, Vip6Bucket,
-    VipWord,
+    Allowance, Backend, Constants, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, MOST_INTERFACES,
+    Meta, OUTCOME_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, PortRule, PrefixLengths, RULES_PER_ROW,
+    RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6,
+    VIP_WORDS as WORDS, Vip4Bucket, Vip6Bucket, VipWord,
 };
+use lb_common::allowance::Answer;
 use lb_common::outcome::Outcome;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
@@ -16,11 +19,15 @@ use lb_common::tables::Tables;
 #[map(name = "XLB_META")]
 static META: Array<Meta> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_VIP_WORDS")]
-static VIP_WORDS: Array<u64> = Array::with_max_entries(2, BPF_F_MMAPABLE);
+static VIP_WORDS: Array<u64> = Array::with_max_entries(WORDS, BPF_F_MMAPABLE);
 #[map(name = "XLB_VIPS4")]
 static VIPS4: Array<Vip4Bucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_VIPS6")]
 static VIPS6: Array<Vip6Bucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "XLB_VIP_FILTER")]
+static VIP_FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, BPF_F_MMAPABLE);
+#[map(name = "XLB_PORT_RULES")]
+static PORT_RULES: Array<RuleRow> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_TABLES")]
 static TABLES: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_TABLE_STATE")]
@@ -40,9 +47,12 @@ static VIP_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "XLB_BE_TRAFFIC")]
 static BACKEND_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(1, 0);
 
+#[map(name = "XLB_ALLOWANCES")]
+static ALLOWANCES: PerCpuArray<Allowance> = PerCpuArray::with_max_entries(Answer::ALL.len() as u32, 0);
+
 /// Replaced by the agent before the program is loaded, and known to the verifier from then on.
 #[unsafe(no_mangle)]
-static CONSTANTS: Constants = Constants { features: 0, hash_keys: [0; HASH_KEYS] };
+static CONSTANTS: Constants = Constants { features: 0, icmp_rate: 0, hash_keys: [0; HASH_KEYS] };
 
 /// The balancer's maps.
 #[derive(Clone, Copy)]
@@ -98,6 +108,27 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
+    fn vip_filter(&self, index: u32) -> u64 {
+        VIP_FILTER.get(index).map_or(0, load)
+    }
+
+    #[inline(always)]
+    fn prefix_lengths4(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(VIP_WORDS.get(PREFIX_LENGTHS_V4).map_or(0, load))
+    }
+
+    #[inline(always)]
+    fn prefix_lengths6(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(VIP_WORDS.get(PREFIX_LENGTHS_V6).map_or(0, load))
+    }
+
+    #[inline(always)]
+    fn port_rule(&self, index: u32) -> Option<&PortRule> {
+        let row = PORT_RULES.get(index / RULES_PER_ROW)?;
+        Some(&row.0[(index % RULES_PER_ROW) as usize])
+    }
+
+    #[inline(always)]
     fn table_word(&self, table: u16) -> Option<TableWord> {
         TABLES.get(u32::from(table)).map(|word| TableWord::from_bits(load(word)))
     }
@@ -122,6 +153,15 @@ impl Tables for KernelTables {
     fn interface(&self, ifindex: u32) -> Option<&Interface> {
         // SAFETY: rows are replaced whole, and elements of a preallocated hash map stay mapped.
         unsafe { INTERFACES.get(ifindex) }
+    }
+
+    #[inline(always)]
+    fn admit(&self, answer: Answer) -> bool {
+        let Some(allowance) = ALLOWANCES.get_ptr_mut(answer as u32) else { return false };
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_coarse_ns() };
+        // SAFETY: this CPU's own value; XDP runs do not nest on a CPU.
+        unsafe { &mut *allowance }.take(now, load(&CONSTANTS.icmp_rate))
     }
 
     #[inline(always)]

@@ -79,6 +79,8 @@ fn every_key_arrives_in_the_model() {
         seed: 0x5e10_0000_0000_0000,
         outer_source: OuterSource { v4: "10.255.0.0/24".parse().ok(), v6: "2001:db8:ff::/64".parse().ok() },
         vip_arp: true,
+        vlan: false,
+        icmp: Icmp::default(),
         trace: false,
         limits: Limits { vips: 100, backends: 200, slots: 65536 },
         api: Api { group: Some(written(Group::Name("netops".into()), 36, 14, "api.group")) },
