@@ -31,9 +31,13 @@ pub const fn negative(sum: u32) -> u32 {
 }
 
 /// The checksum after one of the words under it changed (RFC 1624, equation 3).
+///
+/// Never 0: all ones is as right, also where everything under it has become zero, of which the equation
+/// knows nothing.
 #[inline(always)]
 pub const fn updated(checksum: u16, before: u16, after: u16) -> u16 {
-    !fold(!checksum as u32 + !before as u32 + after as u32)
+    let checksum = !fold(!checksum as u32 + !before as u32 + after as u32);
+    if checksum == 0 { 0xffff } else { checksum }
 }
 
 #[cfg(test)]
