@@ -236,7 +236,7 @@ impl Planner<'_> {
         let mut fresh: BTreeSet<(VipKey, u16)> = BTreeSet::new();
         for (key, vip) in &self.desired.vips {
             let Some(table) = vip.table.map(|identity| tables[&identity]) else {
-                wanted.insert(*key, VipTarget::default());
+                wanted.insert(*key, VipTarget::address(0, 0, 0));
                 continue;
             };
             match present.get(key) {
