@@ -19,6 +19,7 @@ use lb_ebpf::{Frame, verdict};
 use crate::maps::KernelTables;
 
 #[xdp]
+#[inline(always)]
 pub fn balancer(context: XdpContext) -> u32 {
     let tables = KernelTables;
     let decision = forward(&mut Frame::new(&context), &tables);
