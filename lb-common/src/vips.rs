@@ -7,7 +7,9 @@
 //! The agent picks the seed so that no bucket overflows, or doubles their number: a lookup is one
 //! bucket, always. Rules and prefixes cost what they cost only where the configuration has some.
 
-use crate::abi::{Features, MOST_PORT_RULES, PortKey, PrefixLengths, VIP4_WAYS, VIP6_WAYS, VipTarget};
+use crate::abi::{
+    Features, MOST_PORT_RULES, PortKey, PrefixLengths, VIP4_WAYS, VIP6_WAYS, VipTarget, VipWord,
+};
 use crate::outcome::Outcome;
 use crate::tables::Tables;
 use crate::wire::Address6;
@@ -67,7 +69,11 @@ pub const fn filter6(address: Address6) -> FilterBit {
 /// verifier follow all of their combinations.
 #[inline(always)]
 pub fn entry4<T: Tables>(tables: &T, address: u32, key: PortKey) -> VipTarget {
-    let word = tables.vip_word4();
+    entry_in4(tables, tables.vip_word4(), address, key)
+}
+
+#[inline(always)]
+fn entry_in4<T: Tables>(tables: &T, word: VipWord, address: u32, key: PortKey) -> VipTarget {
     let row = word.row(bucket_hash4(word.seed(), address, key));
     let Some(bucket) = tables.vip4_bucket(row) else { return VipTarget::NONE };
     let mut way = 0;
@@ -83,7 +89,11 @@ pub fn entry4<T: Tables>(tables: &T, address: u32, key: PortKey) -> VipTarget {
 
 #[inline(always)]
 pub fn entry6<T: Tables>(tables: &T, address: Address6, key: PortKey) -> VipTarget {
-    let word = tables.vip_word6();
+    entry_in6(tables, tables.vip_word6(), address, key)
+}
+
+#[inline(always)]
+fn entry_in6<T: Tables>(tables: &T, word: VipWord, address: Address6, key: PortKey) -> VipTarget {
     let row = word.row(bucket_hash6(word.seed(), address, key));
     let Some(bucket) = tables.vip6_bucket(row) else { return VipTarget::NONE };
     let mut way = 0;
@@ -148,7 +158,7 @@ pub const fn unmapped(entry: VipTarget) -> Outcome {
 }
 
 macro_rules! family {
-    ($address:ty, $entry:ident, $masked:ident, $filter:ident, $lengths:ident,
+    ($address:ty, $entry:ident, $entry_in:ident, $word:ident, $masked:ident, $filter:ident, $lengths:ident,
      $find:ident, $service:ident, $vip:ident, $prefix:ident) => {
         /// The service that takes a packet to this address, port and protocol; where none does, the entry of
         /// the address, which says what becomes of it (`unmapped`).
@@ -191,14 +201,14 @@ macro_rules! family {
         /// The entry of the longest prefix that holds the address.
         #[inline(never)]
         fn $prefix<T: Tables>(tables: &T, address: $address) -> VipTarget {
-            let lengths = tables.$lengths();
+            let (word, lengths) = (tables.$word(), tables.$lengths());
             let mut index = 0;
             while index < PrefixLengths::ROOM {
                 let length = lengths.get(index);
                 if length == 0 {
                     break;
                 }
-                let entry = $entry(tables, $masked(address, length), PortKey::prefix(length));
+                let entry = $entry_in(tables, word, $masked(address, length), PortKey::prefix(length));
                 if !entry.is_none() {
                     return entry;
                 }
@@ -209,8 +219,20 @@ macro_rules! family {
     };
 }
 
-family!(u32, entry4, masked4, filter4, prefix_lengths4, find4, service4, vip4, prefix4);
-family!(Address6, entry6, masked6, filter6, prefix_lengths6, find6, service6, vip6, prefix6);
+family!(u32, entry4, entry_in4, vip_word4, masked4, filter4, prefix_lengths4, find4, service4, vip4, prefix4);
+family!(
+    Address6,
+    entry6,
+    entry_in6,
+    vip_word6,
+    masked6,
+    filter6,
+    prefix_lengths6,
+    find6,
+    service6,
+    vip6,
+    prefix6
+);
 
 #[cfg(test)]
 mod tests {
