@@ -583,7 +583,7 @@ pub struct Backend {
     pub overhead: u16,
     /// The backend's address; IPv4 in the first four bytes of memory, the rest zero.
     pub address: [u64; 2],
-    /// Fingerprint of what the backend is (pool, address, kind): how a restart finds its id again.
+    /// Fingerprint of what the backend is (pool, address, kind, port): how a restart finds its id again.
     pub identity: u64,
     pub spare: [u64; 3],
 }

@@ -85,7 +85,7 @@ pub fn explain(image: &Image, query: &Query, ingress: u32, names: &Names) -> Res
         pool: named.map(|(pool, _)| pool.clone()),
         backend: named.map(|(_, name)| name.clone()),
         backend_address: row.and_then(address),
-        forward: row.and_then(|row| BackendKind::from_raw(row.kind)).map(|kind| kind_name(kind).to_owned()),
+        forward: row.and_then(forward_name),
         egress_ifindex: egress.map(|egress| egress.ifindex).filter(|ifindex| *ifindex != 0),
         next_hop_mac: path.filter(|path| path.egress() != 0).map(|path| path.mac().to_string()),
     })
@@ -98,16 +98,17 @@ fn slot_state(slot: lb_common::slots::Slot) -> String {
     format!("moving: cur {} est {} D={} P={}", slot.cur(), slot.est(), slot.dirty(), slot.pins())
 }
 
-const fn kind_name(kind: BackendKind) -> &'static str {
-    match kind {
-        BackendKind::Nobody => "nobody",
-        BackendKind::Pass => "pass",
-        BackendKind::Ipip4 => "ipip over IPv4",
-        BackendKind::Ipip6 => "ipip over IPv6",
-        BackendKind::L2 => "l2",
-        BackendKind::Gue4 => "gue over IPv4",
-        BackendKind::Gue6 => "gue over IPv6",
-    }
+fn forward_name(row: &Backend) -> Option<String> {
+    let port = row.port.get();
+    Some(match BackendKind::from_raw(row.kind)? {
+        BackendKind::Nobody => "nobody".to_owned(),
+        BackendKind::Pass => "pass".to_owned(),
+        BackendKind::Ipip4 => "ipip over IPv4".to_owned(),
+        BackendKind::Ipip6 => "ipip over IPv6".to_owned(),
+        BackendKind::L2 => "l2".to_owned(),
+        BackendKind::Gue4 => format!("gue over IPv4 to port {port}"),
+        BackendKind::Gue6 => format!("gue over IPv6 to port {port}"),
+    })
 }
 
 /// A backend's address. For `l2` the family shows in what is filled.

@@ -12,13 +12,15 @@ use super::core::{BackendKey, NextHops, keys};
 use crate::config::model::{CheckKind, Config, Forward};
 use crate::health::Fsm;
 use crate::nexthop::{Link, NextHop};
-use crate::reconcile::desired::backend_identity;
+use crate::reconcile::desired::{backend_identity, forward_of};
 use crate::reconcile::image::Image;
 
 /// Who holds slots is up until its first verdict.
 pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
     let holders: HashSet<u16> = live_slots(image).map(|(_, slot)| slot.cur()).collect();
     let ids = ids(image);
+    let rows = holders.iter().filter_map(|&id| image.backends.get(usize::from(id)));
+    let ways: HashSet<Forward> = rows.filter_map(forward_of).collect();
     let now = Instant::now();
     let holds = |pool: &str, forward, address| {
         ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
@@ -26,7 +28,7 @@ pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
     keys(config)
         .map(|(key, pool, _)| {
             // The file may name another way to a backend than the one it was reached by; its health is the same.
-            let held = Forward::ALL.iter().any(|&forward| holds(&key.pool, forward, key.address));
+            let held = ways.iter().any(|&forward| holds(&key.pool, forward, key.address));
             let pool = &config.pools[pool];
             let held = held || pool.check.kind == CheckKind::None;
             let (rise, fall) = (pool.check.rise, pool.check.fall);

@@ -64,7 +64,7 @@ impl Core {
         self.can_be_redirected_to(hop)?;
         if self.config.pools[pool].forward == Forward::L2 && hop.gateway.is_some() {
             return Err(format!(
-                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip",
+                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip or gue",
                 hop.interface
             ));
         }
@@ -72,7 +72,11 @@ impl Core {
             IpAddr::V4(_) => self.config.outer_source.v4.is_some(),
             IpAddr::V6(_) => self.config.outer_source.v6.is_some(),
         };
-        if self.config.pools[pool].forward == Forward::Ipip && !filled {
+        let tunnel = match self.config.pools[pool].forward {
+            Forward::Ipip | Forward::Gue { .. } => true,
+            Forward::L2 => false,
+        };
+        if tunnel && !filled {
             match hop.preferred_source {
                 None => {
                     return Err(format!(

@@ -135,6 +135,8 @@ pub struct Pool {
 pub enum Forward {
     /// IP-in-IP, any family in any family (RFC 2003, RFC 2473, RFC 4213).
     Ipip,
+    /// IP in UDP to a port (GUE variant 1, draft-ietf-intarea-gue), any family in any family.
+    Gue { port: u16 },
     /// Rewritten destination MAC; the backend is on-link.
     L2,
 }
@@ -209,14 +211,14 @@ pub enum Scheduler {
 
 /// The words an operator meets in YAML, in output, in metrics and in logs: one place for each.
 macro_rules! words {
-    ($($name:ident { $($variant:ident = $word:literal),+ })+) => {$(
+    ($($name:ident { $($variant:ident $({ $field:ident: $default:expr })? = $word:literal),+ })+) => {$(
         impl $name {
-            /// In the order in which messages list them.
-            pub const ALL: &'static [$name] = &[$($name::$variant),+];
+            /// In the order in which messages list them; with their defaults.
+            pub const ALL: &'static [$name] = &[$($name::$variant $({ $field: $default })?),+];
             pub const WORDS: &'static [&'static str] = &[$($word),+];
 
             pub fn as_str(self) -> &'static str {
-                match self { $($name::$variant => $word),+ }
+                match self { $($name::$variant { .. } => $word),+ }
             }
         }
 
@@ -236,7 +238,7 @@ macro_rules! words {
 
 words! {
     Mode { Auto = "auto", Native = "native", Generic = "generic" }
-    Forward { Ipip = "ipip", L2 = "l2" }
+    Forward { Ipip = "ipip", Gue { port: DEFAULT_GUE_PORT } = "gue", L2 = "l2" }
     OnEmpty { Drop = "drop", Pass = "pass", All = "all" }
     Protocol { Tcp = "tcp", Udp = "udp" }
     Scheduler { Maglev = "maglev" }

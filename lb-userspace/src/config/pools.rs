@@ -49,17 +49,13 @@ fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Health, report: &mut Rep
         health: Health::default(),
         backends: Vec::new(),
     };
-    let keys = &["forward", "on_empty", "health", "backends"];
+    let keys = &["forward", "gue_port", "on_empty", "health", "backends"];
     let want = "a mapping such as {forward: ipip, backends: [192.0.2.11]}";
     let Some(fields) = at.fields(keys, want, report) else {
         return draft;
     };
 
-    let want = "ipip (encapsulated) or l2 (backends on-link)";
-    if let Some(at) = fields.need("forward", want, report) {
-        let convert = |text| leaf::word(text, Forward::WORDS, Forward::ALL);
-        draft.forward = at.value(want, convert, report).unwrap_or(draft.forward);
-    }
+    draft.forward = forward(&fields, report).unwrap_or(draft.forward);
     let convert = |text| leaf::word(text, OnEmpty::WORDS, OnEmpty::ALL);
     let on_empty = fields.value("on_empty", "drop, pass or all", convert, report);
     draft.on_empty = on_empty.unwrap_or(draft.on_empty);
@@ -67,6 +63,25 @@ fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Health, report: &mut Rep
     draft.backends = backends(&fields, report);
     warn_of_no_backends(&fields, &draft, report);
     draft
+}
+
+fn forward(fields: &Fields<'_>, report: &mut Report) -> Option<Forward> {
+    let port = |text| leaf::number(text, 1..=65535, "").map(|port| u16::try_from(port).unwrap_or(u16::MAX));
+    let gue_port = fields.value("gue_port", "a UDP port such as 6080", port, report);
+    let want = "ipip or gue (encapsulated) or l2 (backends on-link)";
+    let at = fields.need("forward", want, report)?;
+    let convert = |text| leaf::word(text, Forward::WORDS, Forward::ALL);
+    match (at.value(want, convert, report)?, gue_port) {
+        (Forward::Gue { .. }, Some(port)) => Some(Forward::Gue { port }),
+        (forward @ (Forward::Ipip | Forward::L2), Some(_)) => {
+            if let Some(at) = fields.get("gue_port") {
+                let message = format!("`forward: {forward}` sends to no UDP port");
+                report.error(at.key_place(), &at.path, message, "remove it, or set forward: gue");
+            }
+            Some(forward)
+        }
+        (forward, None) => Some(forward),
+    }
 }
 
 fn warn_of_no_backends(fields: &Fields<'_>, draft: &PoolDraft, report: &mut Report) {

@@ -195,12 +195,15 @@ pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
     one_of(known)
 }
 
+/// Words that a message lists.
+const MOST_NAMED: usize = 16;
+
 pub(super) fn one_of(known: &[&str]) -> String {
     match known {
         [] => String::new(),
         [only] => format!("use {only}"),
         // A list too long to read helps nobody.
-        [some @ .., last] if known.len() <= 12 => format!("use {} or {last}", some.join(", ")),
-        some => format!("use one of {}, ...", some[..12].join(", ")),
+        [some @ .., last] if known.len() <= MOST_NAMED => format!("use {} or {last}", some.join(", ")),
+        some => format!("use one of {}, ...", some[..MOST_NAMED].join(", ")),
     }
 }

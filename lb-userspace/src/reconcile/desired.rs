@@ -169,13 +169,30 @@ fn kind(forward: Forward, address: IpAddr) -> BackendKind {
         (Forward::L2, _) => BackendKind::L2,
         (Forward::Ipip, IpAddr::V4(_)) => BackendKind::Ipip4,
         (Forward::Ipip, IpAddr::V6(_)) => BackendKind::Ipip6,
+        (Forward::Gue { .. }, IpAddr::V4(_)) => BackendKind::Gue4,
+        (Forward::Gue { .. }, IpAddr::V6(_)) => BackendKind::Gue6,
     }
 }
 
-/// What a backend is: the same in every run and on every balancer.
+/// How packets get to the backend of a row; `None` where it is nobody's.
+pub fn forward_of(row: &Backend) -> Option<Forward> {
+    match BackendKind::from_raw(row.kind)? {
+        BackendKind::Nobody | BackendKind::Pass => None,
+        BackendKind::Ipip4 | BackendKind::Ipip6 => Some(Forward::Ipip),
+        BackendKind::Gue4 | BackendKind::Gue6 => Some(Forward::Gue { port: row.port.get() }),
+        BackendKind::L2 => Some(Forward::L2),
+    }
+}
+
+/// What a backend is: the same in every run and on every balancer. Everything in its row but the path follows from it.
 pub fn backend_identity(pool: &str, forward: Forward, address: IpAddr) -> u64 {
+    let kind = kind(forward, address) as u8;
+    let text = match forward {
+        Forward::Ipip | Forward::L2 => format!("{pool}/{address}/{kind}"),
+        Forward::Gue { port } => format!("{pool}/{address}/{kind}/{port}"),
+    };
     // Never 0, which is a free row.
-    fingerprint(1, format!("{pool}/{address}/{}", kind(forward, address) as u8).as_bytes()).max(1)
+    fingerprint(1, text.as_bytes()).max(1)
 }
 
 pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> u64 {
@@ -197,11 +214,15 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
             ([high, low], 0)
         }
     };
+    let port = match forward {
+        Forward::Gue { port } => port,
+        Forward::Ipip | Forward::L2 => 0,
+    };
     Backend {
         kind: kind as u8,
         flags: Backend::ACCEPTING,
-        outer_sum: if kind == BackendKind::Ipip4 { sum } else { 0 },
-        port: Be16::new(0),
+        outer_sum: if forward == Forward::L2 { 0 } else { sum },
+        port: Be16::new(port),
         overhead: kind.overhead(),
         address: words,
         identity,

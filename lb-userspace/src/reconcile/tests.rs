@@ -16,7 +16,7 @@ use lb_common::slots::Slot;
 use lb_common::wire::Ports;
 use proptest::prelude::*;
 
-use super::desired::{Desired, Target, World, backend_identity, desired, features};
+use super::desired::{Desired, Target, World, backend_identity, desired, features, forward_of};
 use super::image::{Image, Traced};
 use super::op::MapOp;
 use super::plan::{PlanError, plan, present_vips};
@@ -592,7 +592,7 @@ fn brief(op: &MapOp) -> String {
 
 #[derive(Debug, Clone)]
 enum Change {
-    AddPool(u8, u8, bool, u8),
+    AddPool(u8, u8, Forward, u8),
     RemovePool(u8),
     RenamePool(u8, u8),
     OnEmpty(u8, u8),
@@ -615,12 +615,14 @@ enum Change {
 fn change() -> impl Strategy<Value = Change> {
     let hop = || prop::option::weighted(0.8, (1u32..4, prop::sample::select(vec![1280u16, 1500]), 1u8..4));
     let small = 0u8..5;
+    let gue = [6080, 7000].map(|port| Forward::Gue { port });
+    let way = prop::sample::select([&[Forward::Ipip, Forward::L2][..], &gue].concat());
     let weight = prop::sample::select(vec![0u8, 1, 50, 100]);
     let vips = prop::collection::btree_set(0u8..6, 1..3);
     let ports = prop::collection::btree_set(1u16..5, 1..3);
     prop_oneof![
-        2 => (small.clone(), 1u8..6, any::<bool>(), 0u8..3)
-            .prop_map(|(p, n, l2, e)| Change::AddPool(p, n, l2, e)),
+        2 => (small.clone(), 1u8..6, way, 0u8..3)
+            .prop_map(|(p, n, way, e)| Change::AddPool(p, n, way, e)),
         1 => small.clone().prop_map(Change::RemovePool),
         1 => (small.clone(), 0u8..10).prop_map(|(p, n)| Change::RenamePool(p, n)),
         1 => (small.clone(), 0u8..3).prop_map(|(p, e)| Change::OnEmpty(p, e)),
@@ -645,10 +647,10 @@ fn on_empty(number: u8) -> OnEmpty {
 
 fn apply(state: &mut State, change: &Change) {
     match change {
-        Change::AddPool(pool, backends, l2, empty) => {
+        Change::AddPool(pool, backends, forward, empty) => {
             state.pools.entry(*pool).or_insert_with(|| PoolState {
                 name: *pool,
-                forward: if *l2 { Forward::L2 } else { Forward::Ipip },
+                forward: *forward,
                 on_empty: on_empty(*empty),
                 backends: (0..u16::from(*backends))
                     .map(|host| (u16::from(*pool) * 50 + host, (100, true)))
@@ -754,7 +756,7 @@ proptest! {
         let mut run = Run::new();
         let mut state = State::empty();
         // Something to begin with.
-        apply(&mut state, &Change::AddPool(0, 4, false, 0));
+        apply(&mut state, &Change::AddPool(0, 4, Forward::Ipip, 0));
         apply(&mut state, &Change::AddService(0, 0, BTreeSet::from([0, 1]), BTreeSet::from([1, 2]), true));
         run.step(state.desired(), &flows)?;
         for changes in &steps {
@@ -900,7 +902,7 @@ fn the_place_that_a_table_left_is_filled_anew_only_when_nobody_reads_it() {
     state.pools.get_mut(&0).unwrap().backends.insert(1000, (100, true));
     step(&state);
     // The next plan begins with a table that fits the old place.
-    apply(&mut state, &Change::AddPool(1, 3, false, 0));
+    apply(&mut state, &Change::AddPool(1, 3, Forward::Ipip, 0));
     apply(&mut state, &Change::AddService(1, 1, BTreeSet::from([0]), BTreeSet::from([1]), false));
     step(&state);
 }
@@ -1013,5 +1015,48 @@ fn features_follow_what_is_configured() {
     state.services.get_mut(&0).unwrap().vips.insert(1);
     state.pools.get_mut(&0).unwrap().forward = Forward::L2;
     assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPV6).with(Features::L2));
+    state.pools.get_mut(&0).unwrap().forward = Forward::Gue { port: 6080 };
+    let gue = Features::GUE4.with(Features::GUE6);
+    assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPV6).with(gue));
     assert_eq!(features(&State::empty().config()), Features::default());
+}
+
+#[test]
+fn the_row_of_a_backend_says_all_of_its_tunnel() {
+    use lb_common::abi::BackendKind;
+    let gue = Forward::Gue { port: 7000 };
+    let rows = [
+        ("ipip over IPv4", Forward::Ipip, 0, BackendKind::Ipip4, 0, true),
+        ("ipip over IPv6", Forward::Ipip, 1, BackendKind::Ipip6, 0, false),
+        ("gue over IPv4", gue, 0, BackendKind::Gue4, 7000, true),
+        ("gue over IPv6", gue, 1, BackendKind::Gue6, 7000, false),
+        ("l2 to an IPv4 address", Forward::L2, 0, BackendKind::L2, 0, false),
+        ("l2 to an IPv6 address", Forward::L2, 1, BackendKind::L2, 0, false),
+    ];
+    for (name, forward, host, kind, port, has_outer_sum) in rows {
+        let mut state = simple(0);
+        let pool = state.pools.get_mut(&0).unwrap();
+        pool.forward = forward;
+        pool.backends.insert(host, (100, true));
+        let desired = state.desired();
+        let row = desired.backends.values().next().unwrap().row;
+        assert_eq!((row.kind, row.port.get(), row.overhead), (kind as u8, port, kind.overhead()), "{name}");
+        assert_eq!(row.outer_sum != 0, has_outer_sum, "{name}");
+        assert_eq!(forward_of(&row), Some(forward), "{name}");
+    }
+}
+
+#[test]
+fn another_port_of_the_tunnel_is_another_backend() {
+    let mut image = fresh();
+    let mut state = simple(1);
+    let mut ids_met = BTreeSet::new();
+    for forward in [Forward::Ipip, Forward::Gue { port: 6080 }, Forward::Gue { port: 7000 }] {
+        state.pools.get_mut(&0).unwrap().forward = forward;
+        applied(&mut image, &state);
+        assert_eq!(read_back(&image), state.desired(), "{forward:?}");
+        let id = words(&image)[0].cur();
+        assert_eq!(forward_of(&image.backends[usize::from(id)]), Some(forward));
+        assert!(ids_met.insert(state.desired().backends.into_keys().next().unwrap()), "{forward:?}");
+    }
 }

@@ -175,7 +175,7 @@ fn all_mistakes_of_a_very_bad_file_are_reported_together_in_order() {
         "xlb.yaml:6:10 vip_arp: yes is not allowed; use true",
         "xlb.yaml:8:43 limits.slots: 65537 is not a multiple of 4096; use 69632",
         "xlb.yaml:10:33 defaults.health.interval: 2 has no unit; write 2s",
-        "xlb.yaml:12:3 pools.web.forward: is missing; use ipip (encapsulated) or l2 (backends on-link)",
+        "xlb.yaml:12:3 pools.web.forward: is missing; use ipip or gue (encapsulated) or l2 (backends on-link)",
         "xlb.yaml:13:5 pools.web.forwrad: is not a known key; did you mean forward?",
         "xlb.yaml:17:9 pools.web.backends[0]: 10.0.1.11 is also the VIP at line 32 (services[1].vip); \
          a backend needs an address of its own: its packets would come back to the balancer",

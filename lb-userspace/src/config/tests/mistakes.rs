@@ -179,7 +179,7 @@ const TEXT: &[Row] = &[
         "a merge key",
         "interfaces: [eth0]\n<<: {mode: auto}\n",
         &[
-            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, api, metrics, defaults, pools or services",
+            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
     (
@@ -201,7 +201,7 @@ const TEXT: &[Row] = &[
         "a key that needs escaping",
         "interfaces: [eth0]\n\"a\\eb\": 1\n",
         &[
-            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, vip_arp, trace, limits, api, metrics, defaults, pools or services",
+            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
 ];
@@ -508,17 +508,37 @@ const POOLS: &[Row] = &[
     (
         "a pool without forward",
         "interfaces: [eth0]\npools:\n  web: {}\n",
-        &["xlb.yaml:3:3 pools.web.forward: is missing; use ipip (encapsulated) or l2 (backends on-link)"],
+        &[
+            "xlb.yaml:3:3 pools.web.forward: is missing; use ipip or gue (encapsulated) or l2 (backends on-link)",
+        ],
     ),
     (
         "a forward without a value",
         "interfaces: [eth0]\npools:\n  web: {forward: }\n",
-        &["xlb.yaml:3:9 pools.web.forward: has no value; use ipip (encapsulated) or l2 (backends on-link)"],
+        &[
+            "xlb.yaml:3:9 pools.web.forward: has no value; use ipip or gue (encapsulated) or l2 (backends on-link)",
+        ],
     ),
     (
         "an unknown forward",
-        "interfaces: [eth0]\npools:\n  web: {forward: gue}\n",
-        &["xlb.yaml:3:18 pools.web.forward: gue is not allowed; use ipip or l2"],
+        "interfaces: [eth0]\npools:\n  web: {forward: vxlan}\n",
+        &["xlb.yaml:3:18 pools.web.forward: vxlan is not allowed; use ipip, gue or l2"],
+    ),
+    (
+        "a port of GUE for another mode",
+        "interfaces: [eth0]\npools:\n  web: {forward: ipip, gue_port: 6080}\n  near: {gue_port: 6080, forward: l2}\n",
+        &[
+            "xlb.yaml:3:24 pools.web.gue_port: `forward: ipip` sends to no UDP port; remove it, or set forward: gue",
+            "xlb.yaml:4:10 pools.near.gue_port: `forward: l2` sends to no UDP port; remove it, or set forward: gue",
+        ],
+    ),
+    (
+        "a port of GUE that is none, and no mode to blame it on",
+        "interfaces: [eth0]\npools:\n  web: {forward: gue, gue_port: 0}\n  far: {forward: geu, gue_port: 6080}\n",
+        &[
+            "xlb.yaml:3:33 pools.web.gue_port: 0 is not allowed; use 1-65535",
+            "xlb.yaml:4:18 pools.far.forward: geu is not allowed; did you mean gue?",
+        ],
     ),
     (
         "a misspelt forward",

@@ -144,6 +144,15 @@ fn what_the_file_leaves_out_has_its_documented_default() {
 }
 
 #[test]
+fn gue_goes_to_its_iana_port_unless_the_pool_names_another() {
+    for (name, keys, port) in [("none", "", DEFAULT_GUE_PORT), ("another", ", gue_port: 7000", 7000)] {
+        let text = MINIMAL.replace("forward: ipip", &format!("forward: gue{keys}"));
+        assert_eq!(loaded(&text).config.pools[0].forward, Forward::Gue { port }, "{name}");
+    }
+    assert_eq!(DEFAULT_GUE_PORT, 6080);
+}
+
+#[test]
 fn a_seed_is_the_text_that_is_written_and_never_a_number() {
     for (name, text, seed) in [
         ("decimal digits", "1234567890123456", 0x1234_5678_9012_3456),
