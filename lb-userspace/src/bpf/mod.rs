@@ -14,6 +14,7 @@ mod maps;
 mod mmap;
 mod mounts;
 mod program;
+mod trace;
 
 pub use bench::{Bench, FRAME_BYTES, Packets, Target};
 pub use bpffs::{BpfFs, BpfFsError};
@@ -22,7 +23,8 @@ pub use decap::{Decap, DecapConfig, DecapProgram};
 pub use figures::{Figures, figures, stack_bytes};
 pub use links::{Attached, Links};
 pub use maps::{Maps, MapsError, RowPairs};
-pub use program::{Datapath, DatapathError, Detached, Trace, detach};
+pub use program::{Datapath, DatapathError, Detached, detach};
+pub use trace::Trace;
 
 /// Bytes aligned for the ELF parser.
 #[repr(C, align(32))]

@@ -11,6 +11,7 @@ use super::bpffs::BpfFs;
 use super::generation::Generation;
 use super::links;
 use super::maps::{Maps, MapsError};
+use super::trace::{self, Trace};
 use crate::capacity::Capacity;
 use crate::nexthop::Link;
 use crate::reconcile::desired::LoadTime;
@@ -227,14 +228,11 @@ impl Datapath {
         fd.map_err(|error| DatapathError::Program(Box::new(error)))
     }
 
-    /// A reader of the program's log records, by the program's id: the object gives its ring away once only.
+    /// A reader of the program's log records.
     pub fn trace(&mut self) -> Result<Trace, DatapathError> {
-        Ok(aya_log::EbpfLogger::init_from_id(self.program_id()?)?)
+        trace::reader(self.program_id()?)
     }
 }
-
-/// Decisions of the packet path as log records (`trace: true`).
-pub type Trace = aya_log::EbpfLogger<&'static dyn log::Log>;
 
 /// What was removed from the kernel.
 #[derive(Debug)]
