@@ -4,6 +4,7 @@ pub mod balancer;
 pub mod fixtures;
 pub mod lab;
 pub mod manager;
+pub mod routed;
 pub mod scene;
 pub mod soak;
 pub mod stage;

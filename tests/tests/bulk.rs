@@ -1,12 +1,10 @@
 //! Bulk transfers through the balancer, what its packets look like on the wire, and generic mode.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tests::lab::{self, Host, Process, Signal, Transport, wait_for};
+use tests::lab::{self, Capture, Host, Transport, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URLS, VIP4, VIPS};
 
 /// One service for iperf3, and one backend: its control connection and its streams must meet the same server.
@@ -135,81 +133,15 @@ fn retry(mut work: impl FnMut() -> Result<()>) -> Result<()> {
     .and(last)
 }
 
-/// tcpdump that runs until it is ended.
-struct Capture {
-    process: Process,
-    file: PathBuf,
-    host: Host,
-}
-
-impl Capture {
-    /// At a host's own end of its link: what its stack meets, after XDP.
-    fn at_host(host: &Host) -> Result<Self> {
-        Self::start(host, "eth0", Host::exec)
-    }
-
-    /// At the switch's end: what is on the wire.
-    fn at_switch(host: &Host) -> Result<Self> {
-        Self::start(host, &format!("{}-0", host.name()), Host::exec_at_switch)
-    }
-
-    fn start(
-        host: &Host,
-        interface: &str,
-        exec: impl Fn(&Host, Vec<String>) -> std::process::Command,
-    ) -> Result<Self> {
-        let file = host.new_file("capture.pcap");
-        let words = format!(
-            "tcpdump -i {interface} --immediate-mode -U -s 2048 -B 32768 -Z root -w {}",
-            file.display()
-        );
-        let words = words.split(' ').map(str::to_owned).collect();
-        let process = host.spawn_command(&mut exec(host, words))?;
-        process.wait_for_log("listening on", PATIENCE)?;
-        Ok(Self { process, file, host: host.clone() })
-    }
-
-    fn end(&self) -> Result<()> {
-        // The last packet may still be on its way.
-        std::thread::sleep(Duration::from_millis(300));
-        self.process.signal(Signal::INT)?;
-        self.process.wait_exit(PATIENCE)?;
-        ensure!(self.process.log().contains("0 packets dropped by kernel"), "{}", self.process.log());
-        Ok(())
-    }
-
-    /// The fields of all packets that a tshark filter takes, the outermost of each kind.
-    fn fields(&self, filter: &str, fields: &[&str]) -> Result<Vec<Vec<String>>> {
-        let file = self.file.to_string_lossy();
-        let mut words = vec!["tshark", "-n", "-r", &*file, "-Y", filter];
-        for check in ["ip.check_checksum:TRUE", "tcp.check_checksum:TRUE", "udp.check_checksum:TRUE"] {
-            words.extend(["-o", check]);
-        }
-        words.extend(["-T", "fields", "-E", "occurrence=f"]);
-        fields.iter().for_each(|field| words.extend(["-e", field]));
-        let output = self.host.exec(words).stderr(Stdio::piped()).output()?;
-        ensure!(output.status.success(), "tshark: {}", String::from_utf8_lossy(&output.stderr));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect())
-    }
-
-    /// Refuses a wrong checksum in any layer of any packet.
-    fn has_good_checksums(&self) -> Result<()> {
-        let fields = ["frame.protocols", "frame.len", "tcp.len", "tcp.checksum", "ip.src", "ipv6.src"];
-        // A sender that sums in software writes 0xffff where the sum is 0 (seen on kernel 6.18), once in 65,536
-        // packets: good to every receiver, bad to tshark.
-        let bad = "ip.checksum.status == 0 || udp.checksum.status == 0 \
-                   || (tcp.checksum.status == 0 && tcp.checksum != 0xffff)";
-        let bad = self.fields(bad, &fields)?;
-        let who = self.process.to_string();
-        ensure!(bad.is_empty(), "{who}: {} packets have a bad checksum: {:?}", bad.len(), bad.first());
-        // tshark looked at them, and there were some.
-        let good = self.fields("tcp.checksum.status == 1 && ip.checksum.status == 1", &fields)?;
-        let good6 = self.fields("tcp.checksum.status == 1 && ipv6", &fields)?;
-        ensure!(good.len() > 200 && good6.len() > 200, "only {} and {} packets", good.len(), good6.len());
-        ensure!(self.fields("udp.checksum.status == 1 && dns", &fields)?.len() == 4);
-        Ok(())
-    }
+/// Refuses a wrong checksum in any layer of any packet.
+fn has_good_checksums(capture: &Capture) -> Result<()> {
+    capture.has_no_bad_checksum()?;
+    // tshark looked at them, and there were some.
+    let good = capture.fields("tcp.checksum.status == 1 && ip.checksum.status == 1", &["frame.number"])?;
+    let good6 = capture.fields("tcp.checksum.status == 1 && ipv6", &["frame.number"])?;
+    ensure!(good.len() > 200 && good6.len() > 200, "only {} and {} packets", good.len(), good6.len());
+    ensure!(capture.fields("udp.checksum.status == 1 && dns", &["frame.number"])?.len() == 4);
+    Ok(())
 }
 
 /// Requests, a download, an upload and DNS over both families, with captures of the backend's wire and of the client.
@@ -231,7 +163,7 @@ fn captured(stage: &Stage, config: &Config) -> Result<Capture> {
     }
     for capture in [&wire, &client] {
         capture.end()?;
-        capture.has_good_checksums()?;
+        has_good_checksums(capture)?;
     }
     Ok(wire)
 }

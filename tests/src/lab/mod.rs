@@ -20,6 +20,7 @@
 //! # }
 //! ```
 
+mod capture;
 mod command;
 mod datagrams;
 mod download;
@@ -27,6 +28,7 @@ mod echo;
 mod host;
 mod http;
 mod process;
+mod raw;
 mod remains;
 mod servers;
 mod stalls;
@@ -42,6 +44,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::MountFlags;
 pub use rustix::process::Signal;
 
+pub use self::capture::Capture;
 pub use self::datagrams::{DatagramFlows, DatagramServer, Flow};
 pub use self::download::{Download, SlowServer};
 pub use self::echo::{Connection, Connections, EchoServer};
@@ -50,6 +53,7 @@ pub use self::http::{
     HttpLoad, Request, Response, RunningLoad, backends, failures, http_get, http_get_within, http_load,
 };
 pub use self::process::Process;
+pub use self::raw::{IcmpSocket, Options, http_get_with_options};
 pub use self::remains::{kept, remove_kept, sweep};
 pub use self::servers::{Nginx, NginxServer, Transport, backend_dsr, dns, dns_who, iperf3_server, nginx};
 
