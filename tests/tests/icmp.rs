@@ -18,8 +18,7 @@ fn ping(client: &Host, to: &str, words: &[&str]) -> Result<(u64, u64)> {
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(!text.contains("wrong") && !text.contains("DUP"), "{to}: {text}");
     let line = text.lines().find(|line| line.contains("packets transmitted"));
-    let line =
-        line.with_context(|| format!("{to}: {text}{}", String::from_utf8_lossy(&output.stderr)))?;
+    let line = line.with_context(|| format!("{to}: {text}{}", String::from_utf8_lossy(&output.stderr)))?;
     let numbers: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     ensure!(numbers.len() >= 2, "{line}");
     Ok((numbers[0], numbers[1]))
@@ -213,7 +212,9 @@ fn fault_13_forged_icmp_errors_are_refused_by_name_and_the_others_limited() -> R
         let sent = balancer.outcome("forward_error_transmit")? - delivered;
         Ok((sent, balancer.outcome("drop_icmp_limit")? - before))
     };
-    wait_for("all errors counted", PATIENCE, || counted().is_ok_and(|(sent, limited)| sent + limited >= 500))?;
+    wait_for("all errors counted", PATIENCE, || {
+        counted().is_ok_and(|(sent, limited)| sent + limited >= 500)
+    })?;
     let ((sent, limited), most) = (counted()?, allowed(10, begin)?);
     ensure!(sent + limited == 500 && sent <= most, "{sent} sent, {limited} not, {most} allowed");
     // No harm was done.

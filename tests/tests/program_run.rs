@@ -296,6 +296,8 @@ fn every_feature_bit_and_every_hash_key_bites() {
             "TCP over IPv4 goes to its on-link backend under another MAC",
             Outcome::DropInconsistent,
         ),
+        (Features::GUE4, "TCP over IPv4 goes to its backend in GUE over IPv4", Outcome::DropInconsistent),
+        (Features::GUE6, "TCP over IPv4 goes to its backend in GUE over IPv6", Outcome::DropInconsistent),
         (Features::ECHO, "an IPv4 echo request 1 to a VIP is answered", Outcome::DropIcmpType),
         (Features::ECHO, "an IPv6 echo request 1 to a VIP is answered", Outcome::DropIcmpType),
         (Features::VLAN, "IPv4 traffic in a VLAN", Outcome::PassVlan),

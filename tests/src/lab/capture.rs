@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+use super::Signal;
 use super::host::Host;
 use super::process::Process;
-use super::Signal;
 
 /// How long tcpdump may take to begin and to end.
 const PATIENCE: Duration = Duration::from_secs(20);

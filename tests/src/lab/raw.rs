@@ -22,12 +22,10 @@ pub struct IcmpSocket {
 
 impl IcmpSocket {
     pub fn new(host: &Host, ipv6: bool) -> Result<Self> {
-        let (family, protocol) = if ipv6 {
-            (AddressFamily::INET6, ipproto::ICMPV6)
-        } else {
-            (AddressFamily::INET, ipproto::ICMP)
-        };
-        let socket = host.inside(|| socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol)))?;
+        let (family, protocol) =
+            if ipv6 { (AddressFamily::INET6, ipproto::ICMPV6) } else { (AddressFamily::INET, ipproto::ICMP) };
+        let socket =
+            host.inside(|| socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol)))?;
         Ok(Self { socket: socket.with_context(|| format!("host {}: a raw socket", host.name()))? })
     }
 
