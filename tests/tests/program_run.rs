@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use lb_common::abi::{self, Features, Traffic, constant, map};
 use lb_common::decap::decap;
 use lb_common::forward::forward;
-use lb_common::outcome::{DecapOutcome, Outcome};
+use lb_common::outcome::{Action, DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
 use lb_userspace::bpf::{BALANCER, BpfFs, DECAP, Datapath, DecapProgram, Maps, detach, figures};
 use lb_userspace::reconcile::desired::{LoadTime, desired};
@@ -342,6 +342,45 @@ fn without_any_one_feature_the_program_is_shorter() {
         let without = instructions(Features::from_bits(everything.bits() & !feature.bits()));
         assert!(0 < without && without < with, "without {name}: {without} of {with} instructions");
     }
+}
+
+/// The clock is the kernel's, so the figures are bounds: what a second brings at once, on each CPU, and no more
+/// than the rate from then on. The other kinds have allowances of their own.
+#[test]
+fn a_flood_of_echo_requests_is_answered_at_the_rate_and_takes_nothing_from_other_messages() {
+    if left_out("a_flood_of_echo_requests_is_answered_at_the_rate_and_takes_nothing_from_other_messages") {
+        return;
+    }
+    const RATE: u64 = 50;
+    const FLOOD: u64 = 20_000;
+    let rows = rows();
+    let row =
+        |name: &str| rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("no row `{name}`"));
+    let mut kernel = Kernel::load(Setting::Everything, Setting::Everything.features());
+    let load_time = LoadTime { icmp_rate: RATE, ..Setting::Everything.load_time() };
+    assert!(kernel.datapath.refit(load_time).expect("loaded again"));
+    let mut send = |row: &Row, expected: &[Action]| {
+        let mut out = vec![0; LONGEST];
+        let (verdict, _) = kernel.datapath.test_run(&row.frame, &mut out).expect("a run");
+        assert!(expected.iter().any(|action| verdict == xdp_verdict(*action)), "{}: {verdict}", row.name);
+    };
+    let begun = std::time::Instant::now();
+    for _ in 0..FLOOD {
+        send(row("an IPv4 echo request 1 to a VIP is answered"), &[Action::Transmit, Action::Drop]);
+    }
+    let seconds = begun.elapsed().as_secs() + 1;
+    send(row("fragmentation needed about a TCP packet from four"), &[Action::Transmit]);
+    send(row("IPv4 of the ingress MTU does not fit a tunnel of the same"), &[Action::Transmit]);
+    let counters = kernel.datapath.maps.counters();
+    let counted = |outcome| counters.outcome(outcome).expect("a counter");
+    let (answered, limited) = (counted(Outcome::AnswerEcho), counted(Outcome::DropEchoLimit));
+    assert_eq!(answered + limited, FLOOD);
+    let cpus = lb_userspace::capacity::possible_cpus();
+    assert!(
+        (RATE..=RATE * (1 + seconds) * cpus).contains(&answered),
+        "{answered} in {seconds} s on {cpus} CPUs"
+    );
+    assert_eq!(counted(Outcome::ForwardErrorTransmit) + counted(Outcome::AnswerTooBig), 2);
 }
 
 /// Loading over the same maps keeps tables and counters.
