@@ -73,6 +73,7 @@ fn without_ports4<P: Packet, T: Tables>(
             if target.is_none() {
                 return Err(Outcome::DropVipFragment);
             }
+            parse::whole(packet, &ip.transport, 0)?;
             let role = fragment_role(ip.transport.shape);
             Ok(Flow { client: ip.source, vip: ip.destination, ports: 0, protocol, target, role })
         }
@@ -212,6 +213,7 @@ fn without_ports6<P: Packet, T: Tables>(
             if target.is_none() {
                 return Err(Outcome::DropVipFragment);
             }
+            parse::whole(packet, &ip.transport, 0)?;
             let role = fragment_role(ip.transport.shape);
             Ok(Flow { client: ip.source, vip: ip.destination, ports: 0, protocol, target, role })
         }

@@ -4,10 +4,16 @@
 //! A tunnel packet is believed only from the balancers' addresses, and only if what is inside is
 //! for a VIP: otherwise anyone could inject packets behind the host's filters. The UDP checksum of GUE is
 //! not looked at: what is inside has its own (RFC 6936, section 3.3).
+//!
+//! Congestion that routers marked on the outer header is told to the receiver (RFC 6040, section 4.2): the
+//! balancer copied the sender's ECN outward, so a mark that stayed behind would be lost.
 
+use crate::checksum::updated;
 use crate::outcome::DecapOutcome;
 use crate::packet::Packet;
-use crate::wire::{Address6, Be16, EtherType, Ethernet, Ipv4, Ipv6, PROTO_IPIP, PROTO_IPV6, PROTO_UDP, Udp};
+use crate::wire::{
+    Address6, Be16, Be32, EtherType, Ethernet, Ipv4, Ipv6, PROTO_IPIP, PROTO_IPV6, PROTO_UDP, Udp,
+};
 
 /// What `xlb decap` was told.
 pub trait DecapTables {
@@ -38,19 +44,67 @@ pub fn decap<P: Packet, T: DecapTables>(packet: &mut P, tables: &T) -> DecapOutc
 fn strip<P: Packet, T: DecapTables>(packet: &mut P, tables: &T) -> Result<(), DecapOutcome> {
     let ethernet = packet.header::<Ethernet>(0).ok_or(DecapOutcome::PassNotTunnel)?;
     let (destination, source, ethertype) = (ethernet.destination(), ethernet.source(), ethernet.ethertype);
-    let (outer, protocol) = match ethertype {
+    let outer = match ethertype {
         EtherType::IPV4 => outer4(packet, tables)?,
         EtherType::IPV6 => outer6(packet, tables)?,
         _ => return Err(DecapOutcome::PassNotTunnel),
     };
-    let ethertype = match protocol {
-        PROTO_IPIP => inner4(packet, tables, IP + outer)?,
-        _ => inner6(packet, tables, IP + outer)?,
+    let at = IP + outer.bytes;
+    let (ethertype, inner) = match outer.protocol {
+        PROTO_IPIP => (EtherType::IPV4, inner4(packet, tables, at)?),
+        _ => (EtherType::IPV6, inner6(packet, tables, at)?),
     };
-    packet.shrink_head(outer).ok_or(DecapOutcome::DropHead)?;
+    let ecn = told(outer.ecn, inner).ok_or(DecapOutcome::DropCongestion)?;
+    packet.shrink_head(outer.bytes).ok_or(DecapOutcome::DropHead)?;
     let ethernet = packet.header_mut::<Ethernet>(0).ok_or(DecapOutcome::DropHead)?;
     *ethernet = Ethernet::new(destination, source, ethertype);
+    if ecn != inner {
+        mark(packet, ethertype, ecn ^ inner).ok_or(DecapOutcome::DropHead)?;
+    }
     Ok(())
+}
+
+/// What there is in front of the inner packet.
+struct Outer {
+    bytes: usize,
+    /// Of the inner packet.
+    protocol: u8,
+    ecn: u8,
+}
+
+const ECN: u8 = 3;
+const CONGESTION: u8 = 3;
+
+/// The inner packet's ECN after the tunnel (RFC 6040, figure 4); `None` where it must be dropped, for its
+/// sender knows nothing of marks.
+#[inline(always)]
+const fn told(outer: u8, inner: u8) -> Option<u8> {
+    const ECT_1: u8 = 1;
+    const ECT_0: u8 = 2;
+    match (outer, inner) {
+        (CONGESTION, 0) => None,
+        (CONGESTION, _) => Some(CONGESTION),
+        (ECT_1, ECT_0) => Some(ECT_1),
+        _ => Some(inner),
+    }
+}
+
+/// Changes bits of the ECN of the packet behind the Ethernet header.
+#[inline(always)]
+fn mark<P: Packet>(packet: &mut P, ethertype: EtherType, bits: u8) -> Option<()> {
+    if ethertype == EtherType::IPV6 {
+        let ip = packet.header_mut::<Ipv6>(IP)?;
+        let word = { ip.version_class_flow }.get() ^ (bits as u32) << 20;
+        ip.version_class_flow = Be32::new(word);
+        return Some(());
+    }
+    let ip = packet.header_mut::<Ipv4>(IP)?;
+    let (first, tos) = (ip.version_ihl as u16, ip.tos);
+    let new = tos ^ bits;
+    let checksum = updated({ ip.checksum }.raw(), first | (tos as u16) << 8, first | (new as u16) << 8);
+    ip.tos = new;
+    ip.checksum = Be16::from_raw(checksum);
+    Some(())
 }
 
 /// Whether a header announces a tunnel: IP, or UDP to the port of GUE.
@@ -67,28 +121,29 @@ fn is_tunnel<P: Packet, T: DecapTables>(packet: &P, tables: &T, protocol: u8, at
     }
 }
 
-/// Length and protocol of what an outer header of `length` bytes takes in front of the inner packet.
+/// What an outer header of `bytes` bytes and what belongs to it take in front of the inner packet.
 #[inline(always)]
-fn tunnel<P: Packet>(packet: &P, protocol: u8, length: usize) -> Result<(usize, u8), DecapOutcome> {
+fn tunnel<P: Packet>(packet: &P, protocol: u8, bytes: usize, tos: u8) -> Result<Outer, DecapOutcome> {
+    let ecn = tos & ECN;
     if protocol != PROTO_UDP {
-        return Ok((length, protocol));
+        return Ok(Outer { bytes, protocol, ecn });
     }
-    let length = length + size_of::<Udp>();
+    let bytes = bytes + size_of::<Udp>();
     // GUE variant 1: the IP packet follows at once. Its header is read to the end by who judges it.
-    let ip = packet.header::<Ipv4>(IP + length).ok_or(DecapOutcome::DropTruncated)?;
+    let ip = packet.header::<Ipv4>(IP + bytes).ok_or(DecapOutcome::DropTruncated)?;
     match ip.version() {
-        4 => Ok((length, PROTO_IPIP)),
-        6 => Ok((length, PROTO_IPV6)),
+        4 => Ok(Outer { bytes, protocol: PROTO_IPIP, ecn }),
+        6 => Ok(Outer { bytes, protocol: PROTO_IPV6, ecn }),
         _ => Err(DecapOutcome::DropVariant),
     }
 }
 
-/// Length and protocol of an outer IPv4 header that may be taken off.
+/// What an outer IPv4 header that may be taken off says.
 #[inline(always)]
-fn outer4<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u8), DecapOutcome> {
+fn outer4<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<Outer, DecapOutcome> {
     let ip = packet.header::<Ipv4>(IP).ok_or(DecapOutcome::PassNotTunnel)?;
     let length = ip.header_length();
-    let protocol = ip.protocol;
+    let (protocol, tos) = (ip.protocol, ip.tos);
     if ip.version() != 4 || length < size_of::<Ipv4>() {
         return Err(DecapOutcome::PassNotTunnel);
     }
@@ -102,24 +157,25 @@ fn outer4<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u
     if !tables.from4({ ip.source }.raw()) {
         return Err(DecapOutcome::DropSource);
     }
-    tunnel(packet, protocol, length)
+    tunnel(packet, protocol, length, tos)
 }
 
 #[inline(always)]
-fn outer6<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<(usize, u8), DecapOutcome> {
+fn outer6<P: Packet, T: DecapTables>(packet: &P, tables: &T) -> Result<Outer, DecapOutcome> {
     let ip = packet.header::<Ipv6>(IP).ok_or(DecapOutcome::PassNotTunnel)?;
-    let protocol = ip.next_header;
+    let (protocol, tos) = (ip.next_header, ip.traffic_class());
     if ip.version() != 6 || !is_tunnel(packet, tables, protocol, IP + size_of::<Ipv6>()) {
         return Err(DecapOutcome::PassNotTunnel);
     }
     if !tables.from6(ip.source) {
         return Err(DecapOutcome::DropSource);
     }
-    tunnel(packet, protocol, size_of::<Ipv6>())
+    tunnel(packet, protocol, size_of::<Ipv6>(), tos)
 }
 
+/// The ECN of an inner IPv4 packet that may be let through.
 #[inline(always)]
-fn inner4<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Result<EtherType, DecapOutcome> {
+fn inner4<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Result<u8, DecapOutcome> {
     let ip = packet.header::<Ipv4>(at).ok_or(DecapOutcome::DropTruncated)?;
     if ip.version() != 4 || ip.header_length() < size_of::<Ipv4>() {
         return Err(DecapOutcome::DropTruncated);
@@ -127,11 +183,11 @@ fn inner4<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Resul
     if !tables.vip4({ ip.destination }.raw()) {
         return Err(DecapOutcome::DropNotVip);
     }
-    Ok(EtherType::IPV4)
+    Ok(ip.tos & ECN)
 }
 
 #[inline(always)]
-fn inner6<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Result<EtherType, DecapOutcome> {
+fn inner6<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Result<u8, DecapOutcome> {
     let ip = packet.header::<Ipv6>(at).ok_or(DecapOutcome::DropTruncated)?;
     if ip.version() != 6 {
         return Err(DecapOutcome::DropTruncated);
@@ -140,5 +196,5 @@ fn inner6<P: Packet, T: DecapTables>(packet: &P, tables: &T, at: usize) -> Resul
     if { ip.destination }.is_mapped_v4() || !tables.vip6(ip.destination) {
         return Err(DecapOutcome::DropNotVip);
     }
-    Ok(EtherType::IPV6)
+    Ok(ip.traffic_class() & ECN)
 }

@@ -178,6 +178,8 @@ outcomes! {
             "";
         7 DropVariant Drop "drop_variant" "a GUE packet of a variant other than 1"
             "Balancers send variant 1: another sender uses this port.";
+        8 DropCongestion Drop "drop_congestion" "a router marked congestion on the outer header, but the sender inside does not know ECN (RFC 6040)"
+            "A way between balancer and backend is congested.";
     }
 }
 
