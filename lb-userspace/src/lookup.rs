@@ -1,15 +1,26 @@
-//! Which backend takes a flow, and why: the packet path itself, run on a frame made up for the
-//! question and on a copy of the live tables, with its way written down.
+//! What becomes of a frame or of a flow, and why: the packet path itself, run on a copy of the live tables, with
+//! its way written down. Knows no names of the configuration; who has them puts them in.
 
-use std::collections::HashMap;
+mod given;
+mod icmp;
+pub mod interfaces;
+mod seen;
+#[cfg(test)]
+mod tests;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use lb_common::abi::{Backend, BackendKind};
-use lb_common::forward::forward;
-use lb_common::packet::Buffer;
-use lb_common::wire::Address6;
+use lb_common::abi::{Backend, BackendKind, Features, Path, VipTarget};
+use lb_common::forward::{IP, forward};
+use lb_common::outcome::Action;
+use lb_common::packet::{Buffer, Packet};
+use lb_common::tables::Tables;
+use lb_common::wire::{Address6, EtherType, Ethernet};
+use lb_common::{classify, parse, vlan};
 use serde::{Deserialize, Serialize};
 
+pub use self::given::{FrameText, Given, GivenError};
+pub use self::seen::Seen;
 use crate::config::model::Protocol;
 use crate::reconcile::desired::protocol_number;
 use crate::reconcile::image::{Image, Traced};
@@ -22,21 +33,21 @@ pub struct Query {
     pub protocol: Protocol,
 }
 
-/// What things are called; empty where no agent could be asked.
-#[derive(Debug, Default)]
-pub struct Names {
-    /// Pool and name by id.
-    pub backends: HashMap<u16, (String, String)>,
-    pub services: HashMap<(IpAddr, u16, Protocol), String>,
-}
-
 /// The decision with its steps.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Explanation {
+    /// The frame as it came.
+    pub frame: Seen,
+    pub ingress_ifindex: u32,
+    pub ingress: Option<String>,
     pub outcome: String,
     pub meaning: String,
+    /// What an operator does about it; empty where nothing is wrong.
+    pub advice: String,
     pub action: String,
     pub service: Option<String>,
+    /// Row of the service's counters.
+    pub service_row: Option<u32>,
     pub table: Option<u16>,
     pub table_length: Option<u32>,
     pub slot: Option<u32>,
@@ -48,47 +59,93 @@ pub struct Explanation {
     pub backend_address: Option<IpAddr>,
     /// How the packet gets there.
     pub forward: Option<String>,
-    /// Index of the interface it leaves by.
+    /// Index of the interface that the way to the backend leaves by.
     pub egress_ifindex: Option<u32>,
+    pub egress: Option<String>,
     pub next_hop_mac: Option<String>,
+    /// The longest IP packet that the way to the backend takes, bytes.
+    pub mtu: Option<u32>,
+    /// The longest packet of a client that fits in there.
+    pub client_mtu: Option<u32>,
+    /// The frame as it leaves, if it does: to the backend, or back as an answer.
+    pub sent: Option<Seen>,
 }
 
-const HEADROOM: usize = 64;
+impl Explanation {
+    /// Whether a backend takes the frame, or its sender gets an answer.
+    pub fn is_taken(&self) -> bool {
+        self.sent.is_some()
+    }
+}
 
-/// Runs the packet path for a flow, as if the first packet of it came in on an interface.
-pub fn explain(image: &Image, query: &Query, ingress: u32, names: &Names) -> Result<Explanation, String> {
-    // Without an agent the interface is not known; most hosts have one.
+/// What XDP leaves in front of a frame.
+const HEADROOM: usize = 256;
+
+/// Runs the packet path on a frame, as if it came in on an interface and were the first of its flow.
+pub fn explain(image: &Image, given: &Given, ingress: u32) -> Explanation {
+    // Without an agent the interface may not be known; most hosts have one.
     let ingress = if ingress == 0 { image.interfaces.keys().min().copied().unwrap_or(0) } else { ingress };
-    let mut bytes = vec![0; HEADROOM];
-    bytes.extend(frame(query)?);
+    let mut bytes = given.padded(HEADROOM);
+    let frame = Seen::of_frame(&bytes[HEADROOM..]);
+    let service = target(image, bytes[HEADROOM..].to_vec(), ingress);
     let tables = Traced::new(image);
     let mut packet = Buffer::new(&mut bytes, HEADROOM, ingress);
-    let decision = forward(&mut packet, &tables);
+    let outcome = forward(&mut packet, &tables).outcome;
+    let leaves = matches!(outcome.action(), Action::Transmit | Action::Redirect);
+    let sent = leaves.then(|| Seen::of_frame(packet.frame()));
     let trail = tables.into_trail();
 
-    let outcome = decision.outcome;
     let met = trail.met.filter(|id| *id != 0);
     let row = met.and_then(|id| image.backends.get(usize::from(id)));
-    let named = met.and_then(|id| names.backends.get(&id));
-    let path = row.map(|row| lb_common::abi::Path::from_bits(row.path));
+    let path = row.map(|row| Path::from_bits(row.path)).filter(|path| path.egress() != 0);
     let egress = path.and_then(|path| image.egress.get(usize::from(path.egress())));
-    Ok(Explanation {
+    let egress = egress.filter(|egress| egress.ifindex != 0);
+    Explanation {
+        frame,
+        ingress_ifindex: ingress,
+        ingress: None,
         outcome: outcome.counter().to_owned(),
         meaning: outcome.meaning().to_owned(),
+        advice: outcome.advice().to_owned(),
         action: outcome.action().name().to_owned(),
-        service: names.services.get(&(query.vip.ip(), query.vip.port(), query.protocol)).cloned(),
+        service: None,
+        service_row: service.map(VipTarget::vip),
         table: trail.table.map(|(table, _)| table),
         table_length: trail.table.map(|(_, word)| word.length()),
         slot: trail.slot.map(|(slot, _)| slot),
         slot_state: trail.slot.map(|(_, slot)| slot_state(slot)),
         backend_id: met,
-        pool: named.map(|(pool, _)| pool.clone()),
-        backend: named.map(|(_, name)| name.clone()),
+        pool: None,
+        backend: None,
         backend_address: row.and_then(address),
         forward: row.and_then(forward_name),
-        egress_ifindex: egress.map(|egress| egress.ifindex).filter(|ifindex| *ifindex != 0),
-        next_hop_mac: path.filter(|path| path.egress() != 0).map(|path| path.mac().to_string()),
-    })
+        egress_ifindex: egress.map(|egress| egress.ifindex),
+        egress: None,
+        next_hop_mac: path.map(|path| path.mac().to_string()),
+        mtu: egress.map(|egress| egress.mtu),
+        client_mtu: egress.zip(row).map(|(egress, row)| egress.mtu.saturating_sub(u32::from(row.overhead))),
+        sent,
+    }
+}
+
+/// The service of a frame, also of one that reaches no backend: the packet path's classification, once more.
+fn target(image: &Image, mut frame: Vec<u8>, ingress: u32) -> Option<VipTarget> {
+    let tables = Traced::new(image);
+    let mut packet = Buffer::new(&mut frame, 0, ingress);
+    let features = tables.features();
+    if features.has(Features::VLAN) {
+        vlan::pop(&mut packet);
+    }
+    let ethertype = packet.header::<Ethernet>(0)?.ethertype;
+    if ethertype == EtherType::IPV4 && features.has(Features::IPV4) {
+        let ip = parse::ipv4(&packet, IP).ok()?;
+        return Some(classify::v4(&packet, &tables, &ip).ok()?.target);
+    }
+    if ethertype == EtherType::IPV6 && features.has(Features::IPV6) {
+        let ip = parse::ipv6(&packet, IP).ok()?;
+        return Some(classify::v6(&mut packet, &tables, &ip).ok()?.target);
+    }
+    None
 }
 
 fn slot_state(slot: lb_common::slots::Slot) -> String {
@@ -127,8 +184,8 @@ pub fn address(row: &Backend) -> Option<IpAddr> {
     }
 }
 
-/// The shortest frame of the flow: a SYN, or an empty datagram.
-fn frame(query: &Query) -> Result<Vec<u8>, String> {
+/// The shortest frame of a flow: a SYN, or an empty datagram.
+pub fn first_frame(query: &Query) -> Result<Given, String> {
     let transport_bytes: u16 = match query.protocol {
         Protocol::Tcp => 20,
         Protocol::Udp => 8,
@@ -160,5 +217,6 @@ fn frame(query: &Query) -> Result<Vec<u8>, String> {
         rest[9] = 0x02;
     }
     frame.extend(rest);
-    Ok(frame)
+    let length = frame.len();
+    Given::new(frame, length).map_err(|error| error.to_string())
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use lb_userspace::agent::status::{BackendStatus, Status};
 use lb_userspace::bpf::{BpfFs, Maps};
 use lb_userspace::config::model::Protocol;
-use lb_userspace::lookup::{Names, Query, explain};
+use lb_userspace::lookup::{Query, explain, first_frame};
 use lb_userspace::reconcile::image::Image;
 
 use crate::lab::{Host, Lab, Process, Signal, wait_for};
@@ -246,7 +246,7 @@ fn run_command(host: &Host, xlb: &Path, run_dir: &Path, config: &Path) -> Comman
 
 /// The address of the backend that takes a flow by these tables, if one does.
 pub fn place(tables: &Image, query: &Query) -> Result<Option<IpAddr>> {
-    let explanation = explain(tables, query, 0, &Names::default()).map_err(anyhow::Error::msg)?;
+    let explanation = explain(tables, &first_frame(query).map_err(anyhow::Error::msg)?, 0);
     Ok(explanation.backend_address.filter(|_| explanation.outcome.starts_with("forward_")))
 }
 

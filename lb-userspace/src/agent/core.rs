@@ -16,11 +16,10 @@ use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Trans
 use super::verify::{self, Verification};
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Backend, Check, CheckKind, Config};
+use crate::config::model::{Check, CheckKind, Config};
 use crate::health::{Checker, Fsm, Probe, State};
-use crate::lookup::{self, Explanation, Names, Query};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{LoadTime, World, backend_identity, desired};
+use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan};
 
@@ -300,28 +299,6 @@ impl Core {
         self.config.trace.then(|| self.datapath.trace())
     }
 
-    pub fn lookup(&self, query: &Query) -> Result<Explanation, String> {
-        let ifindex = self.attached.first().map_or(0, |attached| attached.ifindex);
-        let mut told = lookup::explain(&self.image, query, ifindex, &Names::default())?;
-        let asked = (query.vip.ip(), query.vip.port(), query.protocol);
-        let service = self.config.services.iter().find(|service| service.triples().any(|it| it == asked));
-        told.service = service.map(|service| service.name.clone());
-        let row = told.backend_id.and_then(|id| self.image.backends.get(usize::from(id)));
-        let Some((identity, address)) = row.map(|row| row.identity).zip(told.backend_address) else {
-            return Ok(told);
-        };
-        for pool in &self.config.pools {
-            let is_it = |backend: &&Backend| {
-                backend.address == address
-                    && backend_identity(&pool.name, pool.forward, backend.address) == identity
-            };
-            if let Some(backend) = pool.backends.iter().find(is_it) {
-                (told.pool, told.backend) = (Some(pool.name.clone()), Some(backend.name.clone()));
-            }
-        }
-        Ok(told)
-    }
-
     /// One line on what is served by whom.
     pub fn summary(&self) -> String {
         let backends = keys(&self.config);
@@ -365,7 +342,7 @@ impl Core {
         }
     }
 
-    fn index(&self) -> &Arc<Index> {
+    pub(super) fn index(&self) -> &Arc<Index> {
         self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
     }
 

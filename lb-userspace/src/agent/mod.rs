@@ -6,6 +6,7 @@ mod adopt;
 mod changeover;
 mod core;
 mod interfaces;
+mod lookup;
 mod next_hops;
 mod notify;
 mod reload;
@@ -31,12 +32,13 @@ use crate::capabilities;
 use crate::config;
 use crate::config::model::{Check, CheckKind};
 use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
-use crate::lookup::{Explanation, Query};
+use crate::lookup::Explanation;
 use crate::nexthop::{Event, Follower, Resolver};
 
 use self::core::{BackendKey, Core};
 pub use self::core::{keys, preflight};
 use self::interfaces::Wanted;
+pub use self::lookup::Question;
 use self::notify::Notify;
 use self::reload::Reloader;
 pub use self::reload::{Refused, Summary};
@@ -71,7 +73,7 @@ pub struct Options {
 #[derive(Debug)]
 pub enum Request {
     Snapshot(oneshot::Sender<Snapshot>),
-    Lookup(Query, oneshot::Sender<Result<Explanation, String>>),
+    Lookup(Question, oneshot::Sender<Result<Vec<Explanation>, String>>),
     Verify(oneshot::Sender<anyhow::Result<Verification>>),
     Reload(oneshot::Sender<Result<Summary, Refused>>),
 }
@@ -237,7 +239,7 @@ async fn answer(
     // An asker that has gone away needs no answer.
     match request {
         Request::Snapshot(reply) => _ = reply.send(core.snapshot(Instant::now())),
-        Request::Lookup(query, reply) => _ = reply.send(core.lookup(&query)),
+        Request::Lookup(question, reply) => _ = reply.send(core.lookup(&question)),
         Request::Verify(reply) => _ = reply.send(core.verification(resolver).await),
         Request::Reload(reply) => return Some(reply),
     }

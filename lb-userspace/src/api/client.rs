@@ -4,22 +4,27 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::Method;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::ApiError;
-use super::guard::RELOAD_DEADLINE;
+use super::guard::{BODY_BYTES, RELOAD_DEADLINE};
+use super::{ApiError, LookupFrames, MOST_FRAMES, resources};
 use crate::agent::Summary;
+use crate::lookup::{Explanation, Given};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A reload asks new backends; the agent gives it up sooner than this.
 const RELOAD_TIMEOUT: Duration = RELOAD_DEADLINE.saturating_add(Duration::from_secs(5));
 const MAX_ANSWER: usize = 256 << 20;
+
+/// What JSON puts around a frame's digits, and what else is in a request, bytes; an interface's name has at most 15.
+const EACH: usize = 64;
+const OTHERS: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -60,12 +65,38 @@ impl Client {
 
     /// Gets a resource as JSON.
     pub async fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
-        self.ask_within(TIMEOUT, Method::GET, resource).await
+        self.ask_within(TIMEOUT, Method::GET, resource, Bytes::new()).await
+    }
+
+    /// Has frames explained, in as many requests as it takes.
+    pub async fn lookup(
+        &self,
+        frames: &[Given],
+        interface: Option<&str>,
+    ) -> Result<Vec<Explanation>, ClientError> {
+        let mut told = Vec::new();
+        let mut rest = frames.iter().map(Given::to_text).peekable();
+        while rest.peek().is_some() {
+            let mut frames = Vec::new();
+            let mut room = BODY_BYTES - OTHERS;
+            while let Some(frame) = rest.next_if(|frame| frame.hex.len() + EACH <= room) {
+                room -= frame.hex.len() + EACH;
+                frames.push(frame);
+                if frames.len() == MOST_FRAMES {
+                    break;
+                }
+            }
+            let asked = LookupFrames { frames, interface: interface.map(str::to_owned) };
+            let body = serde_json::to_vec(&asked).map_err(http)?.into();
+            let answer: Vec<_> = self.ask_within(TIMEOUT, Method::POST, resources::LOOKUP, body).await?;
+            told.extend(answer);
+        }
+        Ok(told)
     }
 
     /// Has the agent read its file again.
     pub async fn reload(&self) -> Result<Summary, ClientError> {
-        self.ask_within(RELOAD_TIMEOUT, Method::POST, "/v1/reload").await
+        self.ask_within(RELOAD_TIMEOUT, Method::POST, "/v1/reload", Bytes::new()).await
     }
 
     async fn ask_within<T: DeserializeOwned>(
@@ -73,12 +104,18 @@ impl Client {
         limit: Duration,
         method: Method,
         resource: &str,
+        body: Bytes,
     ) -> Result<T, ClientError> {
-        let answer = tokio::time::timeout(limit, self.ask(method, resource)).await;
+        let answer = tokio::time::timeout(limit, self.ask(method, resource, body)).await;
         answer.map_err(|_| ClientError::Timeout { seconds: limit.as_secs() })?
     }
 
-    async fn ask<T: DeserializeOwned>(&self, method: Method, resource: &str) -> Result<T, ClientError> {
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|source| match source.kind() {
             io::ErrorKind::PermissionDenied => ClientError::Denied { path: self.path.clone() },
             // The backlog is full.
@@ -89,7 +126,7 @@ impl Client {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let connection = tokio::spawn(connection);
         let request = hyper::Request::builder().method(method).uri(resource).header("host", "xlb");
-        let request = request.body(Empty::<Bytes>::new()).map_err(http)?;
+        let request = request.body(Full::new(body)).map_err(http)?;
         let response = sender.send_request(request).await.map_err(http)?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();

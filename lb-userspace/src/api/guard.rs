@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tracing::{debug, info};
 
 use super::failure;
+use super::resources::LOOKUP;
 
 /// How long an answer may take to be made.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -22,7 +23,7 @@ pub const RELOAD_DEADLINE: Duration = Duration::from_secs(60);
 /// Characters of a resource in the log.
 const LOGGED: usize = 100;
 
-const BODY_BYTES: usize = 64 << 10;
+pub const BODY_BYTES: usize = 64 << 10;
 
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(5);
@@ -50,7 +51,8 @@ pub async fn guard(request: Request, next: Next) -> Response {
     let mut entry = Entry {
         peer: request.extensions().get::<Peer>().copied().unwrap_or(Peer::Unknown),
         resource: request.uri().path().chars().take(LOGGED).collect(),
-        changes: !matches!(method, Method::GET | Method::HEAD | Method::OPTIONS),
+        changes: !matches!(method, Method::GET | Method::HEAD | Method::OPTIONS)
+            && request.uri().path() != LOOKUP,
         method,
         result: None,
     };

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::agent::Request;
+use crate::lookup::FrameText;
 
 pub use client::{Client, ClientError};
 pub use endpoints::{EndpointError, Endpoints, Prepared};
@@ -37,7 +38,23 @@ pub struct LookupParameters {
     pub vip: SocketAddr,
     /// `tcp` or `udp`.
     pub protocol: String,
+    /// Where the flow comes in; by default the first interface.
+    pub interface: Option<String>,
 }
+
+/// `POST /v1/lookup`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LookupFrames {
+    /// [`MOST_FRAMES`] at the most.
+    pub frames: Vec<FrameText>,
+    /// Where they come in; by default the first interface.
+    #[serde(default)]
+    pub interface: Option<String>,
+}
+
+/// Frames of one request. The body's limit is mostly met before.
+pub const MOST_FRAMES: usize = 256;
 
 /// `GET /v1/version`. Balancers whose versions of hash and table differ send flows to different backends.
 #[derive(Debug, Serialize, Deserialize)]

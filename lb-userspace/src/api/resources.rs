@@ -1,5 +1,6 @@
 //! The resources of the API and their handlers. What they show comes from snapshots; only the core changes anything.
 
+use axum::body::Bytes;
 use axum::extract::{Query as UrlQuery, State};
 use axum::http::{StatusCode, Uri, header};
 use axum::middleware::from_fn;
@@ -12,15 +13,18 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use super::guard::guard;
-use super::{LookupParameters, Version, failure, metrics};
+use super::{LookupFrames, LookupParameters, MOST_FRAMES, Version, failure, metrics};
 use crate::agent::snapshot::Snapshot;
-use crate::agent::{Refused, Request};
+use crate::agent::{Question, Refused, Request};
 use crate::bpf::MapsError;
 use crate::config::model::Protocol;
-use crate::lookup::Query;
+use crate::lookup::{Explanation, Given, Query, first_frame};
 use crate::tables::maglev::TABLE_VERSION;
 
 type Core = mpsc::Sender<Request>;
+
+/// Its `POST` changes nothing: frames are too long for a query.
+pub(super) const LOOKUP: &str = "/v1/lookup";
 
 /// Everything, for the unix socket.
 pub fn admin(core: Core) -> Router {
@@ -29,7 +33,7 @@ pub fn admin(core: Core) -> Router {
         .route("/v1/services", get(services))
         .route("/v1/backends", get(backends))
         .route("/v1/stats", get(stats))
-        .route("/v1/lookup", get(lookup))
+        .route(LOOKUP, get(lookup).post(lookup_frames))
         .route("/v1/verify", get(verify))
         .route("/v1/version", get(version))
         .route("/v1/reload", post(reload))
@@ -58,7 +62,11 @@ fn unknown(uri: &Uri, all: &str) -> Response {
 }
 
 async fn wrong_method(uri: Uri) -> Response {
-    let use_instead = if uri.path() == "/v1/reload" { "POST" } else { "GET" };
+    let use_instead = match uri.path() {
+        "/v1/reload" => "POST",
+        LOOKUP => "GET or POST",
+        _ => "GET",
+    };
     failure(StatusCode::METHOD_NOT_ALLOWED, &format!("{} takes {use_instead}", uri.path()))
 }
 
@@ -131,11 +139,48 @@ async fn lookup(
         return failure(StatusCode::BAD_REQUEST, "protocol is tcp or udp");
     };
     let query = Query { source: parameters.source, vip: parameters.vip, protocol };
-    match ask(&core, |reply| Request::Lookup(query, reply)).await {
-        None => gone(),
-        Some(Ok(explanation)) => Json(explanation).into_response(),
-        Some(Err(error)) => failure(StatusCode::BAD_REQUEST, &error),
+    let frame = match first_frame(&query) {
+        Ok(frame) => frame,
+        Err(error) => return failure(StatusCode::BAD_REQUEST, &error),
+    };
+    let question = Question { frames: vec![frame], interface: parameters.interface };
+    match explained(&core, question).await {
+        Ok(told) => Json(told.into_iter().next()).into_response(),
+        Err(response) => response,
     }
+}
+
+async fn lookup_frames(State(core): State<Core>, body: Bytes) -> Response {
+    match given(&body) {
+        Err(error) => failure(StatusCode::BAD_REQUEST, &error),
+        Ok(question) => {
+            let told = explained(&core, question).await;
+            told.map_or_else(|error| error, |told| Json(told).into_response())
+        }
+    }
+}
+
+/// The question in the body of a request, whatever its type is said to be.
+fn given(body: &[u8]) -> Result<Question, String> {
+    let asked: LookupFrames = serde_json::from_slice(body)
+        .map_err(|error| format!(r#"the body is not {{"frames": [{{"hex": "..."}}]}}: {error}"#))?;
+    if asked.frames.is_empty() || asked.frames.len() > MOST_FRAMES {
+        return Err(format!(
+            "{} frames are not 1 to {MOST_FRAMES}; send others in other requests",
+            asked.frames.len()
+        ));
+    }
+    let frames = asked
+        .frames
+        .iter()
+        .enumerate()
+        .map(|(index, text)| Given::from_text(text).map_err(|error| format!("frames[{index}]: {error}")));
+    Ok(Question { frames: frames.collect::<Result<_, _>>()?, interface: asked.interface })
+}
+
+async fn explained(core: &Core, question: Question) -> Result<Vec<Explanation>, Response> {
+    let told = ask(core, |reply| Request::Lookup(question, reply)).await.ok_or_else(gone)?;
+    told.map_err(|error| failure(StatusCode::BAD_REQUEST, &error))
 }
 
 /// What a snapshot says, as JSON.

@@ -5,9 +5,11 @@ macro_rules! say {
     ($($text:tt)*) => { $crate::cli::output::say(format_args!($($text)*)) };
 }
 
+mod capture;
 mod check;
 mod decap;
 mod detach;
+mod explained;
 mod list;
 mod log;
 mod lookup;
@@ -83,7 +85,7 @@ enum Command {
     Reload(reload::Arguments),
     /// Say whether the kernel has what the agent, or without one a configuration, asks for
     Verify(verify::Arguments),
-    /// Say which backend takes a flow, and why
+    /// Say what becomes of a flow, a frame or the packets of a capture, and why
     Lookup(lookup::Arguments),
     /// Take xlb off all interfaces and remove everything it left in the kernel; traffic stops
     Detach {

@@ -78,6 +78,25 @@ fn cut(text: &str, room: usize) -> Option<String> {
         .then(|| text.chars().take(room.saturating_sub(3)).collect::<String>().trim_end().to_owned() + "...")
 }
 
+/// The text in lines that fit the terminal, all but the first indented.
+pub fn wrapped(text: &str) -> String {
+    let columns = terminal().map_or(COLUMNS, |(columns, _)| columns).max(2 * LEAST);
+    let (mut lines, mut width) = (String::new(), 0);
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if width > 0 && width + 1 + length > columns {
+            lines.push_str("\n  ");
+            width = 2;
+        } else if width > 0 {
+            lines.push(' ');
+            width += 1;
+        }
+        lines.push_str(word);
+        width += length;
+    }
+    lines
+}
+
 /// Shows one text after another: in place on a terminal, below each other elsewhere.
 #[derive(Debug, Default)]
 pub struct Screen {
@@ -179,6 +198,18 @@ mod tests {
         assert_eq!(cut_last(&["ONE", "TWO"], &mut rows), [(0, "b".repeat(30))]);
         assert_eq!(rows[0][1], "b".repeat(17) + "...");
         assert_eq!(rows[1][1], "short");
+    }
+
+    #[test]
+    fn a_long_text_is_wrapped_and_keeps_its_words() {
+        let text = "word ".repeat(60);
+        let wrapped = wrapped(text.trim());
+        assert!(
+            wrapped.lines().count() > 1 && wrapped.lines().skip(1).all(|line| line.starts_with("  word"))
+        );
+        assert!(wrapped.lines().all(|line| line.len() <= COLUMNS), "{wrapped}");
+        assert_eq!(wrapped.split_whitespace().count(), 60);
+        assert_eq!(super::wrapped("short"), "short");
     }
 
     #[test]
