@@ -22,6 +22,7 @@ use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan};
+use crate::ways::Judge;
 
 /// Names a backend over reloads. An outcome of another address never counts for this one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -259,9 +260,9 @@ impl Core {
     }
 
     pub(super) fn world(&self) -> World {
-        let mut world = World::default();
+        let (mut world, judge) = (World::default(), self.judge());
         for (key, pool, backend) in keys(&self.config) {
-            let Ok(hop) = self.usable_next_hop(pool, key.address) else { continue };
+            let Ok(hop) = self.usable_next_hop(&judge, pool, key.address) else { continue };
             let up = self.fsms.get(&key).is_some_and(Fsm::is_up);
             world.up.insert((pool, backend), up);
             world.next_hops.insert(key.address, hop);
@@ -301,9 +302,10 @@ impl Core {
 
     /// One line on what is served by whom.
     pub fn summary(&self) -> String {
-        let backends = keys(&self.config);
+        let (backends, judge) = (keys(&self.config), self.judge());
         let up = |(key, pool, _): &(BackendKey, usize, usize)| {
-            self.fsms.get(key).is_some_and(Fsm::is_up) && self.usable_next_hop(*pool, key.address).is_ok()
+            self.fsms.get(key).is_some_and(Fsm::is_up)
+                && self.usable_next_hop(&judge, *pool, key.address).is_ok()
         };
         let (all, up) =
             backends.fold((0, 0), |(all, ups), backend| (all + 1, ups + usize::from(up(&backend))));
@@ -324,8 +326,9 @@ impl Core {
     }
 
     pub fn snapshot(&self, now: Instant) -> Snapshot {
+        let judge = self.judge();
         let view = |(key, pool, _): (BackendKey, usize, usize)| {
-            let (state, check) = self.state(&key, pool, now);
+            let (state, check) = self.state(&judge, &key, pool, now);
             let transitions = self.transitions.get(&key).copied().unwrap_or_default();
             BackendView { state, check, transitions }
         };
@@ -346,8 +349,14 @@ impl Core {
         self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
     }
 
-    fn state(&self, key: &BackendKey, pool: usize, now: Instant) -> (BackendState, String) {
-        if let Err(reason) = self.usable_next_hop(pool, key.address) {
+    fn state(
+        &self,
+        judge: &Judge<'_>,
+        key: &BackendKey,
+        pool: usize,
+        now: Instant,
+    ) -> (BackendState, String) {
+        if let Err(reason) = self.usable_next_hop(judge, pool, key.address) {
             return (BackendState::Unresolved, reason);
         }
         let doubt = self.next_hops.get(&key.address).and_then(|answer| answer.doubt.as_ref());

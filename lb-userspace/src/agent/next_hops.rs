@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use tracing::{info, warn};
 
 use super::core::{Core, NextHops, keys};
-use crate::config::model::{Config, Forward};
+use crate::config::model::Config;
 use crate::nexthop::{Answer, Known, NextHop};
+use crate::ways::Judge;
 
 impl Core {
     /// Addresses of a configuration whose next hop is missing, or all.
@@ -54,61 +55,26 @@ impl Core {
         }
     }
 
+    /// What this configuration asks of ways, with the interfaces as they are attached.
+    pub(super) fn judge(&self) -> Judge<'_> {
+        let native = self.attached.iter().filter(|attached| !attached.generic);
+        Judge::new(&self.config, native.map(|attached| (attached.ifindex, attached.interface.as_str())))
+    }
+
     /// The next hop of a backend, if packets can be sent that way in its pool's mode.
-    pub(super) fn usable_next_hop(&self, pool: usize, address: IpAddr) -> Result<NextHop, String> {
+    pub(super) fn usable_next_hop(
+        &self,
+        judge: &Judge<'_>,
+        pool: usize,
+        address: IpAddr,
+    ) -> Result<NextHop, String> {
         let hop = match self.next_hops.get(&address).map(|answer| &answer.hop) {
             None => return Err("its next hop is being looked up".into()),
             Some(Err(reason)) => return Err(reason.to_string()),
             Some(Ok(hop)) => hop,
         };
-        self.can_be_redirected_to(hop)?;
-        if self.config.pools[pool].forward == Forward::L2 && hop.gateway.is_some() {
-            return Err(format!(
-                "it is behind a gateway, and `forward: l2` needs it on {}'s link; use ipip or gue",
-                hop.interface
-            ));
-        }
-        let filled = match address {
-            IpAddr::V4(_) => self.config.outer_source.v4.is_some(),
-            IpAddr::V6(_) => self.config.outer_source.v6.is_some(),
-        };
-        let tunnel = match self.config.pools[pool].forward {
-            Forward::Ipip | Forward::Gue { .. } => true,
-            Forward::L2 => false,
-        };
-        if tunnel && !filled {
-            match hop.preferred_source {
-                None => {
-                    return Err(format!(
-                        "{} has no address to send tunnel packets from; set outer_source",
-                        hop.interface
-                    ));
-                }
-                Some(source) if self.config.services.iter().any(|service| service.vips.contains(&source)) => {
-                    return Err(format!("the route's source address {source} is a VIP; set outer_source"));
-                }
-                Some(_) => {}
-            }
-        }
+        judge.passes(pool, address, &hop.way()).map_err(|obstacle| obstacle.to_string())?;
         Ok(hop.clone())
-    }
-
-    /// Native XDP needs the driver's help to send through an interface that a packet did not come in by.
-    fn can_be_redirected_to(&self, hop: &NextHop) -> Result<(), String> {
-        let native = self.attached.iter().find(|from| !from.generic && from.ifindex != hop.ifindex);
-        let Some(from) = native.filter(|_| !hop.redirect_target) else { return Ok(()) };
-        let interface = &hop.interface;
-        Err(match hop.kind.as_deref() {
-            Some("veth") => format!(
-                "{interface} is a veth whose other end has no XDP program, and takes nothing that native XDP on {} redirects; load one there, or use mode: generic",
-                from.interface
-            ),
-            kind => format!(
-                "{interface}{} cannot send what native XDP on {} redirects; route the backend through the device below it, or use mode: generic",
-                kind.map_or_else(String::new, |kind| format!(" ({kind})")),
-                from.interface
-            ),
-        })
     }
 }
 

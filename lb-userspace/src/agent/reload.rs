@@ -123,7 +123,7 @@ impl Reloader {
 
     /// Takes over a configuration that is valid, or leaves everything as it is.
     pub async fn finish(&mut self, core: &mut Core, read: Read, endpoints: &mut Endpoints) {
-        let Read { loaded: Loaded { config, warnings }, first, found, reply } = read;
+        let Read { loaded: Loaded { config, warnings, .. }, first, found, reply } = read;
         let prepared = match endpoints.prepare(&config) {
             Ok(prepared) => prepared,
             Err(EndpointError::Config(problem)) => {

@@ -1,28 +1,37 @@
-//! `xlb check`: is this file valid, does it fit its limits, and what will it take?
+//! `xlb check`: is this file valid, does it fit its limits, can it work on this host, and what will it take?
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Format, exit, output};
 use crate::agent::preflight;
 use crate::api;
 use crate::capacity::{Capacity, possible_cpus};
-use crate::config;
+use crate::config::model::Config;
+use crate::config::{self, Loaded, Problem};
+use crate::host::{self, Findings};
+use crate::nexthop::Resolver;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// The configuration
     #[arg(short, long, value_name = "FILE")]
     config: PathBuf,
+    /// The file is for this host: its interfaces must be here
+    #[arg(long, conflicts_with = "no_host")]
+    host: bool,
+    /// Leave out what this host's interfaces, routes and addresses say
+    #[arg(long)]
+    no_host: bool,
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let loaded = match config::load(&arguments.config) {
+pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let Loaded { config, mut warnings, places } = match config::load(&arguments.config) {
         Ok(loaded) => loaded,
         Err(problems) => {
             match arguments.output {
@@ -32,7 +41,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(exit::CONFIG));
         }
     };
-    let (config, mut warnings) = (loaded.config, loaded.warnings);
     // The file may be for another host.
     warnings.extend(api::group(&config.api).err());
     let capacity = Capacity::new(&config.limits);
@@ -45,41 +53,123 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::from(exit::CONFIG));
     }
-    let cpus = possible_cpus();
-    let backends: usize = config.pools.iter().map(|pool| pool.backends.len()).sum();
-    let vips: usize = config.services.iter().map(|service| service.triples().count()).sum();
-    let total = capacity.bytes(cpus);
-    if arguments.output == Format::Json {
-        let maps: Vec<_> = capacity
-            .rows()
-            .iter()
-            .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus)}))
-            .collect();
-        let value = json!({
-            "valid": true, "warnings": warnings, "services": config.services.len(), "vips": vips,
-            "pools": config.pools.len(), "backends": backends, "cpus": cpus, "maps": maps, "map_bytes": total,
-        });
-        say!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
-        return Ok(ExitCode::SUCCESS);
+    let sight = Sight::of(arguments, &config, &places).await?;
+    if let Sight::LookedAt(Findings { errors, warnings: more, .. }) = &sight {
+        warnings.extend(more.iter().cloned());
+        if !errors.is_empty() {
+            refuse(arguments, &warnings, errors, &sight);
+            return Ok(ExitCode::from(exit::CONFIG));
+        }
     }
-    for warning in &warnings {
+    match arguments.output {
+        Format::Table => show(arguments, &config, &capacity, &warnings, &sight),
+        Format::Json => {
+            let value = as_json(&config, &capacity, &warnings, &sight);
+            say!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the host was looked at, or why not.
+enum Sight {
+    LookedAt(Findings),
+    LeftOut(String),
+}
+
+impl Sight {
+    async fn of(arguments: &Arguments, config: &Config, places: &config::Places) -> anyhow::Result<Self> {
+        if arguments.no_host {
+            return Ok(Self::LeftOut("--no-host".to_owned()));
+        }
+        let asked = async {
+            let resolver = Resolver::new().context("netlink is not to be had")?;
+            anyhow::Ok(host::look(config, places, &resolver, arguments.host).await?)
+        };
+        match asked.await {
+            Ok(Some(findings)) => Ok(Self::LookedAt(findings)),
+            Ok(None) => Ok(Self::LeftOut("it has none of the file's interfaces; --host insists".to_owned())),
+            Err(error) if arguments.host => Err(error),
+            Err(error) => Ok(Self::LeftOut(format!("{error:#}"))),
+        }
+    }
+
+    fn words(&self) -> String {
+        match self {
+            Self::LookedAt(found) => {
+                let interfaces = found.interfaces.join(", ");
+                format!("looked at: interfaces ({interfaces}), addresses, and the ways to the backends")
+            }
+            Self::LeftOut(why) => format!("not looked at: {why}"),
+        }
+    }
+
+    fn as_json(&self) -> Value {
+        json!({"looked_at": matches!(self, Self::LookedAt(_)), "words": self.words()})
+    }
+}
+
+/// The file is valid, and cannot work here.
+fn refuse(arguments: &Arguments, warnings: &[Problem], errors: &[Problem], sight: &Sight) {
+    if arguments.output == Format::Json {
+        let value = json!({
+            "valid": false, "problems": errors, "warnings": warnings, "host": sight.as_json(),
+        });
+        say!("{value}");
+        return;
+    }
+    for warning in warnings {
+        eprintln!("warning: {warning}");
+    }
+    for error in errors {
+        eprintln!("{error}");
+    }
+    eprintln!("valid, but it cannot work on this host; --no-host leaves out what this host says");
+}
+
+fn as_json(config: &Config, capacity: &Capacity, warnings: &[Problem], sight: &Sight) -> Value {
+    let cpus = possible_cpus();
+    let maps: Vec<_> = capacity
+        .rows()
+        .iter()
+        .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus)}))
+        .collect();
+    json!({
+        "valid": true, "warnings": warnings, "host": sight.as_json(), "services": config.services.len(),
+        "vips": vips(config), "pools": config.pools.len(), "backends": backends(config), "cpus": cpus,
+        "maps": maps, "map_bytes": capacity.bytes(cpus),
+    })
+}
+
+fn show(arguments: &Arguments, config: &Config, capacity: &Capacity, warnings: &[Problem], sight: &Sight) {
+    for warning in warnings {
         eprintln!("warning: {warning}");
     }
     say!(
         "{}: valid: {} on {} (address, port, protocol; limit {}), {} with {} (limit {})",
         arguments.config.display(),
         output::count(config.services.len(), "service"),
-        output::count(vips, "VIP"),
+        output::count(vips(config), "VIP"),
         config.limits.vips,
         output::count(config.pools.len(), "pool"),
-        output::count(backends, "backend"),
+        output::count(backends(config), "backend"),
         config.limits.backends,
     );
+    say!("This host was {}", sight.words());
+    let cpus = possible_cpus();
+    let total = capacity.bytes(cpus);
     say!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs):\n", output::bytes(total));
     let rows = capacity.rows();
     let rows = rows
         .iter()
         .map(|map| vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus))]);
     say!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
-    Ok(ExitCode::SUCCESS)
+}
+
+fn backends(config: &Config) -> usize {
+    config.pools.iter().map(|pool| pool.backends.len()).sum()
+}
+
+fn vips(config: &Config) -> usize {
+    config.services.iter().map(|service| service.triples().count()).sum()
 }

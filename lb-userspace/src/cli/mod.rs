@@ -69,7 +69,7 @@ enum Command {
         #[command(flatten)]
         run_dir: RunDir,
     },
-    /// Say whether FILE is a valid configuration and what it takes; needs neither root nor a kernel
+    /// Say whether FILE is valid, whether it can work on this host, and what it takes; needs no root
     Check(check::Arguments),
     /// Show services, backends and packet outcomes of the running agent
     Status(status::Arguments),
@@ -135,7 +135,7 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run { config, run_dir } => {
             agent::run(agent::Options { config, run_dir: run_dir.run_dir }).await?
         }
-        Command::Check(arguments) => return check::run(&arguments),
+        Command::Check(arguments) => return check::run(&arguments).await,
         Command::Status(arguments) => status::run(&arguments).await?,
         Command::Backend(command) => list::backends(&command).await?,
         Command::Service(command) => list::services(&command).await?,

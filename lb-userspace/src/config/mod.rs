@@ -22,6 +22,7 @@ mod leaf;
 mod marks;
 pub mod model;
 mod network;
+mod places;
 mod pools;
 mod problem;
 mod raw;
@@ -36,6 +37,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
+pub use places::{Places, Subject};
 use problem::{Place, Report};
 pub use problem::{Problem, Problems};
 
@@ -51,6 +53,7 @@ pub struct Loaded {
     pub config: model::Config,
     /// Sorted by place. None of them keeps the configuration from being used.
     pub warnings: Vec<Problem>,
+    pub places: Places,
 }
 
 /// Reads and checks the file at `path`, which may be a pipe.
@@ -135,7 +138,9 @@ pub fn parse(file: &str, text: &str) -> Result<Loaded, Problems> {
         .and_then(|marked| raw::read(text, &marked, &mut report))
         .and_then(|root| top::config(&root, &mut report));
     match config {
-        Some(config) if !report.has_errors() => Ok(Loaded { config, warnings: report.into_warnings() }),
+        Some((config, places)) if !report.has_errors() => {
+            Ok(Loaded { config, warnings: report.into_warnings(), places })
+        }
         _ => Err(report.into_problems()),
     }
 }

@@ -120,6 +120,10 @@ impl Report {
         }
     }
 
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
     pub fn error(&mut self, place: Place, path: &str, message: impl Into<String>, hint: impl Into<String>) {
         if self.errors.len() >= MAX_SHOWN {
             self.more_errors += 1;

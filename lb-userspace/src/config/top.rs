@@ -4,6 +4,7 @@ use lb_common::allowance::MOST_RATE;
 
 use super::DEFAULT_SEED;
 use super::model::{Config, Icmp, Interface, Limits, Mode};
+use super::places::Places;
 use super::problem::{Place, Report, Spot};
 use super::raw::Node;
 use super::read::{At, Fields, Wrong};
@@ -32,11 +33,11 @@ pub(super) const MOST_VIPS: u32 = 32_768;
 
 /// What is wrong in one place does not keep the others from being checked. The result is valid
 /// only if no error was reported.
-pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
+pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places)> {
     let root = At::root(root);
     let want = "keys and values, such as interfaces: [eth0]";
     let fields = root.fields(KEYS, want, report)?;
-    let interfaces = interfaces(&fields, report);
+    let (interfaces, spots) = interfaces(&fields, report).into_iter().unzip();
     let outer_source = network::outer_source(&fields, report);
     let limits = limits(&fields, report);
     let api = access::api(&fields, report);
@@ -53,9 +54,10 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
     health::unused_defaults(&defaults, &pools, report);
     access::refuse_vips(&metrics, &services, report);
     cross::check(&pools, &services, &outer_source, &limits, report);
+    let places = Places::new(report.file(), spots, &pools, &services);
     let (pools, services) = cross::join(pools, services, &defaults, report);
     services::refuse_absent(&fields, report);
-    Some(Config {
+    let config = Config {
         interfaces,
         seed,
         outer_source: outer_source.model(),
@@ -68,10 +70,11 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<Config> {
         metrics,
         pools,
         services,
-    })
+    };
+    Some((config, places))
 }
 
-fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<Interface> {
+fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<(Interface, Spot)> {
     let want = "a list of interfaces, such as [eth0]";
     let mode = |at: &Fields<'_>, report: &mut Report| {
         let convert = |text| leaf::word(text, Mode::WORDS, Mode::ALL);
@@ -104,7 +107,7 @@ fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<Interface> {
             found.push((Interface { name, mode }, at.spot()));
         }
     }
-    found.into_iter().map(|(interface, _)| interface).collect()
+    found
 }
 
 fn switch(fields: &Fields<'_>, key: &str, report: &mut Report) -> bool {

@@ -1,4 +1,4 @@
-//! Which interfaces XDP can redirect frames to, as the kernel's generic netlink family "netdev" tells (6.3). Owns that
+//! Which interfaces take XDP programs, and which XDP can redirect frames to, as the kernel's generic netlink family "netdev" tells (6.3). Owns that
 //! protocol's few bytes; must not know what an answer is for.
 
 use std::collections::HashMap;
@@ -25,6 +25,7 @@ const GENERIC_HEADER: usize = 4;
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+const NETDEV_XDP_ACT_BASIC: u64 = 1 << 0;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 1 << 2;
 
 /// Kinds of devices with an `ndo_xdp_xmit` before kernels told: 5.15's drivers. Physical devices have no kind.
@@ -56,10 +57,21 @@ impl Features {
     /// drivers, veth among them, the answer comes and goes with XDP programs.
     pub(super) fn redirect_target(&self, ifindex: u32, kind: Option<&str>) -> io::Result<bool> {
         let Some(family) = self.family else { return Ok(has_xmit(kind)) };
+        Ok(self.of(family, ifindex)? & NETDEV_XDP_ACT_NDO_XMIT != 0)
+    }
+
+    /// Whether an interface's driver takes XDP programs; `None` where the kernel does not tell.
+    pub(super) fn takes_native_xdp(&self, ifindex: u32) -> io::Result<Option<bool>> {
+        let Some(family) = self.family else { return Ok(None) };
+        Ok(Some(self.of(family, ifindex)? & NETDEV_XDP_ACT_BASIC != 0))
+    }
+
+    /// Features of an interface; none where there is no such interface.
+    fn of(&self, family: u16, ifindex: u32) -> io::Result<u64> {
         let attribute = attribute(NETDEV_A_DEV_IFINDEX, &ifindex.to_ne_bytes());
-        let mut found = false;
+        let mut found = 0;
         self.ask(family, NETDEV_CMD_DEV_GET, 0, &attribute, |attributes| {
-            found = device(attributes).is_some_and(|(_, xmit)| xmit);
+            found = device(attributes).map_or(0, |(_, features)| features);
         })?;
         Ok(found)
     }
@@ -69,7 +81,9 @@ impl Features {
         let Some(family) = self.family else { return Ok(None) };
         let mut all = HashMap::new();
         self.ask(family, NETDEV_CMD_DEV_GET, NLM_F_DUMP, &[], |attributes| {
-            all.extend(device(attributes));
+            all.extend(
+                device(attributes).map(|(ifindex, has)| (ifindex, has & NETDEV_XDP_ACT_NDO_XMIT != 0)),
+            );
         })?;
         Ok(Some(all))
     }
@@ -126,10 +140,11 @@ fn error(payload: &[u8]) -> io::Result<()> {
     if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) }
 }
 
-fn device(attributes: &[u8]) -> Option<(u32, bool)> {
+/// An interface with its features.
+fn device(attributes: &[u8]) -> Option<(u32, u64)> {
     let ifindex = parse_u32(find(attributes, NETDEV_A_DEV_IFINDEX)?).ok()?;
     let features = find(attributes, NETDEV_A_DEV_XDP_FEATURES)?.try_into().ok()?;
-    Some((ifindex, u64::from_ne_bytes(features) & NETDEV_XDP_ACT_NDO_XMIT != 0))
+    Some((ifindex, u64::from_ne_bytes(features)))
 }
 
 fn find(attributes: &[u8], kind: u16) -> Option<&[u8]> {

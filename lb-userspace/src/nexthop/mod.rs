@@ -15,7 +15,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 pub use follower::{Answer, Event, Follower, HOLD_NO_WAY, HOLD_SILENT, Known, LinkEvent};
-pub use resolver::{DEFAULT_WAIT, Resolver};
+pub use resolver::{DEFAULT_WAIT, Leg, Resolver};
 
 /// How a frame reaches an address.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -36,6 +36,32 @@ pub struct NextHop {
     /// The interface's, as in [`Link`].
     pub kind: Option<String>,
     /// The interface's, as in [`Link`].
+    pub redirect_target: bool,
+}
+
+impl NextHop {
+    pub fn way(&self) -> Way<'_> {
+        Way {
+            ifindex: self.ifindex,
+            interface: &self.interface,
+            mtu: self.mtu,
+            preferred_source: self.preferred_source,
+            gateway: self.gateway,
+            kind: self.kind.as_deref(),
+            redirect_target: self.redirect_target,
+        }
+    }
+}
+
+/// What of a next hop the route and its interface tell, whoever the neighbour is. Fields as in [`NextHop`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way<'a> {
+    pub ifindex: u32,
+    pub interface: &'a str,
+    pub mtu: u16,
+    pub preferred_source: Option<IpAddr>,
+    pub gateway: Option<IpAddr>,
+    pub kind: Option<&'a str>,
     pub redirect_target: bool,
 }
 

@@ -175,6 +175,13 @@ impl Netlink {
         link
     }
 
+    pub(super) fn takes_native_xdp(&self, ifindex: u32) -> Option<bool> {
+        self.features.takes_native_xdp(ifindex).unwrap_or_else(|error| {
+            debug!(ifindex, %error, "XDP features not read");
+            None
+        })
+    }
+
     /// Local addresses with the index of their interface.
     pub(super) async fn addresses(&self) -> Result<Vec<(IpAddr, u32)>, Error> {
         let all = self.dump(|handle| handle.address().get().execute());

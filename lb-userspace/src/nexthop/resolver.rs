@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 use super::decode::Neighbour;
 use super::netlink::{Care, Error, Netlink};
 use super::route::{self, Path};
-use super::{Link, LinkError, NextHop, Unresolved};
+use super::{Link, LinkError, NextHop, Unresolved, Way};
 
 /// A neighbour that is there answers within a round trip; one lost request costs a second.
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(1);
@@ -37,6 +37,27 @@ pub struct Resolver {
 
 /// A neighbour is an address on an interface: fe80::1 is a different one on each.
 pub(super) type NeighbourKey = (u32, IpAddr);
+
+/// A route with its interface, which can send frames of it.
+#[derive(Debug, Clone)]
+pub struct Leg {
+    path: Path,
+    link: Link,
+}
+
+impl Leg {
+    pub fn way(&self) -> Way<'_> {
+        Way {
+            ifindex: self.link.ifindex,
+            interface: &self.link.name,
+            mtu: mtu(&self.path, &self.link),
+            preferred_source: self.path.preferred_source,
+            gateway: self.path.gateway,
+            kind: self.link.kind.as_deref(),
+            redirect_target: self.link.redirect_target,
+        }
+    }
+}
 
 /// What a neighbour entry is good for.
 pub(super) enum Entry {
@@ -107,22 +128,30 @@ impl Resolver {
         addresses: &[IpAddr],
         wait: Duration,
     ) -> HashMap<IpAddr, Result<NextHop, Unresolved>> {
-        let unique: HashSet<IpAddr> = addresses.iter().copied().collect();
-        let paths = self.paths(unique).await;
-        let links = self.links_of(&paths).await;
-        let legs: HashMap<IpAddr, Result<(Path, Link), Unresolved>> = paths
-            .into_iter()
-            .map(|(address, path)| (address, path.and_then(|path| leg(path, &links))))
-            .collect();
+        let legs = self.legs(addresses).await;
         let wanted: HashMap<NeighbourKey, &str> = legs
             .iter()
             .filter_map(|(address, leg)| Some((*address, leg.as_ref().ok()?)))
-            .map(|(address, (path, link))| (neighbour_key(address, path), link.name.as_str()))
+            .map(|(address, Leg { path, link })| (neighbour_key(address, path), link.name.as_str()))
             .collect();
         let macs = self.macs(&wanted, wait).await;
         legs.into_iter()
             .map(|(address, leg)| (address, leg.and_then(|leg| next_hop(address, leg, &macs))))
             .collect()
+    }
+
+    /// The ways to many addresses, as far as they can be told without asking a neighbour: one answer for each.
+    pub async fn legs(&self, addresses: &[IpAddr]) -> HashMap<IpAddr, Result<Leg, Unresolved>> {
+        let unique: HashSet<IpAddr> = addresses.iter().copied().collect();
+        let paths = self.paths(unique).await;
+        let links = self.links_of(&paths).await;
+        let leg = |(address, path): (IpAddr, Result<Path, _>)| (address, path.and_then(|p| leg(p, &links)));
+        paths.into_iter().map(leg).collect()
+    }
+
+    /// Whether the interface's driver takes XDP programs; `None` where the kernel does not tell (before 6.3).
+    pub fn takes_native_xdp(&self, ifindex: u32) -> Option<bool> {
+        self.netlink.takes_native_xdp(ifindex)
     }
 
     /// One interface. Alternative names longer than 15 bytes are not found.
@@ -340,13 +369,13 @@ pub(super) fn neighbour_key(address: IpAddr, path: &Path) -> NeighbourKey {
     (path.ifindex, path.gateway.unwrap_or(address))
 }
 
-fn leg(path: Path, links: &HashMap<u32, Result<Link, Unresolved>>) -> Result<(Path, Link), Unresolved> {
+fn leg(path: Path, links: &HashMap<u32, Result<Link, Unresolved>>) -> Result<Leg, Unresolved> {
     let link = match links.get(&path.ifindex) {
         Some(link) => link.clone()?,
         None => return Err(Unresolved::Netlink(format!("interface {} was not read", path.ifindex))),
     };
     source_mac(&path, &link)?;
-    Ok((path, link))
+    Ok(Leg { path, link })
 }
 
 /// The MAC address to send from, if the interface can send frames of this path.
@@ -364,7 +393,7 @@ pub(super) fn source_mac(path: &Path, link: &Link) -> Result<[u8; 6], Unresolved
 
 fn next_hop(
     address: IpAddr,
-    (path, link): (Path, Link),
+    Leg { path, link }: Leg,
     macs: &HashMap<NeighbourKey, Result<[u8; 6], Unresolved>>,
 ) -> Result<NextHop, Unresolved> {
     let neighbour = neighbour_key(address, &path);
@@ -374,14 +403,18 @@ fn next_hop(
     }
 }
 
-pub(super) fn compose(path: &Path, link: &Link, mac: [u8; 6]) -> Result<NextHop, Unresolved> {
+fn mtu(path: &Path, link: &Link) -> u16 {
     let mtu = link.mtu.min(path.mtu.unwrap_or(u32::MAX));
+    u16::try_from(mtu).unwrap_or(u16::MAX)
+}
+
+pub(super) fn compose(path: &Path, link: &Link, mac: [u8; 6]) -> Result<NextHop, Unresolved> {
     Ok(NextHop {
         ifindex: link.ifindex,
         interface: link.name.clone(),
         source_mac: source_mac(path, link)?,
         mac,
-        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        mtu: mtu(path, link),
         preferred_source: path.preferred_source,
         gateway: path.gateway,
         kind: link.kind.clone(),

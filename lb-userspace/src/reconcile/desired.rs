@@ -164,7 +164,7 @@ pub const fn protocol_number(protocol: Protocol) -> u8 {
     }
 }
 
-fn kind(forward: Forward, address: IpAddr) -> BackendKind {
+pub fn kind(forward: Forward, address: IpAddr) -> BackendKind {
     match (forward, address) {
         (Forward::L2, _) => BackendKind::L2,
         (Forward::Ipip, IpAddr::V4(_)) => BackendKind::Ipip4,

@@ -33,7 +33,7 @@ fn written<T>(value: T, line: u32, column: u32, path: &str) -> Written<T> {
 
 #[test]
 fn every_key_arrives_in_the_model() {
-    let Loaded { config, warnings } = loaded(GOOD);
+    let Loaded { config, warnings, .. } = loaded(GOOD);
     assert_eq!(warnings, []);
     let backend =
         |name: &str, address, weight| Backend { name: name.to_owned(), address: ip(address), weight };
@@ -122,7 +122,7 @@ fn every_key_arrives_in_the_model() {
 
 #[test]
 fn what_the_file_leaves_out_has_its_documented_default() {
-    let Loaded { config, warnings } = loaded(MINIMAL);
+    let Loaded { config, warnings, .. } = loaded(MINIMAL);
     assert_eq!(warnings, []);
     let defaults = (config.vip_arp, config.trace, config.outer_source);
     assert_eq!(defaults, (false, false, OuterSource::default()));
@@ -211,7 +211,7 @@ fn one_value_and_a_list_of_one_are_the_same() {
         .replace("203.0.113.10", "[203.0.113.10]")
         .replace("443", "[443]")
         .replace("tcp", "[tcp]");
-    assert_eq!(loaded(&list), loaded(MINIMAL));
+    assert_eq!(loaded(&list).config, loaded(MINIMAL).config);
 }
 
 #[test]
@@ -262,4 +262,18 @@ fn every_bound_itself_is_allowed() {
 fn a_key_without_a_value_is_the_same_as_no_key() {
     let text = format!("{MINIMAL}mode:\nouter_source: ~\nlimits: null\ndefaults: {{health: }}\n");
     assert_eq!(loaded(&text), loaded(MINIMAL));
+}
+
+#[test]
+fn what_the_host_finds_fault_with_is_told_with_its_place() {
+    let Loaded { places, .. } = loaded(GOOD);
+    for (subject, expected) in [
+        (Subject::Interface(1), "xlb.yaml:2:27 interfaces[1].name: m; h"),
+        (Subject::Backend(0, 2), "xlb.yaml:19:19 pools.web.backends[2].address: m; h"),
+        (Subject::Backend(1, 1), "xlb.yaml:23:26 pools.dns.backends[1]: m; h"),
+        (Subject::Vip(0, 1), "xlb.yaml:26:25 services[0].vip[1]: m; h"),
+        (Subject::Vip(1, 0), "xlb.yaml:32:10 services[1].vip: m; h"),
+    ] {
+        assert_eq!(places.problem(subject, "m", "h").to_string(), expected);
+    }
 }
