@@ -2,6 +2,8 @@
 
 pub mod balancer;
 pub mod fixtures;
+pub mod fuzz;
+pub mod kernel;
 pub mod lab;
 pub mod manager;
 pub mod routed;

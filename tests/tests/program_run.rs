@@ -3,15 +3,14 @@
 //!
 //! Needs root and BPF; without them it fails, unless XLB_SKIP_ROOT is set.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 
 use lb_common::abi::{self, Features, Traffic, constant, map};
 use lb_common::decap::decap;
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
-use lb_userspace::bpf::{BALANCER, BpfFs, DECAP, Datapath, DecapProgram, Maps, detach, figures};
+use lb_userspace::bpf::{BALANCER, DECAP, Datapath, DecapProgram, Maps, figures};
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::plan::plan;
@@ -19,61 +18,12 @@ use tests::fixtures::{
     self, DecapSite, Dice, HEADROOM, INGRESS, Row, SEED, Setting, check, check_decap, decap_rows, rows,
     xdp_verdict,
 };
+use tests::kernel::{RunDir, left_out};
 
 /// Shortest frame that a program run takes.
 const SHORTEST: usize = 14;
 /// Longest frame in these tests, with room for a tunnel header.
 const LONGEST: usize = 4096;
-
-/// Whether the tests of this file are left out. Says so, or why they cannot run.
-fn left_out(test: &str) -> bool {
-    if std::env::var_os("XLB_SKIP_ROOT").is_some() {
-        eprintln!("{test}: left out, XLB_SKIP_ROOT is set");
-        return true;
-    }
-    let status = std::fs::read_to_string("/proc/self/status").expect("/proc is mounted");
-    let user = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Uid:"))
-        .and_then(|ids| ids.split_whitespace().nth(1));
-    assert_eq!(
-        user,
-        Some("0"),
-        "{test} loads BPF programs and mounts a bpffs: run it as root, or set XLB_SKIP_ROOT"
-    );
-    false
-}
-
-/// A run directory of its own, with its bpffs; gone when it is dropped, also in a panic.
-struct RunDir(PathBuf);
-
-impl RunDir {
-    fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("xlb-program-run-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).expect("a fresh run directory");
-        Self(path)
-    }
-
-    fn fs(&self) -> BpfFs {
-        BpfFs::open(&self.0).expect("a bpffs can be mounted (are CAP_SYS_ADMIN and CAP_BPF there?)")
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        // Whatever happened, nothing stays mounted; a second panic here would abort and hide the first.
-        let removed = match BpfFs::existing(&self.0) {
-            Ok(Some(fs)) => detach(fs, &[]).map(drop),
-            Ok(None) => Ok(()),
-            Err(error) => Err(std::io::Error::other(error)),
-        };
-        if let Err(error) = removed.and_then(|()| std::fs::remove_dir(&self.0)) {
-            eprintln!("{} stays behind: {error}", self.0.display());
-        }
-    }
-}
 
 /// The loaded program, and what its counters should show.
 struct Kernel {
@@ -90,10 +40,10 @@ struct Kernel {
 impl Kernel {
     fn load(setting: Setting, features: Features) -> Self {
         let load_time = LoadTime { features, ..setting.load_time() };
-        let dir = RunDir::new();
+        let dir = RunDir::new().expect("a fresh run directory");
         let capacity = fixtures::capacity();
-        let mut datapath =
-            Datapath::open(dir.fs(), capacity, load_time).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let mut datapath = Datapath::open(dir.fs().unwrap_or_else(|e| panic!("{e:#}")), capacity, load_time)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
         datapath.maps.set_interface(INGRESS, fixtures::interface()).expect("the interface's row");
         let before = datapath.maps.image().expect("a copy of fresh maps");
         let desired = desired(&setting.config(), &setting.world());
