@@ -257,8 +257,21 @@ pub fn decap(host: &Host, vips: &[&str], from: &[&str]) -> Result<Process> {
 
 /// Like [`decap`], on another interface.
 pub fn decap_on(host: &Host, interface: &str, vips: &[&str], from: &[&str]) -> Result<Process> {
+    decap_with(host, interface, vips, from, &[])
+}
+
+/// Like [`decap_on`], with further words on the command line.
+pub fn decap_with(
+    host: &Host,
+    interface: &str,
+    vips: &[&str],
+    from: &[&str],
+    more: &[&str],
+) -> Result<Process> {
     let xlb = xlb()?;
-    let mut words = vec![xlb.to_str().context("path")?, "decap", "--interface", interface, "--vip"];
+    let mut words = vec![xlb.to_str().context("path")?, "decap", "--interface", interface];
+    words.extend(more);
+    words.push("--vip");
     words.extend(vips);
     words.push("--from");
     words.extend(from);
