@@ -76,7 +76,19 @@ struct Scene {
     udp: bool,
     /// Addressed to no VIP.
     stray: bool,
+    features: Loaded,
     flows: &'static [u32],
+}
+
+/// What the program is loaded with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loaded {
+    /// What the configuration needs.
+    Needed,
+    /// As little as one can do with.
+    Smallest,
+    /// Everything but tracing, needed or not.
+    Fullest,
 }
 
 fn scenes() -> Vec<Scene> {
@@ -87,16 +99,24 @@ fn scenes() -> Vec<Scene> {
         v6: false,
         udp: false,
         stray: false,
+        features: Loaded::Needed,
         flows: FLOWS,
     };
+    let of_program = Scene { forward: "l2", flows: &[1, 1000], ..scene };
     vec![
         Scene { ..scene },
         Scene { name: "IPv4 UDP, ipip", udp: true, ..scene },
         Scene { name: "IPv6 TCP, ipip", v6: true, ..scene },
+        Scene { name: "IPv4 TCP, gue", forward: "gue", ..scene },
+        Scene { name: "IPv4 UDP, gue", forward: "gue", udp: true, ..scene },
+        Scene { name: "IPv6 TCP, gue", forward: "gue", v6: true, ..scene },
+        Scene { name: "IPv6 UDP, gue", forward: "gue", v6: true, udp: true, ..scene },
         Scene { name: "IPv4 TCP, l2", forward: "l2", ..scene },
         Scene { name: "IPv6 TCP, l2", forward: "l2", v6: true, ..scene },
         Scene { name: "IPv4 TCP, ipip, 1,000 services x 10", services: 1000, ..scene },
         Scene { name: "IPv6 TCP, ipip, 1,000 services x 10", services: 1000, v6: true, ..scene },
+        Scene { name: "IPv4 TCP, l2, smallest program", features: Loaded::Smallest, ..of_program },
+        Scene { name: "IPv4 TCP, l2, fullest program", features: Loaded::Fullest, ..of_program },
         Scene { name: "IPv4, not a VIP", stray: true, flows: &[1000], ..scene },
         Scene { name: "IPv6, not a VIP", stray: true, v6: true, flows: &[1000], ..scene },
     ]
@@ -123,7 +143,11 @@ impl Stage {
         let fs = BpfFs::open(&run_dir)?;
         let mut stage = Self { fs: fs.clone(), run_dir, datapath: None };
         let capacity = Capacity::new(&config.limits);
-        let mut datapath = Datapath::open(fs, capacity, LoadTime::of(&config))?;
+        let mut load_time = LoadTime::of(&config);
+        if scene.features == Loaded::Fullest {
+            load_time = load_time.with(crate::program::untraced());
+        }
+        let mut datapath = Datapath::open(fs, capacity, load_time)?;
         let image = datapath.maps.image()?;
         for op in plan(&image, &desired(&config, &world(&config)), &capacity)? {
             datapath.maps.apply(&op)?;
@@ -180,6 +204,9 @@ fn configuration(scene: &Scene) -> Result<Config> {
         "interfaces: [lo]\nseed: 5f1d0c3a9be24771\nlimits: {{vips: {}, backends: 16384, slots: {slots}}}\n",
         scene.services * 2
     );
+    if scene.features == Loaded::Smallest {
+        yaml += "icmp: {echo: false}\n";
+    }
     yaml += "outer_source: [10.255.0.0/24, \"fd00:255::/64\"]\ndefaults: {health: {type: none}}\npools:\n";
     for service in 0..scene.services {
         write!(yaml, "  p{service}: {{forward: {}, backends: [", scene.forward)?;
