@@ -83,6 +83,8 @@ pub struct OutcomeStatus {
     pub action: String,
     pub packets: u64,
     pub meaning: String,
+    /// What an operator does about many of them; empty where nothing is wrong.
+    pub advice: String,
 }
 
 /// Everything that is counted, at one time. Two of them make rates.
@@ -204,6 +206,7 @@ impl Snapshot {
                 action: outcome.action().name().to_owned(),
                 packets: self.counters.outcome(*outcome)?,
                 meaning: outcome.meaning().to_owned(),
+                advice: outcome.advice().to_owned(),
             })
         };
         Outcome::ALL.iter().map(status).collect()

@@ -68,7 +68,7 @@ fn sent(told: &Explanation) -> Option<String> {
         String::new()
     } else {
         let [source, destination] = sent.ends();
-        format!(" {source} -> {destination}")
+        format!(", {source} -> {destination}")
     };
     Some(format!("{forward}{outer}, {} bytes to {mac} by {by}", sent.length))
 }

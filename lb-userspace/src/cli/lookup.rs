@@ -89,7 +89,7 @@ impl Asked {
         if cut {
             let whole = frames.len() + left;
             notes.push(format!(
-                "{} ends within packet {}; end the capture before copying the file, or give it -U",
+                "{} ends within packet {}, as if it was copied while tcpdump wrote it; end tcpdump with Ctrl-C first",
                 file.display(),
                 whole + 1
             ));

@@ -124,7 +124,7 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     text
 }
 
-/// Those that happened.
+/// Those that happened; below the table, what to do about packets that are lost.
 pub fn outcomes(outcomes: &[OutcomeStatus], traffic: Traffic<'_>) -> String {
     let rows = outcomes.iter().filter(|outcome| outcome.packets > 0).map(|outcome| {
         let before = |status: &Status| {
@@ -141,5 +141,77 @@ pub fn outcomes(outcomes: &[OutcomeStatus], traffic: Traffic<'_>) -> String {
     let [packets, _] = traffic.header();
     let header = ["OUTCOME", packets, "MEANING"];
     output::cut_last(&header, &mut rows);
-    output::table(&header, &[1], rows)
+    format!("{}{}", output::table(&header, &[1], rows), advice(outcomes, traffic))
+}
+
+/// Of those that grow, so that what is long past does not hide what is wrong now. Counters alone do not tell.
+fn advice(outcomes: &[OutcomeStatus], traffic: Traffic<'_>) -> String {
+    let lost = |outcome: &&OutcomeStatus| {
+        let leaves = ["transmit", "redirect"].contains(&outcome.action.as_str());
+        outcome.packets > 0 && !outcome.advice.is_empty() && !leaves
+    };
+    let mut lost = outcomes.iter().filter(lost);
+    match traffic {
+        Traffic::Totals if lost.next().is_none() => String::new(),
+        Traffic::Totals => {
+            "\n`xlb status --watch` says what to do about those that grow, docs/outcomes.md about all of them"
+                .to_owned()
+        }
+        Traffic::Rates(earlier, _) => {
+            let grows = |outcome: &&OutcomeStatus| {
+                let before =
+                    earlier.and_then(|status| status.outcomes.iter().find(|o| o.name == outcome.name));
+                before.is_some_and(|before| outcome.packets > before.packets)
+            };
+            let line = |outcome: &OutcomeStatus| {
+                format!("\n{}", output::wrapped(&format!("{}: {}", outcome.name, outcome.advice)))
+            };
+            lost.filter(grows).map(line).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(name: &str, action: &str, packets: u64, advice: &str) -> OutcomeStatus {
+        let (name, action, advice) = (name.to_owned(), action.to_owned(), advice.to_owned());
+        OutcomeStatus { name, action, packets, meaning: "meaning".to_owned(), advice }
+    }
+
+    fn status(outcomes: Vec<OutcomeStatus>, monotonic_ns: u64) -> Status {
+        Status {
+            version: String::new(),
+            pid: 1,
+            uptime_seconds: 1,
+            monotonic_ns,
+            config_file: String::new(),
+            last_reload: None,
+            interfaces: Vec::new(),
+            services: Vec::new(),
+            backends: Vec::new(),
+            outcomes,
+        }
+    }
+
+    #[test]
+    fn advice_is_given_for_losses_that_grow() {
+        let then = |grown| {
+            vec![
+                outcome("drop_old", "drop", 5, "was wrong"),
+                outcome("drop_new", "drop", 5 + grown, "is wrong"),
+                outcome("drop_fine", "drop", 5 + grown, ""),
+                outcome("answer_too_big", "transmit", 5 + grown, "goes on"),
+            ]
+        };
+        let (before, now) = (status(then(0), 1_000_000_000), status(then(7), 2_000_000_000));
+        let text = outcomes(&now.outcomes, Traffic::Rates(Some(&before), &now));
+        assert!(text.ends_with("\ndrop_new: is wrong") && !text.contains("was wrong"), "{text}");
+        assert!(!outcomes(&now.outcomes, Traffic::Rates(None, &now)).contains("wrong"));
+        let totals = outcomes(&now.outcomes, Traffic::Totals);
+        assert!(totals.contains("docs/outcomes.md") && !totals.contains("wrong"), "{totals}");
+        let good = [outcome("forward_transmit", "transmit", 5, "")];
+        assert!(!outcomes(&good, Traffic::Totals).contains("docs"));
+    }
 }
