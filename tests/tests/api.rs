@@ -36,6 +36,51 @@ fn ask(socket: &Path, method: &str, resource: &str) -> Result<(u16, Value)> {
     Ok((status, serde_json::from_str(body).with_context(|| answer.clone())?))
 }
 
+/// Status and JSON body of a request with a body.
+fn post(socket: &Path, resource: &str, body: &str) -> Result<(u16, Value)> {
+    let head = format!("POST {resource} HTTP/1.1\r\nhost: xlb\r\ncontent-length: {}\r\n\r\n", body.len());
+    let answer = raw(socket, format!("{head}{body}").as_bytes())?;
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).context(answer.clone())?;
+    let body = answer.split_once("\r\n\r\n").context(answer.clone())?.1;
+    Ok((status, serde_json::from_str(body).with_context(|| answer.clone())?))
+}
+
+#[test]
+fn given_frames_are_explained_in_their_order_and_bounded() -> Result<()> {
+    let Some(stage) = Stage::set("frames", 1)? else { return Ok(()) };
+    let balancer = stage.start(&stage.config())?;
+    let socket = socket(&balancer);
+    let ask = |body: &str| post(&socket, "/v1/lookup", body);
+    // An ARP header, and an IPv4 packet that ends before its addresses.
+    let (arp, short) = (format!("{}0806", "02".repeat(12)), format!("{}080045", "02".repeat(12)));
+    let (code, told) = ask(&format!(
+        r#"{{"frames": [{{"hex": "{arp}"}}, {{"hex": "{short}", "length": 1000}}, {{"hex": "{short}"}}], "interface": "eth0"}}"#
+    ))?;
+    let outcomes: Vec<_> = (0..3).map(|index| told[index]["outcome"].as_str().unwrap_or_default()).collect();
+    ensure!(code == 200 && outcomes == ["pass_not_ip", "pass_not_vip", "pass_truncated"], "{code}: {told}");
+    ensure!(told[1]["frame"]["length"] == 1000 && told[0]["ingress"] == "eth0", "{told}");
+
+    let many = vec![r#"{"hex": "00"}"#; 257].join(",");
+    for (body, code, words) in [
+        ("", 400, "frames"),
+        ("{}", 400, "frames"),
+        (r#"{"frames": [], "inteface": "eth0"}"#, 400, "inteface"),
+        (r#"{"frames": []}"#, 400, "0 frames are not 1 to 256"),
+        (&format!(r#"{{"frames": [{many}]}}"#), 400, "257 frames are not 1 to 256"),
+        (r#"{"frames": [{"hex": "00"}, {"hex": "0g"}]}"#, 400, "frames[1]: character 2, `g`"),
+        (r#"{"frames": [{"hex": ""}]}"#, 400, "frames[0]: the frame is empty"),
+        (r#"{"frames": [{"hex": "00", "length": 65537}]}"#, 400, "65536 at the most"),
+        (r#"{"frames": [{"hex": "00"}], "interface": "eth7"}"#, 400, "xlb is not on an interface eth7"),
+        (&"0".repeat(70_000), 413, "64 KiB"),
+    ] {
+        let (found, error) = ask(body)?;
+        let text = error["error"].as_str().unwrap_or_default();
+        ensure!(found == code && text.contains(words), "{}: {found} {error}", &body[..body.len().min(60)]);
+    }
+    ensure!(!balancer.process.log().contains("/v1/lookup"), "a question is logged as a change");
+    Ok(())
+}
+
 #[test]
 fn every_resource_answers_and_every_error_is_json_with_a_way_out() -> Result<()> {
     let Some(stage) = Stage::set("resources", 2)? else { return Ok(()) };
@@ -67,6 +112,8 @@ fn every_resource_answers_and_every_error_is_json_with_a_way_out() -> Result<()>
         ("POST", "/v1/status", 405, "takes GET"),
         ("DELETE", "/v1/backends", 405, "takes GET"),
         ("GET", "/v1/reload", 405, "takes POST"),
+        ("DELETE", "/v1/lookup", 405, "takes GET or POST"),
+        ("GET", "/v1/lookup?source=192.0.2.1:1&vip=203.0.113.10:80&protocol=tcp&interface=eth7", 400, "eth0"),
         ("GET", "/v1/lookup", 400, "source"),
         ("GET", "/v1/lookup?source=a&vip=b&protocol=c", 400, "source"),
         ("GET", "/v1/lookup?source=192.0.2.1:1&vip=203.0.113.10:80&protocol=icmp", 400, "tcp or udp"),

@@ -31,7 +31,7 @@ pub struct Arguments {
     pcap: Option<PathBuf>,
     /// Packets of the capture that are explained
     #[arg(
-        long, value_name = "N", default_value = "100", requires = "pcap",
+        long, value_name = "N", default_value = "100", conflicts_with_all = ["hex", "source"],
         value_parser = clap::value_parser!(u32).range(1..=100_000)
     )]
     limit: u32,
@@ -39,7 +39,7 @@ pub struct Arguments {
     #[arg(short, long, value_name = "NAME")]
     interface: Option<String>,
     /// Every step for each packet of a capture, not one line
-    #[arg(short, long)]
+    #[arg(short, long, conflicts_with_all = ["hex", "source"])]
     verbose: bool,
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,

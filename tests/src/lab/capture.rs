@@ -1,6 +1,6 @@
 //! What is on a wire: tcpdump, and tshark's questions to what it caught; it knows nothing of xlb.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -51,6 +51,12 @@ impl Capture {
         self.process.wait_exit(PATIENCE)?;
         ensure!(self.process.log().contains("0 packets dropped by kernel"), "{}", self.process.log());
         Ok(())
+    }
+
+    /// Writes the packets that a tshark filter takes to another file, in a format that tshark knows.
+    pub fn write(&self, filter: &str, format: &str, file: &Path) -> Result<()> {
+        let (from, to) = (self.file.to_string_lossy(), file.to_string_lossy());
+        self.host.run(["tshark", "-n", "-r", &*from, "-Y", filter, "-F", format, "-w", &*to]).map(drop)
     }
 
     /// The fields of all packets that a tshark filter takes, the outermost of each kind.
