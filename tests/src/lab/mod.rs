@@ -55,7 +55,10 @@ pub use self::http::{
 pub use self::process::Process;
 pub use self::raw::{IcmpSocket, Options, http_get_with_options};
 pub use self::remains::{kept, remove_kept, sweep};
-pub use self::servers::{Nginx, NginxServer, Transport, backend_dsr, dns, dns_who, iperf3_server, nginx};
+pub use self::servers::{
+    Nginx, NginxServer, Transport, backend_dsr, dns, dns_long, dns_who, iperf3_server, iperf3_server_at,
+    nginx,
+};
 
 /// The MTU of every link, in bytes: a packet of 1500 with an outer IPv6 and UDP header fits.
 pub const MTU: u16 = 1600;

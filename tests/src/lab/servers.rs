@@ -18,6 +18,13 @@ const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// The name that every lab's DNS server answers for.
 const WHO: &str = "who.xlb.test";
 
+/// A name with an answer that fills a packet of 1500 bytes.
+const LONG: &str = "long.xlb.test";
+const LONG_STRINGS: usize = 6;
+const LONG_STRING: &str = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrstuvwxyz\
+    0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrstuvwxyz\
+    0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopqrstuvwxyz";
+
 /// Makes a host a direct-server-return backend: it has the VIPs (`203.0.113.10`, `2001:db8::10`) on `lo`, but neither
 /// answers ARP for them nor shows them in its own, and no reverse path filter drops what comes out of a tunnel.
 pub fn backend_dsr(host: &Host, vips: &[&str]) -> Result<()> {
@@ -56,6 +63,8 @@ impl Default for Nginx {
 #[derive(Clone)]
 pub struct NginxServer {
     pub process: Process,
+    /// Where `/up/NAME` is kept.
+    pub uploads: PathBuf,
     healthy: PathBuf,
 }
 
@@ -69,14 +78,16 @@ impl NginxServer {
 }
 
 /// Starts nginx on all addresses of a host and waits until it accepts connections. `/` returns `name` and a newline,
-/// `/healthz` 200 or 503, `/big` a large file. Every request has a connection of its own. It is one process, so that a
-/// signal (SIGSTOP, say) meets all of it.
+/// `/healthz` 200 or 503, `/big` a large file; `/up/NAME` takes what is PUT there. Every request has a connection of its
+/// own. It is one process, so that a signal (SIGSTOP, say) meets all of it.
 pub fn nginx(host: &Host, name: &str, options: Nginx) -> Result<NginxServer> {
     let dir = host.new_file("nginx");
     fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
     let healthy = dir.join("healthy");
     fs::write(&healthy, "").with_context(|| healthy.display().to_string())?;
     let big = big_file(host.dir(), options.big_megabytes)?;
+    let uploads = dir.join("up");
+    fs::create_dir(&uploads).with_context(|| uploads.display().to_string())?;
     let listen: String =
         options.ports.iter().map(|port| format!("listen 0.0.0.0:{port}; listen [::]:{port};\n")).collect();
     let config = format!(
@@ -102,12 +113,18 @@ http {{
             return 200 "healthy\n";
         }}
         location = /big {{ alias {big}; }}
+        location /up/ {{
+            alias {uploads}/;
+            dav_methods PUT;
+            client_max_body_size 100m;
+        }}
     }}
 }}
 "#,
         dir = dir.display(),
         healthy = healthy.display(),
         big = big.display(),
+        uploads = uploads.display(),
     );
     let file = dir.join("nginx.conf");
     fs::write(&file, config).with_context(|| file.display().to_string())?;
@@ -123,7 +140,7 @@ http {{
     for port in options.ports {
         wait_until_listening(host, &process, port)?;
     }
-    Ok(NginxServer { process, healthy })
+    Ok(NginxServer { process, uploads, healthy })
 }
 
 /// The lab's file for `/big`, one for each size.
@@ -147,7 +164,7 @@ fn write_big_file(path: &Path, megabytes: u32) -> std::io::Result<()> {
 }
 
 /// Starts dnsmasq on all addresses of a host, over UDP and TCP, and waits until it answers: `who.xlb.test` has `name` as
-/// its TXT record and the host's own addresses as A and AAAA. It replies from the address that was asked.
+/// its TXT record and the host's own addresses as A and AAAA; `long.xlb.test` has a long TXT record. It replies from the address that was asked.
 pub fn dns(host: &Host, name: &str) -> Result<Process> {
     let mut record = format!("--host-record={WHO}");
     for ipv6 in [false, true] {
@@ -156,6 +173,7 @@ pub fn dns(host: &Host, name: &str) -> Result<Process> {
         }
     }
     let txt = format!("--txt-record={WHO},{name}");
+    let long = format!("--txt-record={LONG},{}", [LONG_STRING; LONG_STRINGS].join(","));
     let process = host.spawn([
         "dnsmasq",
         "--keep-in-foreground",
@@ -166,7 +184,9 @@ pub fn dns(host: &Host, name: &str) -> Result<Process> {
         "--no-resolv",
         "--no-hosts",
         "--cache-size=0",
+        "--edns-packet-max=4096",
         &txt,
+        &long,
         &record,
     ])?;
     wait_until_listening(host, &process, 53)?;
@@ -177,6 +197,13 @@ pub fn dns(host: &Host, name: &str) -> Result<Process> {
 pub fn iperf3_server(host: &Host) -> Result<Process> {
     // A connection to try it would count as a client; it says that it listens, at once if it may not buffer.
     let process = host.spawn(["iperf3", "--server", "--forceflush"])?;
+    process.wait_for_log("Server listening", START_TIMEOUT)?;
+    Ok(process)
+}
+
+/// Starts an iperf3 server on one address of a host, the VIP say: over UDP one that listens on all answers from another.
+pub fn iperf3_server_at(host: &Host, address: &str) -> Result<Process> {
+    let process = host.spawn(["iperf3", "--server", "--forceflush", "--bind", address])?;
     process.wait_for_log("Server listening", START_TIMEOUT)?;
     Ok(process)
 }
@@ -202,4 +229,23 @@ pub fn dns_who(client: &Host, server: &str, transport: Transport) -> Result<Stri
     let server = format!("@{server}");
     let answer = client.run(["dig", "+short", "+tries=1", "+time=1", transport, &server, WHO, "TXT"])?;
     Ok(answer.trim().trim_matches('"').to_owned())
+}
+
+/// Asks a lab's DNS server for its long answer over UDP, again when there is none; how long it is, in bytes.
+pub fn dns_long(client: &Host, server: &str) -> Result<usize> {
+    let server = format!("@{server}");
+    let answer = client.run([
+        "dig",
+        "+short",
+        "+ignore",
+        "+bufsize=4096",
+        "+tries=6",
+        "+time=1",
+        &server,
+        LONG,
+        "TXT",
+    ])?;
+    // A try that was lost is told of on lines of its own.
+    let strings = answer.split_whitespace().filter(|string| string.trim_matches('"') == LONG_STRING);
+    Ok(strings.count() * LONG_STRING.len())
 }
