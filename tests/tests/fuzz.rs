@@ -24,12 +24,6 @@ const LEAST: u64 = 100;
 /// How often each outcome was met.
 type Met = BTreeMap<&'static str, u64>;
 
-fn add(met: &mut Met, subject: &dyn Subject) {
-    for (outcome, frames) in subject.counted() {
-        *met.entry(outcome).or_default() += frames;
-    }
-}
-
 /// Frames of the corpus, and then made ones.
 fn frames(program: Program, seed: u64, count: usize) -> impl Iterator<Item = Vec<u8>> {
     let corpus = corpus::read(&program.corpus()).unwrap_or_else(|error| panic!("{error:#}"));
@@ -39,9 +33,14 @@ fn frames(program: Program, seed: u64, count: usize) -> impl Iterator<Item = Vec
     corpus.into_iter().map(|case| case.frame).chain(made)
 }
 
-fn run(subject: &mut dyn Subject, frames: impl Iterator<Item = Vec<u8>>) {
-    if let Err(mismatch) = hunt(subject, frames) {
-        panic!("{mismatch}");
+/// Runs frames through a subject, and adds what they ended in.
+fn run(subject: Box<dyn Subject>, frames: impl Iterator<Item = Vec<u8>>, met: &Mutex<Met>) {
+    let hunter = hunt(subject, frames).unwrap_or_else(|mismatch| panic!("{mismatch}"));
+    let unchanged = hunter.subject.tables_are_unchanged().unwrap_or_else(|error| panic!("{error:#}"));
+    assert!(unchanged, "{}: packets changed a table", hunter.subject.name());
+    let mut met = met.lock().expect("no thread has panicked with it");
+    for (outcome, frames) in hunter.subject.counted() {
+        *met.entry(outcome).or_default() += frames;
     }
 }
 
@@ -61,7 +60,9 @@ fn a_million_frames_end_in_the_kernel_as_on_the_host_and_meet_every_outcome() {
     let next = AtomicUsize::new(0);
     let met = Mutex::new(Met::new());
     let work = || {
-        while let Some(variant) = variants.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(variant) = variants.get(index) else { break };
             let mut balancer =
                 Balancer::in_kernel(*variant, host).unwrap_or_else(|error| panic!("{error:#}"));
             run(&mut balancer, frames(Program::Balancer, SEED ^ share as u64, share));
@@ -87,10 +88,10 @@ fn frames_to_a_backend_end_in_the_kernel_as_on_the_host_and_meet_every_outcome()
     if left_out("frames_to_a_backend_end_in_the_kernel_as_on_the_host_and_meet_every_outcome") {
         return;
     }
-    let mut decap = Decap::in_kernel(decap_host).unwrap_or_else(|error| panic!("{error:#}"));
-    run(&mut decap, frames(Program::Decap, SEED, DECAP_FRAMES));
-    let mut met = Met::new();
-    add(&mut met, &decap);
+    let decap = Decap::in_kernel(decap_host).unwrap_or_else(|error| panic!("{error:#}"));
+    let met = Mutex::new(Met::new());
+    run(Box::new(decap), frames(Program::Decap, SEED, DECAP_FRAMES), &met);
+    let met = met.into_inner().expect("no thread has panicked with it");
     // The kernel does not fail to take off what is there.
     let outcomes = DecapOutcome::ALL.iter().filter(|outcome| **outcome != DecapOutcome::DropHead);
     assert_met(&met, outcomes.map(|outcome| outcome.counter()));

@@ -2,6 +2,7 @@
 
 mod bench;
 mod docs;
+mod fuzz;
 mod lint;
 mod program;
 mod test;
@@ -25,6 +26,11 @@ enum Task {
     Ci,
     /// Build everything and run all tests; further arguments go to `cargo test`
     Test {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Frames that nobody thought of, guided by coverage; arguments go to the fuzzer (`-- --help` shows them)
+    Fuzz {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -64,6 +70,7 @@ fn dispatch(task: Task) -> Result<()> {
             run(Command::new("./scripts/test"))
         }
         Task::Test { arguments } => test::run(&arguments),
+        Task::Fuzz { arguments } => fuzz::run(&arguments),
         Task::Lint => lint::run(),
         Task::Docs { check } => docs::run(check),
         Task::Bench { bench } => bench::run(bench),

@@ -1,6 +1,6 @@
 //! The balancer as a subject: its tables on the host and in the kernel, in all ways in which a frame may meet them.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lb_common::abi::{BackendKind, Features, Traffic};
 use lb_common::allowance::MOST_RATE;
 use lb_common::forward::forward;
@@ -251,15 +251,9 @@ impl Subject for Balancer {
     fn counted(&self) -> Vec<(&'static str, u64)> {
         Outcome::ALL.iter().map(|outcome| outcome.counter()).zip(self.ended.iter().copied()).collect()
     }
-}
 
-impl Balancer {
-    /// Whether the frames so far left the kernel's tables as they were.
-    pub fn tables_are_unchanged(&self) -> Result<()> {
-        if let Some(kernel) = &self.kernel {
-            ensure!(kernel.datapath.maps.image()? == self.image, "{}: packets changed a table", self.name());
-        }
-        Ok(())
+    fn tables_are_unchanged(&self) -> Result<bool> {
+        self.kernel.as_ref().map_or(Ok(true), |kernel| Ok(kernel.datapath.maps.image()? == self.image))
     }
 }
 

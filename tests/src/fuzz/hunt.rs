@@ -38,32 +38,55 @@ impl fmt::Display for Mismatch {
 }
 
 /// Runs frames, and compares counters after every batch of them.
-pub fn hunt(subject: &mut dyn Subject, frames: impl Iterator<Item = Vec<u8>>) -> Result<(), Box<Mismatch>> {
-    let mut batch = Vec::with_capacity(BATCH);
+pub fn hunt(
+    subject: Box<dyn Subject>,
+    frames: impl Iterator<Item = Vec<u8>>,
+) -> Result<Hunter, Box<Mismatch>> {
+    let mut hunter = Hunter::new(subject);
     for frame in frames {
-        if subject.run(&frame).is_err() {
-            return Err(Box::new(explained(subject, frame)));
-        }
-        batch.push(frame);
-        if batch.len() == BATCH {
-            settled(subject, &batch)?;
-            batch.clear();
-        }
+        hunter.run(&frame)?;
     }
-    settled(subject, &batch)
+    hunter.settle()?;
+    Ok(hunter)
 }
 
-fn settled(subject: &mut dyn Subject, batch: &[Vec<u8>]) -> Result<(), Box<Mismatch>> {
-    let Err(what) = subject.settle() else { return Ok(()) };
-    // One of them did it. Counters are compared after each now.
-    for frame in batch {
-        if difference(subject, frame).is_some() {
-            return Err(Box::new(explained(subject, frame.clone())));
-        }
+/// A subject with the frames whose counters have not been compared yet.
+pub struct Hunter {
+    pub subject: Box<dyn Subject>,
+    batch: Vec<Vec<u8>>,
+}
+
+impl Hunter {
+    pub fn new(subject: Box<dyn Subject>) -> Self {
+        Self { subject, batch: Vec::with_capacity(BATCH) }
     }
-    let nothing = Vec::new();
-    let what = format!("{what} (no frame of the batch alone does it)");
-    Err(Box::new(Mismatch { subject: subject.name(), what, frame: nothing.clone(), found: nothing }))
+
+    /// The number of the frame's outcome.
+    pub fn run(&mut self, frame: &[u8]) -> Result<usize, Box<Mismatch>> {
+        let Ok(outcome) = self.subject.run(frame) else {
+            return Err(Box::new(explained(&mut *self.subject, frame)));
+        };
+        self.batch.push(frame.to_vec());
+        if self.batch.len() == BATCH {
+            self.settle()?;
+        }
+        Ok(outcome)
+    }
+
+    /// Compares the counters now.
+    pub fn settle(&mut self) -> Result<(), Box<Mismatch>> {
+        let batch = std::mem::take(&mut self.batch);
+        let Err(what) = self.subject.settle() else { return Ok(()) };
+        // One of them did it. Counters are compared after each now.
+        for frame in &batch {
+            if difference(&mut *self.subject, frame).is_some() {
+                return Err(Box::new(explained(&mut *self.subject, frame)));
+            }
+        }
+        let what = format!("{what} (no frame of the batch alone does it)");
+        let (subject, frame, found) = (self.subject.name(), Vec::new(), Vec::new());
+        Err(Box::new(Mismatch { subject, what, frame, found }))
+    }
 }
 
 fn difference(subject: &mut dyn Subject, frame: &[u8]) -> Option<String> {
@@ -72,12 +95,12 @@ fn difference(subject: &mut dyn Subject, frame: &[u8]) -> Option<String> {
     ran.err().or(settled.err())
 }
 
-fn explained(subject: &mut dyn Subject, found: Vec<u8>) -> Mismatch {
+fn explained(subject: &mut dyn Subject, found: &[u8]) -> Mismatch {
     // What was counted before is not this frame's.
     _ = subject.settle();
-    let frame = shrunk(&found, |frame| difference(subject, frame).is_some());
+    let frame = shrunk(found, |frame| difference(subject, frame).is_some());
     let what = difference(subject, &frame).unwrap_or_else(|| "seen once and not again".to_owned());
-    Mismatch { subject: subject.name(), what, frame, found }
+    Mismatch { subject: subject.name(), what, frame, found: found.to_vec() }
 }
 
 /// A shorter or plainer frame of which the same holds: without its tail, without some of its headers, zeros for bytes.
@@ -170,7 +193,7 @@ mod tests {
                 frame
             });
             let mismatch =
-                hunt(&mut Faulty { counts, off: false }, frames).expect_err("one of them is faulty");
+                hunt(Box::new(Faulty { counts, off: false }), frames).err().expect("one of them is faulty");
             assert_eq!(mismatch.what, if counts { "one too few" } else { "another verdict" });
             assert!(mismatch.frame.len() <= 101 && mismatch.frame.iter().all(|byte| matches!(byte, 0 | 7)));
             assert_eq!(mismatch.found.len(), 300);

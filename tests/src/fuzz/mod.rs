@@ -14,7 +14,7 @@ mod repair;
 
 pub use balancer::{Balancer, Change, HostRun, HostWay, Variant, host};
 pub use decap::{Decap, DecapWay, decap_host};
-pub use hunt::{BATCH, Mismatch, hunt};
+pub use hunt::{BATCH, Hunter, Mismatch, hunt, shrunk};
 pub use layers::{dump, shape};
 pub use mutate::{LONGEST, Mutator, SHORTEST};
 
@@ -39,6 +39,11 @@ pub trait Subject {
 
     /// Names of counters with the frames that ended in them, by number.
     fn counted(&self) -> Vec<(&'static str, u64)>;
+
+    /// Whether the frames so far left the kernel's tables as they were.
+    fn tables_are_unchanged(&self) -> Result<bool> {
+        Ok(true)
+    }
 }
 
 /// The programs whose frames are kept apart.
