@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use crate::config::model::{Config, Mode};
+use crate::config::model::{Config, Mode, Vip};
 use crate::config::{Places, Problem, Subject};
 use crate::nexthop::{Leg, Link, LinkError, Resolver, Unresolved};
 use crate::ways::Judge;
@@ -21,6 +21,17 @@ pub struct Findings {
     pub warnings: Vec<Problem>,
     /// Interfaces of the configuration that are here.
     pub interfaces: Vec<String>,
+}
+
+/// The first address of this host that is in the VIP, and its interface.
+pub fn local_of(vip: Vip, addresses: &HashMap<IpAddr, String>) -> Option<(IpAddr, &str)> {
+    let local = if vip.is_address() {
+        addresses.get_key_value(&vip.first())
+    } else {
+        // A few prefixes, many addresses.
+        addresses.iter().filter(|(address, _)| vip.contains(**address)).min()
+    };
+    local.map(|(address, interface)| (*address, interface.as_str()))
 }
 
 struct Look<'c> {
@@ -131,14 +142,21 @@ impl Look<'_> {
     fn local_vips(&mut self, addresses: &HashMap<IpAddr, String>) {
         for (index, service) in self.config.services.iter().enumerate() {
             for (place, vip) in service.vips.iter().enumerate() {
-                if let Some(interface) = addresses.get(vip) {
-                    let message = format!(
-                        "the VIP {vip} is an address of {interface} on this host, which exposes the host's own ports on it"
-                    );
-                    let hint =
-                        format!("take it off {interface}; route it to this host, or set vip_arp: true");
-                    self.error(Subject::Vip(index, place), message, hint);
-                }
+                let Some((address, interface)) = local_of(*vip, addresses) else { continue };
+                let (message, hint) = if vip.is_address() {
+                    (
+                        format!(
+                            "the VIP {vip} is an address of {interface} on this host, which exposes the host's own ports on it"
+                        ),
+                        format!("take it off {interface}; route it to this host, or set vip_arp: true"),
+                    )
+                } else {
+                    (
+                        format!("the VIP {vip} holds {address} of {interface} on this host"),
+                        format!("give {interface} an address outside of it, or split the prefix"),
+                    )
+                };
+                self.error(Subject::Vip(index, place), message, hint);
             }
         }
     }

@@ -53,7 +53,7 @@ impl<'c> Judge<'c> {
         for service in &config.services {
             let pool = &mut served[service.pool];
             pool.v4 |= service.vips.iter().any(|vip| vip.is_ipv4());
-            pool.v6 |= service.vips.iter().any(|vip| vip.is_ipv6());
+            pool.v6 |= service.vips.iter().any(|vip| !vip.is_ipv4());
         }
         Self { config, served, native: native.into_iter().collect() }
     }
@@ -111,7 +111,7 @@ impl<'c> Judge<'c> {
                 format!("{} has no address to send tunnel packets from", way.interface),
                 "set outer_source",
             ),
-            Some(source) if self.config.services.iter().any(|service| service.vips.contains(&source)) => {
+            Some(source) if self.config.has_vip(source) => {
                 obstacle(format!("the route's source address {source} is a VIP"), "set outer_source")
             }
             Some(_) => Ok(()),

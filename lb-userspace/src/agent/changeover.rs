@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use lb_common::abi::PortKey;
 use tracing::{info, warn};
 
 use super::adopt::ids;
@@ -19,7 +18,7 @@ use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
 use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{plan, present_vips};
+use crate::reconcile::plan::{counter_rows, plan, present_vips};
 
 impl Core {
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
@@ -192,10 +191,9 @@ pub(super) fn inherit(next: &mut Datapath, before: &Maps, from: &Image, to: &Ima
 
 /// Counter rows that stand for the same in two sets of tables: of VIPs, and of backends, from and to.
 fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
-    let (old_vips, new_vips) = (present_vips(from), present_vips(to));
-    // Entries that mark an address have no counters.
-    let counted = new_vips.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
-    let vips = counted.filter_map(|(key, target)| Some((old_vips.get(key)?.vip(), target.vip())));
+    let rows = |image| counter_rows(&present_vips(image));
+    let (old_vips, new_vips) = (rows(from), rows(to));
+    let vips = new_vips.iter().filter_map(|(counted, row)| Some((*old_vips.get(counted)?, *row)));
     let old_ids = ids(from);
     let new_ids = ids(to);
     let backends = new_ids.iter().filter_map(|(identity, id)| {

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use super::core::Core;
 use crate::bpf::{Attached, Links};
 use crate::config::model::{Config, Mode};
+use crate::host::local_of;
 use crate::nexthop::{Link, Resolver};
 
 /// A configured interface that is there.
@@ -198,15 +199,19 @@ pub type Refused = BTreeMap<String, String>;
 /// A VIP on an interface of this host would expose the host's own ports on it, and hide the VIP from its checks.
 pub async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::Result<()> {
     let addresses: HashMap<IpAddr, String> = resolver.addresses().await?.into_iter().collect();
-    for service in &config.services {
-        for vip in &service.vips {
-            if let Some(interface) = addresses.get(vip) {
-                bail!(
-                    "the VIP {vip} of service {} is an address of {interface} on this host; take it off {interface}, then route it to this host or set vip_arp: true",
-                    service.name
-                );
-            }
+    let vips = config.services.iter().flat_map(|service| service.vips.iter().map(move |vip| (vip, service)));
+    for (vip, service) in vips {
+        let Some((address, interface)) = local_of(*vip, &addresses) else { continue };
+        if !vip.is_address() {
+            bail!(
+                "the VIP {vip} of service {} holds {address} of {interface} on this host; give {interface} an address outside of it, or split the prefix",
+                service.name
+            );
         }
+        bail!(
+            "the VIP {vip} of service {} is an address of {interface} on this host; take it off {interface}, then route it to this host or set vip_arp: true",
+            service.name
+        );
     }
     Ok(())
 }

@@ -3,8 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use lb_common::abi::PortKey;
-
 use super::core::Core;
 use crate::config::model::Backend;
 use crate::lookup::{self, Explanation, Given, interfaces};
@@ -53,9 +51,9 @@ impl Core {
         let index = self.index();
         for service in &self.config.services {
             for (vip, port, protocol) in service.triples() {
-                let key = (vip, PortKey::new(port, protocol_number(protocol)).0);
-                let row = index.vips.get(&key).map(|target| target.vip()).filter(|row| met.contains(row));
-                names.extend(row.map(|row| (row, service.name.clone())));
+                let row = index.vips.get(&(vip, port, protocol_number(protocol)));
+                let row = row.filter(|row| met.contains(row));
+                names.extend(row.map(|row| (*row, service.name.clone())));
             }
         }
         names

@@ -2,18 +2,16 @@
 //! can be read. Counting, sorting and words are made of it elsewhere, while the core goes on.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use lb_common::abi::VipTarget;
-
 use super::adopt::{ids, live_slots};
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
+use crate::reconcile::entries::Counted;
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::present_vips;
+use crate::reconcile::plan::{counter_rows, present_vips};
 
 /// How the last reload ended.
 #[derive(Debug, Clone)]
@@ -57,7 +55,8 @@ pub struct Index {
     pub ids: HashMap<u64, u16>,
     /// How many slots each id holds, over all tables.
     slots: Vec<u32>,
-    pub vips: BTreeMap<(IpAddr, u32), VipTarget>,
+    /// Rows of counters.
+    pub vips: BTreeMap<Counted, u32>,
 }
 
 impl Index {
@@ -68,7 +67,7 @@ impl Index {
                 *count += 1;
             }
         }
-        Self { ids: ids(image), slots, vips: present_vips(image) }
+        Self { ids: ids(image), slots, vips: counter_rows(&present_vips(image)) }
     }
 
     pub fn slots(&self, id: u16) -> u32 {

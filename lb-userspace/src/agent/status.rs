@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lb_common::abi::{PortKey, Traffic};
+use lb_common::abi::Traffic;
 use lb_common::outcome::Outcome;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::core::{BackendKey, keys};
 use super::snapshot::{BackendState, Reload, Snapshot};
 use crate::bpf::{Attached, MapsError};
+use crate::config::model::{Ports, Vip};
 use crate::reconcile::desired::{backend_identity, protocol_number};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,12 +45,14 @@ pub struct InterfaceStatus {
     pub mode: String,
 }
 
-/// One (VIP, port, protocol).
+/// One VIP with one port, range or any-port and a protocol.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServiceStatus {
     pub name: String,
-    pub vip: IpAddr,
-    pub port: u16,
+    /// An address or a prefix.
+    pub vip: Vip,
+    /// A number; `8000-8100` or `any` as text.
+    pub port: Ports,
     pub protocol: String,
     pub pool: String,
     pub scheduler: String,
@@ -99,8 +102,10 @@ pub struct Stats {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServiceStats {
     pub name: String,
-    pub vip: IpAddr,
-    pub port: u16,
+    /// An address or a prefix.
+    pub vip: Vip,
+    /// A number; `8000-8100` or `any` as text.
+    pub port: Ports,
     pub protocol: String,
     pub packets: u64,
     pub bytes: u64,
@@ -168,8 +173,7 @@ impl Snapshot {
             let pool = self.config.pool_of(service);
             let (backends_up, backends) = counts.get(&service.pool).copied().unwrap_or_default();
             for (vip, port, protocol) in service.triples() {
-                let key = (vip, PortKey::new(port, protocol_number(protocol)).0);
-                let row = self.index.vips.get(&key).map(|target| target.vip());
+                let row = self.index.vips.get(&(vip, port, protocol_number(protocol))).copied();
                 let traffic = row.map_or(Ok(Traffic::default()), |row| self.counters.vip(row))?;
                 services.push(ServiceStatus {
                     name: service.name.clone(),

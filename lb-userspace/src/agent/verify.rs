@@ -2,12 +2,14 @@
 //!
 //! The plan that would bring the tables in line is carried out on a copy of them; what then differs is the answer.
 
+mod vips;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, PortKey, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, SLOTS_PER_ROW, TableWord};
 use serde::{Deserialize, Serialize};
 
 use super::adopt;
@@ -19,11 +21,9 @@ use crate::config::model::Config;
 use crate::health::Fsm;
 use crate::lookup;
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{
-    World, backend_identity, desired, features, protocol_number, table_identity,
-};
+use crate::reconcile::desired::{World, backend_identity, desired, features, table_identity};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{plan, present_vips};
+use crate::reconcile::plan::plan;
 
 /// One thing that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,7 +144,7 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
     let before = differences.len();
     backends(&intended, image, &names, &mut differences);
     slots(&intended, image, &names, &mut differences);
-    vips(&intended, image, &names, config, &mut differences);
+    vips::compare(&intended, image, &names, config, &mut differences);
     if !ops.is_empty() && differences.len() == before {
         let found = format!("{} rows that lead no packet astray", ops.len());
         differences.push(Difference::new("rows that nothing names", NONE, found));
@@ -155,6 +155,7 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
 fn fits(image: &Image, capacity: &Capacity) -> bool {
     image.slots.len() == capacity.slot_rows as usize
         && image.tables.len() == capacity.tables as usize
+        && image.port_rules.len() == capacity.rule_rows() as usize
         && image.vips4.len() == capacity.vip4_rows() as usize
         && image.vips6.len() == capacity.vip6_rows() as usize
         && image.backends.len() == capacity.backend_rows as usize
@@ -311,37 +312,5 @@ fn slots(intended: &Image, found: &Image, names: &Names, differences: &mut Vec<D
             }
             (to, from) => differences.push(Difference::new(name, length(to), length(from))),
         }
-    }
-}
-
-fn vips(intended: &Image, found: &Image, names: &Names, config: &Config, differences: &mut Vec<Difference>) {
-    let mut services = HashMap::new();
-    for service in &config.services {
-        for (vip, port, protocol) in service.triples() {
-            let key = (vip, PortKey::new(port, protocol_number(protocol)).0);
-            services.insert(key, (port, protocol, &service.name));
-        }
-    }
-    let (wanted, present) = (present_vips(intended), present_vips(found));
-    let all: BTreeSet<_> = wanted.keys().chain(present.keys()).copied().collect();
-    for key in all {
-        let lead = |image: &Image, target: Option<&lb_common::abi::VipTarget>| {
-            target.map(|target| {
-                image.table_states.get(usize::from(target.table())).map_or(0, |row| row.identity)
-            })
-        };
-        let (to, from) = (lead(intended, wanted.get(&key)), lead(found, present.get(&key)));
-        // Entries that only mark an address come and go with those of its ports.
-        if to == from || key.1 == PortKey::ADDRESS.0 {
-            continue;
-        }
-        let words = |table: Option<u64>| table.map_or(NONE.to_owned(), |table| names.table(table));
-        let what = match services.get(&key) {
-            Some((port, protocol, name)) => {
-                format!("service {name}, {} {protocol}", std::net::SocketAddr::new(key.0, *port))
-            }
-            None => format!("VIP {} (of no service)", key.0),
-        };
-        differences.push(Difference::new(what, words(to), words(from)));
     }
 }

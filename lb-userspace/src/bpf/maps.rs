@@ -9,7 +9,8 @@ use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
-    RuleRow, SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, RuleRow, SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6,
+    VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
 };
 
 use super::bpffs::BpfFs;
@@ -282,6 +283,13 @@ impl Maps {
             }
             MapOp::WriteVips4 { row, buckets } => store_all(&self.vips4, *row, buckets),
             MapOp::WriteVips6 { row, buckets } => store_all(&self.vips6, *row, buckets),
+            MapOp::WriteRules { row, rules } => store_all(&self.port_rules, *row, rules),
+            MapOp::SetPrefixLengths4 { lengths } => {
+                self.vip_words.store_word(PREFIX_LENGTHS_V4 as usize, 0, lengths.bits());
+            }
+            MapOp::SetPrefixLengths6 { lengths } => {
+                self.vip_words.store_word(PREFIX_LENGTHS_V6 as usize, 0, lengths.bits());
+            }
             MapOp::SetFilterWord { index, bits } => self.vip_filter.store_word(*index as usize, 0, *bits),
             MapOp::SetVipWord4 { word } => self.vip_words.store_word(VIP_WORD_V4 as usize, 0, word.bits()),
             MapOp::SetVipWord6 { word } => self.vip_words.store_word(VIP_WORD_V6 as usize, 0, word.bits()),

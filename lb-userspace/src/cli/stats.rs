@@ -1,6 +1,5 @@
 //! `xlb stats`: what is counted, as totals or as rates over an interval.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -120,7 +119,7 @@ fn text(stats: &Stats, rates: Option<&Rates>) -> String {
     let mut order: Vec<_> = stats.services.iter().enumerate().collect();
     order.sort_by_key(|(_, service)| (&service.name, service.vip, service.port, &service.protocol));
     let services = order.into_iter().map(|(place, s)| {
-        let vip = SocketAddr::new(s.vip, s.port).to_string();
+        let vip = s.vip.with(s.port);
         let [packets, bytes] = cells(|rates| &rates.services, place, s.packets, s.bytes);
         vec![s.name.clone(), vip, s.protocol.clone(), packets, bytes]
     });

@@ -1,11 +1,12 @@
 //! What the agent tells, as tables: sorted, aligned, no wider than a terminal. Asks nobody.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use super::output;
 use super::rates::Rate;
 use crate::agent::snapshot::BackendState;
 use crate::agent::status::{BackendStatus, OutcomeStatus, ServiceStatus, Status};
+use crate::config::model::{Ports, Vip};
 
 /// What to show of traffic.
 #[derive(Clone, Copy)]
@@ -37,7 +38,7 @@ impl Traffic<'_> {
     }
 }
 
-fn service_key(service: &ServiceStatus) -> (&str, IpAddr, u16, &str) {
+fn service_key(service: &ServiceStatus) -> (&str, Vip, Ports, &str) {
     (&service.name, service.vip, service.port, &service.protocol)
 }
 
@@ -59,7 +60,7 @@ pub fn services(services: &[ServiceStatus], traffic: Traffic<'_>) -> String {
         let [packets, bytes] = traffic.cells(service.packets, service.bytes, before);
         vec![
             service.name.clone(),
-            SocketAddr::new(service.vip, service.port).to_string(),
+            service.vip.with(service.port),
             service.protocol.clone(),
             service.scheduler.clone(),
             service.pool.clone(),

@@ -1,12 +1,13 @@
 //! `api` and `metrics`: who may ask a running agent, and where. Knows no other key.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::leaf;
 use super::model::{Api, Metrics};
 use super::problem::{Report, Spot};
 use super::read::{Fields, Wrong};
 use super::services::ServiceDraft;
+use super::vips;
 
 pub(super) fn api(fields: &Fields<'_>, report: &mut Report) -> Api {
     let want = "a mapping such as {group: netops}";
@@ -42,9 +43,9 @@ pub(super) fn metrics(fields: &Fields<'_>, report: &mut Report) -> Metrics {
 pub(super) fn refuse_vips(metrics: &Metrics, services: &[ServiceDraft], report: &mut Report) {
     let vips = || services.iter().flat_map(|service| &service.vips);
     for listen in &metrics.listen {
-        let is_it = |(vip, _): &&(IpAddr, Spot)| *vip == listen.value.ip();
-        if let Some((vip, at)) = vips().find(is_it) {
-            let message = format!("{vip} is also the VIP at {at}");
+        let address = listen.value.ip();
+        if let Some((vip, at)) = vips().find(|(vip, _)| vip.contains(address)) {
+            let message = vips::taken(address, *vip, at);
             report.error_at(listen, message, "listen on an address of the host itself");
         }
     }

@@ -191,7 +191,7 @@ impl Health {
         self.kind.as_ref().or(under.kind.as_ref()).map_or(Kind::Tcp, |w| w.value)
     }
 
-    /// The check of a pool. `service_port` is the first port of the first service that uses it:
+    /// The check of a pool. `service_port` is the first single port of the first service that uses it:
     /// without one and without a port of its own there is nothing to probe, and the kind is none.
     pub fn check(&self, under: &Health, service_port: Option<u16>) -> Check {
         let port = pick(&self.port, &under.port).or(service_port);
@@ -215,8 +215,8 @@ impl Health {
         }
     }
 
-    /// Whether backends of an unused pool go unchecked although a check is asked for.
-    pub fn unchecked_without_service(&self, under: &Health) -> bool {
+    /// Whether a check is asked for and only a service can tell its port.
+    pub fn unchecked_without_port(&self, under: &Health) -> bool {
         self.kind(under) != Kind::None && pick(&self.port, &under.port).is_none()
     }
 }

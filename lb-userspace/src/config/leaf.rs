@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::model::Group;
+use super::model::{Group, Ports, Vip};
+use super::network;
 use super::problem::show;
 use super::read::{Wrong, did_you_mean};
 
@@ -49,13 +50,40 @@ fn is_port(text: &str) -> bool {
 }
 
 pub(super) fn port(text: &str) -> Leaf<u16> {
-    if let Some((first, last)) = text.split_once('-')
-        && is_port(first)
-        && is_port(last)
-    {
-        return wrong(format!("{text} is a range"), "list the ports one by one, such as [80, 443]");
-    }
     number(text, 1..=65535, "").map(|n| u16::try_from(n).unwrap_or(u16::MAX))
+}
+
+/// A port of a service, a range of them, or all.
+pub(super) fn ports(text: &str) -> Leaf<Ports> {
+    if text == "any" {
+        return Ok(Ports::Any);
+    }
+    let Some((low, high)) = text.split_once('-').filter(|(low, high)| is_port(low) && is_port(high)) else {
+        return match number(text, 1..=65535, ", a range such as 8000-8100, or any") {
+            Ok(n) => Ok(Ports::Port(u16::try_from(n).unwrap_or(u16::MAX))),
+            Err(wrong) => Err(wrong),
+        };
+    };
+    match (port(low)?, port(high)?) {
+        (low, high) if low < high => Ok(Ports::Range(low, high)),
+        (low, high) if low == high => wrong(format!("{text} is one port"), format!("write {low}")),
+        (low, high) => wrong(format!("{text} is an empty range"), format!("write {high}-{low}")),
+    }
+}
+
+/// What a service answers to: an address that packets can be sent to, or a prefix of such.
+pub(super) fn vip(text: &str) -> Leaf<Vip> {
+    let Some((bare, length)) = text.split_once('/') else {
+        return address(text).map(Vip::from);
+    };
+    if bare.parse::<IpAddr>().is_err() {
+        return no_address(text).map(Vip::from);
+    }
+    let network = network::network(text, "an address, or a prefix such as 203.0.113.0/24", "VIPs")?;
+    Vip::new(network).ok_or_else(|| Wrong {
+        message: format!("/{length} is no prefix length of a VIP"),
+        hint: "use a prefix such as 203.0.113.0/24".into(),
+    })
 }
 
 pub(super) fn weight(text: &str) -> Leaf<u8> {

@@ -29,6 +29,8 @@ mod raw;
 mod read;
 mod services;
 mod top;
+mod vip;
+mod vips;
 
 #[cfg(test)]
 mod tests;

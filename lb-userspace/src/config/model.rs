@@ -9,6 +9,7 @@ use ipnetwork::{Ipv4Network, Ipv6Network};
 use serde::{Serialize, Serializer};
 
 use super::problem::Problem;
+pub use super::vip::{Ports, Triple, Vip};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -71,7 +72,7 @@ impl Default for Icmp {
 /// Capacities of the kernel maps, which cannot grow while they are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Limits {
-    /// (address, port, protocol) triples, over both families.
+    /// (VIP, port or range, protocol) triples, over both families.
     pub vips: u32,
     pub backends: u32,
     /// Slots of all tables together.
@@ -166,7 +167,7 @@ pub struct Backend {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
     pub kind: CheckKind,
-    /// The port that is probed; where YAML gives none, the first port of the first service that uses
+    /// The port that is probed; where YAML gives none, the first single port of the first service that uses
     /// the pool. 0 only where `kind` is `None`.
     pub port: u16,
     pub interval: Duration,
@@ -190,12 +191,15 @@ pub enum CheckKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
     pub name: String,
-    pub vips: Vec<IpAddr>,
-    pub ports: Vec<u16>,
+    pub vips: Vec<Vip>,
+    pub ports: Vec<Ports>,
     pub protocols: Vec<Protocol>,
     /// Index into `Config::pools`.
     pub pool: usize,
     pub scheduler: Scheduler,
+    pub fragments: Fragments,
+    /// What it says of its VIPs. All services of a VIP that say it agree.
+    pub unmapped: Option<Unmapped>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -206,7 +210,28 @@ pub enum Protocol {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scheduler {
+    /// Over addresses and ports.
     Maglev,
+    /// Over the client's address alone: all that a client sends goes to one backend.
+    SourceHash,
+}
+
+/// What becomes of fragments, which have no ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fragments {
+    Drop,
+    /// To the backend of the client's address.
+    Balance,
+}
+
+/// What becomes of packets to a VIP that no service takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unmapped {
+    Drop,
+    /// To the host's own stack.
+    Pass,
+    /// Dropped and answered, with ICMP: port unreachable.
+    Reject,
 }
 
 /// The words an operator meets in YAML, in output, in metrics and in logs: one place for each.
@@ -241,7 +266,9 @@ words! {
     Forward { Ipip = "ipip", Gue { port: DEFAULT_GUE_PORT } = "gue", L2 = "l2" }
     OnEmpty { Drop = "drop", Pass = "pass", All = "all" }
     Protocol { Tcp = "tcp", Udp = "udp" }
-    Scheduler { Maglev = "maglev" }
+    Scheduler { Maglev = "maglev", SourceHash = "source-hash" }
+    Fragments { Drop = "drop", Balance = "balance" }
+    Unmapped { Drop = "drop", Pass = "pass", Reject = "reject" }
 }
 
 impl CheckKind {
@@ -257,11 +284,11 @@ impl CheckKind {
 
 impl Service {
     /// Everything the service answers to. No triple appears twice in a configuration.
-    pub fn triples(&self) -> impl Iterator<Item = (IpAddr, u16, Protocol)> + '_ {
+    pub fn triples(&self) -> impl Iterator<Item = Triple> + '_ {
         self.vips.iter().flat_map(move |&vip| {
             self.ports
                 .iter()
-                .flat_map(move |&port| self.protocols.iter().map(move |&protocol| (vip, port, protocol)))
+                .flat_map(move |&ports| self.protocols.iter().map(move |&protocol| (vip, ports, protocol)))
         })
     }
 }
@@ -270,5 +297,10 @@ impl Config {
     /// The pool a service sends to.
     pub fn pool_of(&self, service: &Service) -> &Pool {
         &self.pools[service.pool]
+    }
+
+    /// Whether packets to the address belong to a service.
+    pub fn has_vip(&self, address: IpAddr) -> bool {
+        self.services.iter().flat_map(|service| &service.vips).any(|vip| vip.contains(address))
     }
 }

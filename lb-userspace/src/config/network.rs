@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
-use super::model::OuterSource;
+use super::model::{OuterSource, Vip};
 use super::problem::{Report, Spot, show};
 use super::read::{At, Fields, Wrong};
 
@@ -22,18 +22,11 @@ impl WrittenSource {
         OuterSource { v4: self.v4.as_ref().map(|(net, _)| *net), v6: self.v6.as_ref().map(|(net, _)| *net) }
     }
 
-    /// The prefix that `address` lies in, and its place.
-    pub fn holds(&self, address: IpAddr) -> Option<(IpNetwork, &Spot)> {
-        match address {
-            IpAddr::V4(a) => {
-                let (net, spot) = self.v4.as_ref()?;
-                net.contains(a).then_some((IpNetwork::V4(*net), spot))
-            }
-            IpAddr::V6(a) => {
-                let (net, spot) = self.v6.as_ref()?;
-                net.contains(a).then_some((IpNetwork::V6(*net), spot))
-            }
-        }
+    /// The prefix that has addresses in common with the VIP, and its place.
+    pub fn overlapping(&self, vip: Vip) -> Option<(IpNetwork, &Spot)> {
+        let v4 = self.v4.as_ref().map(|(net, spot)| (IpNetwork::V4(*net), spot));
+        let v6 = self.v6.as_ref().map(|(net, spot)| (IpNetwork::V6(*net), spot));
+        [v4, v6].into_iter().flatten().find(|(net, _)| vip.overlaps(*net))
     }
 }
 
@@ -68,26 +61,31 @@ fn prefix(text: &str) -> Result<IpNetwork, Wrong> {
         let one = prefix(&IpNetwork::from(address).to_string())?;
         return wrong(format!("{address} has no prefix length"), format!("write {one} for this one address"));
     }
+    network(text, WANT, "a source")
+}
+
+/// A prefix with its length as a number, no bit set behind it, and only addresses that can be `role`.
+pub(super) fn network(text: &str, want: &str, role: &str) -> Result<IpNetwork, Wrong> {
+    let wrong = |message: String, hint: String| Err(Wrong { message, hint });
     let Ok(net) = text.parse::<IpNetwork>() else {
-        return wrong(format!("{} is not a prefix", show(text)), format!("use {WANT}"));
+        return wrong(format!("{} is not a prefix", show(text)), format!("use {want}"));
     };
     if text.rsplit('/').next() != Some(net.prefix().to_string().as_str()) {
-        let plain = prefix(&net.to_string())?;
+        let plain = network(&net.to_string(), want, role)?;
         return wrong(format!("{} has an unusual prefix length", show(text)), format!("write {plain}"));
     }
     if net.ip() != net.network() {
-        let masked = prefix(&format!("{}/{}", net.network(), net.prefix()))?;
+        let masked = network(&format!("{}/{}", net.network(), net.prefix()), want, role)?;
         return wrong(format!("{net} has bits set behind its prefix length"), format!("write {masked}"));
     }
-    if let Some(what) = no_source(net) {
-        let message = format!("{net} holds {what} addresses, which cannot be a source");
-        return Err(Wrong { message, hint: format!("use {WANT}") });
+    if let Some(what) = unusable(net) {
+        return wrong(format!("{net} holds {what} addresses, which cannot be {role}"), format!("use {want}"));
     }
     Ok(net)
 }
 
-/// What kind of address within `net` no packet on the wire may come from.
-fn no_source(net: IpNetwork) -> Option<&'static str> {
+/// What kind of address within `net` no packet on the wire may come from, or go to as to one host.
+fn unusable(net: IpNetwork) -> Option<&'static str> {
     let v4 = |a, b, c, d, prefix| IpNetwork::new(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), prefix);
     let v6 = |bits: u128, prefix| IpNetwork::new(IpAddr::V6(Ipv6Addr::from_bits(bits)), prefix);
     let never = [

@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::hash::Hash;
-use std::net::IpAddr;
 
 use super::leaf;
-use super::model::{Protocol, Scheduler};
+use super::model::{Fragments, Ports, Protocol, Scheduler, Unmapped, Vip};
 use super::pools::PoolDraft;
 use super::problem::{Place, Report, Spot, show};
 use super::read::{At, Fields, Wrong, did_you_mean};
@@ -18,11 +17,28 @@ pub(super) struct ServiceDraft {
     /// Its name's place.
     pub spot: Spot,
     pub name: String,
-    pub vips: Vec<(IpAddr, Spot)>,
-    pub ports: Vec<u16>,
+    pub vips: Vec<(Vip, Spot)>,
+    pub ports: Vec<(Ports, Spot)>,
     pub protocols: Vec<Protocol>,
     pub pool: Option<usize>,
     pub scheduler: Scheduler,
+    pub fragments: Option<(Fragments, Spot)>,
+    pub unmapped: Option<(Unmapped, Spot)>,
+}
+
+impl ServiceDraft {
+    /// What to call it in a message about another.
+    pub fn called(&self) -> &str {
+        if self.name.is_empty() { "the service" } else { &self.name }
+    }
+
+    /// Its first single port, where its backends are checked unless the pool says otherwise.
+    pub fn first_port(&self) -> Option<u16> {
+        self.ports.iter().find_map(|(ports, _)| match ports {
+            Ports::Port(port) => Some(*port),
+            Ports::Range(..) | Ports::Any => None,
+        })
+    }
 }
 
 struct PoolNames<'p> {
@@ -81,20 +97,24 @@ pub(super) fn refuse_absent(fields: &Fields<'_>, report: &mut Report) {
 }
 
 fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<ServiceDraft> {
-    let keys = &["name", "vip", "ports", "protocol", "pool", "scheduler"];
+    let keys = &["name", "vip", "ports", "protocol", "pool", "scheduler", "fragments", "unmapped"];
     let want = "a mapping such as {name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}";
     let fields = item.fields(keys, want, report)?;
     let name = fields.need("name", "a name such as www", report);
     let spot = name.as_ref().unwrap_or(item).spot();
     let name = name.and_then(|at| at.value("a name such as www", leaf::name, report));
 
-    let want = "an address such as 203.0.113.10, or a list of them";
-    let vips = several(&fields, "vip", want, leaf::address, report);
-    let ports = several(&fields, "ports", "a port such as 80, or a list of them", leaf::port, report);
+    let want = "an address such as 203.0.113.10, a prefix, or a list of them";
+    let vips = several(&fields, "vip", want, leaf::vip, report);
+    let ports = ports(&fields, report);
     let protocol = |text: &str| leaf::word(text, Protocol::WORDS, Protocol::ALL);
     let protocols = several(&fields, "protocol", "tcp, udp or [tcp, udp]", protocol, report);
     let scheduler = |text: &str| leaf::word(text, Scheduler::WORDS, Scheduler::ALL);
-    let scheduler = fields.value("scheduler", "maglev", scheduler, report);
+    let scheduler = fields.value("scheduler", "maglev or source-hash", scheduler, report);
+    let fragments = |text: &str| leaf::word(text, Fragments::WORDS, Fragments::ALL);
+    let fragments = placed(&fields, "fragments", "drop or balance", fragments, report);
+    let unmapped = |text: &str| leaf::word(text, Unmapped::WORDS, Unmapped::ALL);
+    let unmapped = placed(&fields, "unmapped", "drop, pass or reject", unmapped, report);
     let full = report.is_full();
     let pool = fields
         .need("pool", "the name of a pool", report)
@@ -104,11 +124,36 @@ fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<
         spot,
         name: name.unwrap_or_default(),
         vips,
-        ports: ports.into_iter().map(|(port, _)| port).collect(),
+        ports,
         protocols: protocols.into_iter().map(|(protocol, _)| protocol).collect(),
         pool,
         scheduler: scheduler.unwrap_or(Scheduler::Maglev),
+        fragments,
+        unmapped,
     })
+}
+
+fn ports(fields: &Fields<'_>, report: &mut Report) -> Vec<(Ports, Spot)> {
+    let want = "a port such as 80, a range such as 8000-8100, a list of them, or any";
+    let ports = several(fields, "ports", want, leaf::ports, report);
+    if ports.len() > 1
+        && let Some((_, at)) = ports.iter().find(|(ports, _)| *ports == Ports::Any)
+    {
+        report.error(at.place, &at.path, "any stands beside other ports, and holds them", "write ports: any");
+    }
+    ports
+}
+
+/// The value of an optional key, and where it stands.
+fn placed<T>(
+    fields: &Fields<'_>,
+    key: &str,
+    want: &str,
+    convert: impl FnOnce(&str) -> Result<T, Wrong>,
+    report: &mut Report,
+) -> Option<(T, Spot)> {
+    let at = fields.get(key)?;
+    Some((at.value(want, convert, report)?, at.spot()))
 }
 
 /// `full`: nobody will see the hint.

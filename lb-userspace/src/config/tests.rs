@@ -43,6 +43,10 @@ services:
     ports: 53
     protocol: [udp, tcp]
     pool: dns
+  - {name: media, vip: [198.51.100.0/24, '2001:db8:100::/64'], ports: [554, 8000-8100], protocol: tcp, pool: web, unmapped: reject}
+  - {name: all, vip: 203.0.113.99, ports: any, protocol: udp, pool: web, scheduler: source-hash, fragments: balance, unmapped: pass}
+vlan: true
+icmp: {echo: false, rate: 100}
 api: {group: netops}
 metrics: {listen: ['127.0.0.1:9465', '[::1]:9465']}
 ";

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use lb_common::abi::{Backend, BackendKind, Egress, Features, Meta, PortKey};
+use lb_common::abi::{Backend, BackendKind, Egress, Features, Meta};
 use lb_common::encap::outer_sum;
 use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
 
-use crate::config::model::{Config, Forward, OnEmpty, OuterSource, Pool, Protocol, Scheduler};
+use super::entries::{DesiredVip, VipKey, entries};
+use crate::config::model::{Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler};
 use crate::nexthop::NextHop;
 use crate::tables::{maglev, overlay};
 
@@ -48,22 +49,16 @@ pub struct DesiredTable {
     pub slots: Vec<Target>,
 }
 
-/// A VIP entry: its table by identity, or none for the entry that marks the address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DesiredVip {
-    pub table: Option<u64>,
-}
-
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Desired {
     pub backends: BTreeMap<u64, DesiredBackend>,
     pub tables: BTreeMap<u64, DesiredTable>,
-    pub vips: BTreeMap<(IpAddr, u32), DesiredVip>,
+    pub vips: BTreeMap<VipKey, DesiredVip>,
 }
 
 /// The maps as they should be.
 pub fn desired(config: &Config, world: &World) -> Desired {
-    let mut desired = Desired::default();
+    let mut desired = Desired { vips: entries(config), ..Desired::default() };
     for (index, pool) in config.pools.iter().enumerate() {
         for (place, backend) in pool.backends.iter().enumerate() {
             let identity = backend_identity(&pool.name, pool.forward, backend.address);
@@ -83,13 +78,6 @@ pub fn desired(config: &Config, world: &World) -> Desired {
                 let identity = table_identity(pool, protocol, service.scheduler);
                 let up = |backend| world.up.get(&(index, backend)).copied().unwrap_or(false);
                 desired.tables.entry(identity).or_insert_with(|| table(config.seed, pool, up));
-                for &vip in &service.vips {
-                    desired.vips.insert((vip, PortKey::ADDRESS.0), DesiredVip { table: None });
-                    for &port in &service.ports {
-                        let key = PortKey::new(port, protocol_number(protocol));
-                        desired.vips.insert((vip, key.0), DesiredVip { table: Some(identity) });
-                    }
-                }
             }
         }
     }
@@ -129,6 +117,15 @@ pub fn features(config: &Config) -> Features {
     for service in &config.services {
         for vip in &service.vips {
             features = features.with(if vip.is_ipv4() { Features::IPV4 } else { Features::IPV6 });
+            if !vip.is_address() {
+                features = features.with(Features::PREFIXES).with(Features::PORT_RULES);
+            }
+        }
+        if service.ports.iter().any(|ports| !matches!(ports, Ports::Port(_))) {
+            features = features.with(Features::PORT_RULES);
+        }
+        if service.scheduler == Scheduler::SourceHash {
+            features = features.with(Features::SOURCE_HASH);
         }
         let pool = &config.pools[service.pool];
         for backend in &pool.backends {
@@ -196,9 +193,6 @@ pub fn backend_identity(pool: &str, forward: Forward, address: IpAddr) -> u64 {
 }
 
 pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> u64 {
-    let scheduler = match scheduler {
-        Scheduler::Maglev => "maglev",
-    };
     fingerprint(2, format!("{}/{}/{scheduler}", pool.name, protocol_number(protocol)).as_bytes()).max(1)
 }
 

@@ -127,6 +127,15 @@ impl Image {
             }
             MapOp::SetVipWord4 { word } => self.vip_words[VIP_WORD_V4 as usize] = word.bits(),
             MapOp::SetVipWord6 { word } => self.vip_words[VIP_WORD_V6 as usize] = word.bits(),
+            MapOp::WriteRules { row, rules } => {
+                self.port_rules[*row as usize..][..rules.len()].copy_from_slice(rules);
+            }
+            MapOp::SetPrefixLengths4 { lengths } => {
+                self.vip_words[PREFIX_LENGTHS_V4 as usize] = lengths.bits();
+            }
+            MapOp::SetPrefixLengths6 { lengths } => {
+                self.vip_words[PREFIX_LENGTHS_V6 as usize] = lengths.bits();
+            }
             MapOp::SetFilterWord { index, bits } => self.vip_filter[*index as usize] = *bits,
             MapOp::ResetBackendTraffic { .. } | MapOp::ResetVipTraffic { .. } | MapOp::Grace => {}
         }

@@ -5,6 +5,7 @@
 //! again on the result yields nothing. `bpf::Maps` is the only place that carries operations out.
 
 pub mod desired;
+pub mod entries;
 pub mod image;
 pub mod op;
 pub mod plan;

@@ -1,6 +1,8 @@
 //! One write to the kernel's tables, as data.
 
-use lb_common::abi::{Backend, Egress, Path, TableState, TableWord, Vip4Bucket, Vip6Bucket, VipWord};
+use lb_common::abi::{
+    Backend, Egress, Path, PrefixLengths, RuleRow, TableState, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+};
 
 /// Operations are carried out in order. Each leaves the tables in a state that is right for every
 /// packet, so a sequence may break off anywhere.
@@ -50,6 +52,11 @@ pub enum MapOp {
         row: u32,
         buckets: Vec<Vip6Bucket>,
     },
+    /// Port rules that no entry names.
+    WriteRules {
+        row: u32,
+        rules: Vec<RuleRow>,
+    },
     /// A word of the VIP filter.
     SetFilterWord {
         index: u32,
@@ -60,6 +67,12 @@ pub enum MapOp {
     },
     SetVipWord6 {
         word: VipWord,
+    },
+    SetPrefixLengths4 {
+        lengths: PrefixLengths,
+    },
+    SetPrefixLengths6 {
+        lengths: PrefixLengths,
     },
     /// Waits until no packet is still at work with what it read before.
     Grace,

@@ -4,28 +4,32 @@
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
 //! packet can reach any more. A next hop that is lost is a removal.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+mod vips;
+
+use std::collections::{BTreeMap, HashMap};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, FILTER_WORDS, MOST_BACKENDS, Path, PortKey,
-    SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, TableState, TableWord, VipTarget, VipWord,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
+    TableState, TableWord,
 };
 use lb_common::slots::Slot;
-use lb_common::vips::{FilterBit, filter4, filter6};
-use lb_common::wire::Address6;
 
 use super::desired::{Desired, DesiredTable, Target};
 use super::image::Image;
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
-use crate::tables::buckets::{self, Bucket};
+
+pub use vips::{VipEntry, VipMap, counter_rows, ports, present_vips};
 
 /// Why a desired state cannot be planned. Nothing has been written then.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     #[error("{needed} VIPs are more than the limit of {limit}; raise limits.vips")]
     Vips { needed: usize, limit: u32 },
+    #[error(
+        "{needed} port rules (ranges, any-ports and ports of prefixes, with what VIPs inherit of them) are more than the {limit} that limits.vips makes room for; raise limits.vips"
+    )]
+    Rules { needed: usize, limit: u32 },
     #[error("the VIPs do not fit the buckets that limits.vips = {limit} made; raise limits.vips")]
     Buckets { limit: u32 },
     #[error(
@@ -222,113 +226,6 @@ impl Planner<'_> {
         self.moved |= word != TableWord::default();
         Ok(())
     }
-
-    /// VIP buckets: written anew into the half that is not live, if anything differs.
-    fn vips(&mut self, tables: &HashMap<u64, u16>) -> Result<(), PlanError> {
-        let present = present_vips(self.image);
-        let services = self.desired.vips.values().filter(|vip| vip.table.is_some()).count();
-        let limit = self.capacity.vips;
-        if services > limit as usize {
-            return Err(PlanError::Vips { needed: services, limit });
-        }
-        let mut used: HashSet<u32> = HashSet::new();
-        let mut wanted: BTreeMap<VipKey, VipTarget> = BTreeMap::new();
-        let mut fresh: BTreeSet<(VipKey, u16)> = BTreeSet::new();
-        for (key, vip) in &self.desired.vips {
-            let Some(table) = vip.table.map(|identity| tables[&identity]) else {
-                wanted.insert(*key, VipTarget::address(0, 0, 0));
-                continue;
-            };
-            match present.get(key) {
-                Some(target) => {
-                    used.insert(target.vip());
-                    wanted.insert(*key, VipTarget::service(table, 0, target.vip()));
-                }
-                None => _ = fresh.insert((*key, table)),
-            }
-        }
-        // Counter rows of entries that are about to go are still counted into: not given away yet.
-        // Entries that mark an address have none.
-        let counted = present.iter().filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS);
-        let resting: HashSet<u32> = counted.map(|(_, target)| target.vip()).collect();
-        let mut free = (0..self.capacity.vip_rows())
-            .filter(|vip| !used.contains(vip) && !resting.contains(vip))
-            .collect::<Vec<_>>()
-            .into_iter();
-        for (key, table) in fresh {
-            let vip = free.next().ok_or(PlanError::Vips { needed: services, limit })?;
-            self.add.push(MapOp::ResetVipTraffic { vip });
-            wanted.insert(key, VipTarget::service(table, 0, vip));
-        }
-        self.filter(wanted.keys());
-        if wanted == present {
-            return Ok(());
-        }
-        let half = self.capacity.vip4_half_log2;
-        let v4 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
-            IpAddr::V4(address) => Some(buckets::vip4(address, PortKey(key.1), *target)),
-            IpAddr::V6(_) => None,
-        };
-        let write = |row, buckets| MapOp::WriteVips4 { row, buckets };
-        if let Some(word) = self.family(&wanted, &present, v4, self.image.vip_word4(), half, write)? {
-            self.add.push(MapOp::SetVipWord4 { word });
-        }
-        let half = self.capacity.vip6_half_log2;
-        let v6 = |(key, target): (&VipKey, &VipTarget)| match key.0 {
-            IpAddr::V6(address) => Some(buckets::vip6(address, PortKey(key.1), *target)),
-            IpAddr::V4(_) => None,
-        };
-        let write = |row, buckets| MapOp::WriteVips6 { row, buckets };
-        if let Some(word) = self.family(&wanted, &present, v6, self.image.vip_word6(), half, write)? {
-            self.add.push(MapOp::SetVipWord6 { word });
-        }
-        Ok(())
-    }
-
-    /// Bits of addresses that come are set before they are live, bits of those that go are cleared after.
-    fn filter<'k>(&mut self, keys: impl Iterator<Item = &'k VipKey>) {
-        let mut wanted = vec![0; FILTER_WORDS as usize];
-        for (address, key) in keys {
-            if PortKey(*key) == PortKey::ADDRESS {
-                let bit = filter_bit(*address);
-                wanted[bit.word() as usize] |= bit.mask();
-            }
-        }
-        for ((index, &bits), wanted) in (0..).zip(&self.image.vip_filter).zip(wanted) {
-            let both = bits | wanted;
-            if both != bits {
-                self.add.push(MapOp::SetFilterWord { index, bits: both });
-            }
-            if both != wanted {
-                self.remove.push(MapOp::SetFilterWord { index, bits: wanted });
-            }
-        }
-    }
-
-    /// Writes the buckets of one family into the half that is not live. Returns the word that makes
-    /// them live, or nothing where no entry of the family differs.
-    fn family<B: Bucket<Entry: PartialEq>>(
-        &mut self,
-        wanted: &VipMap,
-        present: &VipMap,
-        entry: impl Fn((&VipKey, &VipTarget)) -> Option<B::Entry>,
-        live: VipWord,
-        half_log2: u32,
-        write: impl Fn(u32, Vec<B>) -> MapOp,
-    ) -> Result<Option<VipWord>, PlanError> {
-        let wanted: Vec<B::Entry> = wanted.iter().filter_map(&entry).collect();
-        if wanted.iter().eq(present.iter().filter_map(&entry).collect::<Vec<_>>().iter()) {
-            return Ok(None);
-        }
-        let layout =
-            buckets::lay_out(&wanted, half_log2).ok_or(PlanError::Buckets { limit: self.capacity.vips })?;
-        // The half that was live before may still be read by who loaded its word.
-        self.add.push(MapOp::Grace);
-        let row = idle_half(live, half_log2);
-        self.add.push(write(row, layout.buckets));
-        let word = VipWord::new(layout.seed, row, layout.log2_buckets);
-        Ok(Some(if wanted.is_empty() { VipWord::default() } else { word }))
-    }
 }
 
 type EgressKey = [u8; 48];
@@ -347,42 +244,6 @@ fn key(egress: &Egress) -> EgressKey {
     let mut key = [0; 48];
     key.chunks_mut(8).zip(words).for_each(|(chunk, word)| chunk.copy_from_slice(&word.to_ne_bytes()));
     key
-}
-
-type VipKey = (IpAddr, u32);
-type VipMap = BTreeMap<VipKey, VipTarget>;
-
-/// The VIPs that packets find now.
-pub fn present_vips(image: &Image) -> VipMap {
-    let live = |word: VipWord| {
-        let first = word.first_row() as usize;
-        first..first + (1 << word.log2_buckets())
-    };
-    let mut vips = VipMap::new();
-    for vip in image.vips4[live(image.vip_word4())].iter().flat_map(|bucket| bucket.0) {
-        if vip.key != PortKey::default() {
-            vips.insert((Ipv4Addr::from(vip.address.to_ne_bytes()).into(), vip.key.0), vip.target);
-        }
-    }
-    for vip in image.vips6[live(image.vip_word6())].iter().flat_map(|bucket| bucket.0) {
-        if vip.key != PortKey::default() {
-            let address = Address6 { high: vip.high, low: vip.low };
-            vips.insert((Ipv6Addr::from(address.bytes()).into(), vip.key.0), vip.target);
-        }
-    }
-    vips
-}
-
-fn filter_bit(address: IpAddr) -> FilterBit {
-    match address {
-        IpAddr::V4(v4) => filter4(u32::from_ne_bytes(v4.octets())),
-        IpAddr::V6(v6) => filter6(Address6::from_bytes(v6.octets())),
-    }
-}
-
-/// The first row of the half that the live word does not name.
-fn idle_half(live: VipWord, half_log2: u32) -> u32 {
-    if live.first_row() == 1 { 1 + (1 << half_log2) } else { 1 }
 }
 
 /// Runs of slots whose words differ from the image's.

@@ -1,33 +1,36 @@
 //! What holds for every sequence of configurations, health and next hops: the plan leads to what is
 //! desired, a second one is empty, and no packet is lost or misled midway.
 
+mod precedence;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use lb_common::abi::{
     ABI_VERSION, BACKEND_NOBODY, BACKEND_PASS, Backend as BackendRow, Egress, MOST_BACKENDS, Meta, Path,
-    PortKey, SLOTS_PER_ROW, TableWord,
+    PortKey, PrefixLengths, RULES_PER_ROW, SLOTS_PER_ROW, TableWord, VipTarget, VipWord,
 };
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, Outcome};
 use lb_common::packet::Buffer;
 use lb_common::slots::Slot;
-use lb_common::wire::Ports;
+use lb_common::wire;
 use proptest::prelude::*;
 
 use super::desired::{Desired, Target, World, backend_identity, desired, features, forward_of};
+use super::entries::{Counted, DesiredRule, DesiredVip, Lead, entries};
 use super::image::{Image, Traced};
 use super::op::MapOp;
-use super::plan::{PlanError, plan, present_vips};
+use super::plan::{PlanError, VipEntry, counter_rows, plan, ports, present_vips};
 use crate::capacity::Capacity;
 use crate::config::model::{
-    Api, Backend, Check, CheckKind, Config, Forward, Icmp, Limits, Metrics, OnEmpty, OuterSource, Pool,
-    Protocol, Scheduler, Service,
+    Api, Backend, Check, CheckKind, Config, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty, OuterSource,
+    Pool, Ports, Protocol, Scheduler, Service, Unmapped, Vip,
 };
 use crate::nexthop::NextHop;
 
-const LIMITS: Limits = Limits { vips: 64, backends: 512, slots: 48 << 12 };
+const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12 };
 const INGRESS: u32 = 1;
 
 // ---- States of the world -------------------------------------------------------------------------
@@ -57,7 +60,19 @@ struct ServiceState {
     vips: BTreeSet<u8>,
     ports: BTreeSet<u16>,
     protocols: Vec<Protocol>,
+    kind: Kind,
 }
+
+/// What a service has beside single ports of addresses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Kind {
+    range: bool,
+    any: bool,
+    source_hash: bool,
+    unmapped: Option<Unmapped>,
+}
+
+const PLAIN: Kind = Kind { range: false, any: false, source_hash: false, unmapped: None };
 
 impl State {
     fn empty() -> Self {
@@ -71,7 +86,7 @@ impl State {
     fn config(&self) -> Config {
         let order: Vec<u8> = self.pools.keys().copied().collect();
         let services = self.services.iter().filter(|(_, service)| self.pools.contains_key(&service.pool));
-        Config {
+        let mut config = Config {
             api: Api::default(),
             metrics: Metrics::default(),
             interfaces: Vec::new(),
@@ -84,17 +99,26 @@ impl State {
             limits: LIMITS,
             pools: self.pools.values().map(PoolState::model).collect(),
             services: services
-                .map(|(name, service)| Service {
-                    name: format!("service-{name}"),
-                    vips: service.vips.iter().map(|&vip| vip_address(vip)).collect(),
-                    // Ports are the service's own: no triple appears twice.
-                    ports: service.ports.iter().map(|port| u16::from(*name) * 100 + port).collect(),
-                    protocols: service.protocols.clone(),
-                    pool: order.iter().position(|pool| *pool == service.pool).expect("filtered above"),
-                    scheduler: Scheduler::Maglev,
+                .map(|(name, service)| {
+                    let pool = order.iter().position(|pool| *pool == service.pool);
+                    service.model(*name, pool.expect("filtered above"))
                 })
                 .collect(),
+        };
+        // What the rules of the configuration refuse.
+        let mut any = HashSet::new();
+        for service in &mut config.services {
+            let of_any = service.triples().filter(|(_, ports, _)| *ports == Ports::Any);
+            if !of_any.collect::<Vec<_>>().into_iter().all(|triple| any.insert(triple)) {
+                service.ports.retain(|ports| *ports != Ports::Any);
+            }
         }
+        let too_long =
+            |vip: &DesiredVip| matches!(vip, DesiredVip::Address { rules, .. } if rules.len() > 16);
+        while entries(&config).values().any(too_long) {
+            config.services.pop();
+        }
+        config
     }
 
     fn world(&self) -> World {
@@ -114,6 +138,28 @@ impl State {
 
     fn desired(&self) -> Desired {
         desired(&self.config(), &self.world())
+    }
+}
+
+impl ServiceState {
+    fn model(&self, name: u8, pool: usize) -> Service {
+        // Ports are the service's own: no triple appears twice.
+        let own = |port: u16| u16::from(name) * 100 + port;
+        // A service has some port.
+        let one = [1].into_iter().filter(|_| self.ports.is_empty());
+        let singles = self.ports.iter().copied().chain(one).map(|port| Ports::Port(own(port)));
+        let range = self.kind.range.then(|| Ports::Range(own(50), own(60)));
+        let Kind { any, source_hash, unmapped, .. } = self.kind;
+        Service {
+            name: format!("service-{name}"),
+            vips: self.vips.iter().map(|&number| vip(number)).collect(),
+            ports: singles.chain(range).chain(any.then_some(Ports::Any)).collect(),
+            protocols: self.protocols.clone(),
+            pool,
+            scheduler: if source_hash { Scheduler::SourceHash } else { Scheduler::Maglev },
+            fragments: if source_hash { Fragments::Balance } else { Fragments::Drop },
+            unmapped,
+        }
     }
 }
 
@@ -150,12 +196,23 @@ fn backend_address(host: u16) -> IpAddr {
     }
 }
 
-fn vip_address(vip: u8) -> IpAddr {
-    if vip.is_multiple_of(2) {
-        Ipv4Addr::new(203, 0, 113, vip).into()
+/// Even ones are IPv4, odd ones IPv6; from 6 on prefixes, each within the next of its family.
+fn vip(number: u8) -> Vip {
+    let address: IpAddr = if number.is_multiple_of(2) {
+        Ipv4Addr::new(203, 0, 113, number).into()
     } else {
-        Ipv6Addr::from((0x2001_0db8_0113_u128 << 80) + u128::from(vip)).into()
-    }
+        Ipv6Addr::from((0x2001_0db8_0113_u128 << 80) + u128::from(number)).into()
+    };
+    let length = match number {
+        6 => 28,
+        7 => 64,
+        8 => 24,
+        9 => 48,
+        10 => 20,
+        11 => 40,
+        _ => return address.into(),
+    };
+    Vip::holding(address, length).expect("a prefix")
 }
 
 fn next_hop((ifindex, mtu, last): (u32, u16, u8)) -> NextHop {
@@ -174,13 +231,22 @@ fn next_hop((ifindex, mtu, last): (u32, u16, u8)) -> NextHop {
 
 // ---- Packets -------------------------------------------------------------------------------------
 
-type VipKey = (IpAddr, u32);
+/// A packet that may meet a VIP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Probe {
+    address: IpAddr,
+    port: u16,
+    protocol: u8,
+    /// One that is not the first.
+    fragment: bool,
+}
 
-/// A SYN or a datagram to a VIP.
-fn packet(vip: IpAddr, key: PortKey, flow: u16) -> Vec<u8> {
-    let ports = Ports::new(1024 + flow, key.port()).both.to_ne_bytes();
+/// A SYN or a datagram.
+fn packet(probe: &Probe, flow: u16) -> Vec<u8> {
+    let ports = wire::Ports::new(1024 + flow, probe.port).both.to_ne_bytes();
+    let offset = u8::from(probe.fragment) * 100;
     let mut frame = vec![0; 12];
-    match vip {
+    match probe.address {
         IpAddr::V4(vip) => {
             frame.extend([
                 0x08,
@@ -192,9 +258,9 @@ fn packet(vip: IpAddr, key: PortKey, flow: u16) -> Vec<u8> {
                 0,
                 0,
                 0,
-                0,
+                offset,
                 64,
-                key.protocol(),
+                probe.protocol,
                 0,
                 0,
                 192,
@@ -205,9 +271,13 @@ fn packet(vip: IpAddr, key: PortKey, flow: u16) -> Vec<u8> {
             frame.extend(vip.octets());
         }
         IpAddr::V6(vip) => {
-            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, key.protocol(), 64]);
+            let (length, next) = if probe.fragment { (28, 44) } else { (20, probe.protocol) };
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, length, next, 64]);
             frame.extend([0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, flow as u8]);
             frame.extend(vip.octets());
+            if probe.fragment {
+                frame.extend([probe.protocol, 0, 0, offset * 2, 0, 0, 0, 1]);
+            }
         }
     }
     frame.extend(ports);
@@ -216,19 +286,92 @@ fn packet(vip: IpAddr, key: PortKey, flow: u16) -> Vec<u8> {
 }
 
 /// Where a packet ended: the outcome, and the row of the backend that took it.
-fn send(image: &Image, vip: &VipKey, flow: u16) -> (Outcome, Option<BackendRow>) {
+fn send(image: &Image, probe: &Probe, flow: u16) -> (Outcome, Option<BackendRow>) {
     let mut bytes = vec![0; 64];
-    bytes.extend(packet(vip.0, PortKey(vip.1), flow));
+    bytes.extend(packet(probe, flow));
     let tables = Traced::new(image);
     let decision = forward(&mut Buffer::new(&mut bytes, 64, INGRESS), &tables);
     let took = decision.backend as usize;
     (decision.outcome, (took != 0).then(|| image.backends[took]))
 }
 
-/// Where packets to each VIP may end in a state.
-fn ends(desired: &Desired) -> BTreeMap<VipKey, BTreeSet<Target>> {
-    let services = desired.vips.iter().filter_map(|(vip, entry)| Some((*vip, entry.table?)));
-    services.map(|(vip, table)| (vip, desired.tables[&table].slots.iter().copied().collect())).collect()
+/// A state as packets should meet it, said without the packet path.
+#[derive(Default)]
+struct Ends<'d> {
+    vips: BTreeMap<(IpAddr, u32), &'d DesiredVip>,
+    targets: BTreeMap<u64, BTreeSet<Target>>,
+}
+
+impl<'d> Ends<'d> {
+    fn of(desired: &'d Desired) -> Self {
+        let targets = |table: &super::desired::DesiredTable| table.slots.iter().copied().collect();
+        Self {
+            vips: desired.vips.iter().map(|(key, vip)| (*key, vip)).collect(),
+            targets: desired.tables.iter().map(|(identity, table)| (*identity, targets(table))).collect(),
+        }
+    }
+
+    /// Whom a packet leads to.
+    fn lead(&self, probe: &Probe) -> Option<Lead> {
+        let key = match probe.fragment {
+            true => PortKey::fragments(probe.protocol),
+            false => PortKey::new(probe.port, probe.protocol),
+        };
+        match self.vips.get(&(probe.address, key.0)) {
+            Some(DesiredVip::Service(lead)) => return Some(*lead),
+            _ if probe.fragment => return None,
+            _ => {}
+        }
+        let DesiredVip::Address { rules, .. } = self.mark(probe.address)? else { return None };
+        let holds = |rule: &&DesiredRule| rule.protocol == probe.protocol && rule.ports.contains(probe.port);
+        rules.iter().find(holds).map(|rule| rule.lead)
+    }
+
+    /// The entry of the address, or of the longest prefix that holds it.
+    fn mark(&self, address: IpAddr) -> Option<&'d DesiredVip> {
+        let prefixes = (1..128).rev().filter_map(|length| {
+            let prefix = Vip::holding(address, length).filter(|vip| !vip.is_address())?;
+            Some((prefix.first(), PortKey::prefix(u32::from(length)).0))
+        });
+        let keys = std::iter::once((address, PortKey::ADDRESS.0)).chain(prefixes);
+        keys.into_iter().find_map(|key| self.vips.get(&key).copied())
+    }
+
+    /// Where a packet may end.
+    fn targets(&self, probe: &Probe) -> Option<&BTreeSet<Target>> {
+        self.targets.get(&self.lead(probe)?.table)
+    }
+
+    /// A packet for every entry and every rule.
+    fn probes(&self) -> BTreeSet<Probe> {
+        let mut probes = BTreeSet::new();
+        for ((address, key), entry) in &self.vips {
+            match entry {
+                DesiredVip::Service(lead) => {
+                    let (_, ports, protocol) = lead.counted;
+                    let fragment = PortKey(*key).is_fragments();
+                    probes.insert(Probe { address: *address, port: ports.lowest(), protocol, fragment });
+                }
+                DesiredVip::Address { rules, .. } => {
+                    let address = last_of(*address, PortKey(*key));
+                    for DesiredRule { ports, protocol, .. } in rules {
+                        let port = if *ports == Ports::Any { 60_000 } else { ports.highest() };
+                        probes.insert(Probe { address, port, protocol: *protocol, fragment: false });
+                    }
+                }
+            }
+        }
+        probes
+    }
+}
+
+/// The address, or the last one of the prefix, which is in no longer one.
+fn last_of(address: IpAddr, key: PortKey) -> IpAddr {
+    let Some(length) = key.prefix_length() else { return address };
+    match address {
+        IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() | u32::MAX >> length).into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() | u128::MAX >> length).into(),
+    }
 }
 
 /// Whether a packet may end so where these are the targets.
@@ -239,7 +382,10 @@ fn is_right(
     took: Option<BackendRow>,
 ) -> bool {
     match outcome {
-        Outcome::ForwardTransmit | Outcome::ForwardRedirect => {
+        Outcome::ForwardTransmit
+        | Outcome::ForwardRedirect
+        | Outcome::ForwardFragmentTransmit
+        | Outcome::ForwardFragmentRedirect => {
             took.is_some_and(|row| targets.contains(&Target::Backend(row.identity)))
         }
         Outcome::DropNoBackend => targets.contains(&Target::Nobody),
@@ -270,7 +416,8 @@ fn fresh() -> Image {
     let all = lb_common::abi::Features::ALL
         .iter()
         .fold(Default::default(), |all: lb_common::abi::Features, f| all.with(f.0));
-    let meta = Meta { abi_version: ABI_VERSION, seed: 7, features: all.bits(), ..Meta::default() };
+    let meta =
+        Meta { abi_version: ABI_VERSION, seed: 7, features: all.bits(), icmp_rate: 1000, ..Meta::default() };
     Image::empty(&capacity(), meta)
 }
 
@@ -301,12 +448,60 @@ fn read_back(image: &Image) -> Desired {
         let table = super::desired::DesiredTable { log2_length: word.log2_length(), slots: slots.collect() };
         assert!(read.tables.insert(state.identity, table).is_none(), "two tables of one identity");
     }
-    for (key, target) in present_vips(image) {
-        let marker = PortKey(key.1) == PortKey::ADDRESS;
-        let table = (!marker).then(|| image.table_states[usize::from(target.table())].identity);
-        read.vips.insert(key, super::desired::DesiredVip { table });
-    }
+    let present = present_vips(image);
+    let counted: HashMap<u32, Counted> =
+        counter_rows(&present).into_iter().map(|(counted, row)| (row, counted)).collect();
+    let lead = |target: VipTarget| Lead {
+        table: image.table_states[usize::from(target.table())].identity,
+        flags: target.flags() & VipTarget::SOURCE_HASH,
+        counted: counted[&target.vip()],
+    };
+    read.vips = present
+        .iter()
+        .map(|(key, entry)| {
+            let entry = match entry {
+                VipEntry::Service(target) => DesiredVip::Service(lead(*target)),
+                VipEntry::Address { flags, rules } => {
+                    let rule = |rule: &lb_common::abi::PortRule| DesiredRule {
+                        ports: ports(rule),
+                        protocol: rule.protocol as u8,
+                        lead: lead(rule.target),
+                    };
+                    DesiredVip::Address { flags: *flags, rules: rules.iter().map(rule).collect() }
+                }
+            };
+            (*key, entry)
+        })
+        .collect();
     read
+}
+
+/// Every service target that packets find.
+fn service_targets(image: &Image) -> Vec<VipTarget> {
+    let of_entry = |entry| match entry {
+        VipEntry::Service(target) => vec![target],
+        VipEntry::Address { rules, .. } => rules.iter().map(|rule| rule.target).collect(),
+    };
+    present_vips(image).into_values().flat_map(of_entry).collect()
+}
+
+/// Rows of buckets that a word names.
+fn bucket_rows(word: VipWord) -> std::ops::Range<u32> {
+    word.first_row()..word.first_row() + (1 << word.log2_buckets())
+}
+
+/// Targets of the entries that mark addresses and prefixes of a family, as they lie in the buckets that a word names.
+fn marks(image: &Image, ipv4: bool, word: VipWord) -> Vec<(PortKey, VipTarget)> {
+    let rows = bucket_rows(word).map(|row| row as usize);
+    let entries: Vec<_> = match ipv4 {
+        true => rows.flat_map(|row| image.vips4[row].0).map(|vip| (vip.key, vip.target)).collect(),
+        false => rows.flat_map(|row| image.vips6[row].0).map(|vip| (vip.key, vip.target)).collect(),
+    };
+    entries.into_iter().filter(|(key, _)| key.is_address()).collect()
+}
+
+fn lengths(word: PrefixLengths) -> BTreeSet<u32> {
+    (0..PrefixLengths::ROOM).map(|index| word.get(index)).filter(|length| *length != 0).collect()
 }
 
 fn ids(image: &Image) -> HashMap<u64, u16> {
@@ -335,6 +530,9 @@ struct Readable {
     egress: HashSet<u16>,
     buckets4: HashSet<u32>,
     buckets6: HashSet<u32>,
+    rules: HashSet<u32>,
+    /// Lengths that every run has, whenever it read the word: IPv4's, IPv6's.
+    lengths: Option<[BTreeSet<u32>; 2]>,
 }
 
 impl Readable {
@@ -361,11 +559,7 @@ impl Readable {
 
     /// Adds what a packet that comes in now can reach.
     fn note(&mut self, image: &Image) {
-        let tables: BTreeSet<u16> = present_vips(image)
-            .iter()
-            .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
-            .map(|(_, t)| t.table())
-            .collect();
+        let tables: BTreeSet<u16> = service_targets(image).into_iter().map(VipTarget::table).collect();
         for table in tables {
             let word = TableWord::from_bits(image.tables[usize::from(table)]);
             let first = word.first_row() * SLOTS_PER_ROW;
@@ -383,10 +577,26 @@ impl Readable {
             }
         }
         self.note_ways_out(image);
-        let rows =
-            |word: lb_common::abi::VipWord| word.first_row()..word.first_row() + (1 << word.log2_buckets());
-        self.buckets4.extend(rows(image.vip_word4()));
-        self.buckets6.extend(rows(image.vip_word6()));
+        self.buckets4.extend(bucket_rows(image.vip_word4()));
+        self.buckets6.extend(bucket_rows(image.vip_word6()));
+        for (ipv4, word) in [(true, image.vip_word4()), (false, image.vip_word6())] {
+            for (_, target) in marks(image, ipv4, word) {
+                let rules = target.first_rule()..target.first_rule() + target.rules();
+                self.rules.extend(rules.map(|rule| rule / RULES_PER_ROW));
+            }
+        }
+        let now = [lengths(image.prefix_lengths4()), lengths(image.prefix_lengths6())];
+        self.lengths = Some(match self.lengths.take() {
+            None => now,
+            Some([v4, v6]) => [&v4 & &now[0], &v6 & &now[1]],
+        });
+    }
+
+    /// Prefixes that the word brings and that a run under way would not look for.
+    fn unknown_length(&self, image: &Image, ipv4: bool, word: VipWord) -> Option<String> {
+        let known = &self.lengths.as_ref()?[usize::from(!ipv4)];
+        let mut brought = marks(image, ipv4, word).into_iter().filter_map(|(key, _)| key.prefix_length());
+        brought.find(|length| !known.contains(length)).map(|length| format!("nobody looks for /{length}"))
     }
 
     /// Why a run that is under way would be misled by the operation.
@@ -416,14 +626,28 @@ impl Readable {
                 let hit = (*row..*row + buckets.len() as u32).find(|row| self.buckets6.contains(row));
                 hit.map(|row| format!("IPv6 bucket {row} is in use"))
             }
+            MapOp::WriteRules { row, rules } => {
+                let hit = (*row..*row + rules.len() as u32).find(|row| self.rules.contains(row));
+                hit.map(|row| format!("rule row {row} is in use"))
+            }
+            MapOp::SetVipWord4 { word } => self.unknown_length(image, true, *word),
+            MapOp::SetVipWord6 { word } => self.unknown_length(image, false, *word),
+            MapOp::SetPrefixLengths4 { lengths: word } => {
+                let live = marks(image, true, image.vip_word4());
+                let gone = live.iter().filter_map(|(key, _)| key.prefix_length());
+                gone.into_iter().find(|l| !lengths(*word).contains(l)).map(|l| format!("/{l} is live"))
+            }
+            MapOp::SetPrefixLengths6 { lengths: word } => {
+                let live = marks(image, false, image.vip_word6());
+                let gone = live.iter().filter_map(|(key, _)| key.prefix_length());
+                gone.into_iter().find(|l| !lengths(*word).contains(l)).map(|l| format!("/{l} is live"))
+            }
             MapOp::SetPath { .. }
             | MapOp::ResetBackendTraffic { .. }
             | MapOp::ResetVipTraffic { .. }
             | MapOp::WriteTableState { .. }
             | MapOp::SetTableWord { .. }
             | MapOp::SetFilterWord { .. }
-            | MapOp::SetVipWord4 { .. }
-            | MapOp::SetVipWord6 { .. }
             | MapOp::Grace => None,
         }
     }
@@ -450,11 +674,15 @@ impl Run {
             Ok(ops) => ops,
             Err(error) => return Err(TestCaseError::fail(format!("refused: {error}"))),
         };
-        let (before, after) = (ends(&old), ends(&next));
+        let (before, after) = (Ends::of(&old), Ends::of(&next));
+        let probes = &before.probes() | &after.probes();
         let ids_before = ids(&self.image);
-        let stays: Vec<&VipKey> = before.keys().filter(|vip| after.contains_key(vip)).collect();
-        let vip_flows: Vec<(&VipKey, u16)> =
-            stays.iter().flat_map(|&vip| flows.iter().map(move |&flow| (vip, flow))).collect();
+        let (leaves, stays): (Vec<_>, Vec<_>) = probes
+            .iter()
+            .filter(|probe| before.lead(probe).is_some())
+            .partition(|probe| after.lead(probe).is_none());
+        let probe_flows: Vec<(&Probe, u16)> =
+            stays.iter().flat_map(|&probe| flows.iter().map(move |&flow| (probe, flow))).collect();
         for (number, op) in ops.iter().enumerate() {
             let objection = self.readable.objection(&self.image, op);
             prop_assert!(
@@ -472,21 +700,23 @@ impl Run {
                 MapOp::WriteSlots { words, .. } => self.readable.note_slots(words, &self.image),
                 _ => self.readable.note(&self.image),
             }
-            for (vip, flow) in &vip_flows {
-                let (outcome, took) = send(&self.image, vip, *flow);
+            for (probe, flow) in &probe_flows {
+                let (outcome, took) = send(&self.image, probe, *flow);
+                let ends = |state, ends: &Ends<'_>| {
+                    ends.targets(probe).is_some_and(|targets| is_right(state, targets, outcome, took))
+                };
                 // A VIP that changes its pool meets, for a moment, the new members of the old one.
-                let right = is_right(&old, &before[vip], outcome, took)
-                    || is_right(&next, &after[vip], outcome, took)
-                    || took.is_some_and(|row| {
-                        next.backends.contains_key(&row.identity) && moved(&old, &next, vip)
-                    });
+                let moved = before.lead(probe) != after.lead(probe);
+                let right = ends(&old, &before)
+                    || ends(&next, &after)
+                    || took.is_some_and(|row| next.backends.contains_key(&row.identity) && moved);
                 prop_assert!(
                     right,
                     "after op {} of {}, {}: {:?} ends as {:?}",
                     number,
                     ops.len(),
                     brief(op),
-                    vip,
+                    probe,
                     outcome
                 );
                 if let Some(row) = took {
@@ -504,15 +734,19 @@ impl Run {
                     );
                 }
             }
-            for vip in before.keys().filter(|vip| !after.contains_key(vip)) {
-                let (outcome, took) = send(&self.image, vip, flows[0]);
-                let gone = matches!(outcome, Outcome::PassNotVip | Outcome::DropVipPort);
-                prop_assert!(
-                    gone || is_right(&old, &before[vip], outcome, took) || took.is_some(),
-                    "{:?}: {:?}",
-                    vip,
-                    outcome
+            for probe in &leaves {
+                let (outcome, took) = send(&self.image, probe, flows[0]);
+                let gone = matches!(
+                    outcome,
+                    Outcome::PassNotVip
+                        | Outcome::DropVipPort
+                        | Outcome::DropVipFragment
+                        | Outcome::PassVipUnmapped
+                        | Outcome::AnswerUnreachable
                 );
+                let targets = before.targets(probe);
+                let as_before = targets.is_some_and(|targets| is_right(&old, targets, outcome, took));
+                prop_assert!(gone || as_before || took.is_some(), "{:?}: {:?}", probe, outcome);
             }
         }
         prop_assert_eq!(&read_back(&self.image), &next);
@@ -569,18 +803,14 @@ impl Run {
                 );
             }
         }
-        let mut counters = HashSet::new();
-        for (key, target) in present_vips(&self.image) {
-            let marker = PortKey(key.1) == PortKey::ADDRESS;
-            prop_assert!(marker || counters.insert(target.vip()), "two VIPs share counters");
+        let rows = counter_rows(&present_vips(&self.image));
+        let different: HashSet<u32> = rows.values().copied().collect();
+        prop_assert_eq!(different.len(), rows.len(), "two VIPs share counters");
+        for target in service_targets(&self.image) {
+            prop_assert!(different.contains(&target.vip()), "what is counted in row {}?", target.vip());
         }
         Ok(())
     }
-}
-
-/// Whether the VIP leads to another table than before.
-fn moved(old: &Desired, next: &Desired, vip: &VipKey) -> bool {
-    old.vips[vip] != next.vips[vip]
 }
 
 fn brief(op: &MapOp) -> String {
@@ -604,7 +834,7 @@ enum Change {
     Hop(u16, Option<(u32, u16, u8)>),
     /// Every hop of an interface becomes another, as when a gateway or an MTU changes.
     AllHops(Option<(u32, u16, u8)>),
-    AddService(u8, u8, BTreeSet<u8>, BTreeSet<u16>, bool),
+    AddService(u8, u8, BTreeSet<u8>, BTreeSet<u16>, bool, Kind),
     RemoveService(u8),
     /// The service goes to another pool.
     MoveService(u8, u8),
@@ -618,8 +848,8 @@ fn change() -> impl Strategy<Value = Change> {
     let gue = [6080, 7000].map(|port| Forward::Gue { port });
     let way = prop::sample::select([&[Forward::Ipip, Forward::L2][..], &gue].concat());
     let weight = prop::sample::select(vec![0u8, 1, 50, 100]);
-    let vips = prop::collection::btree_set(0u8..6, 1..3);
-    let ports = prop::collection::btree_set(1u16..5, 1..3);
+    let vips = prop::collection::btree_set(0u8..12, 1..4);
+    let ports = prop::collection::btree_set(1u16..5, 0..3);
     prop_oneof![
         2 => (small.clone(), 1u8..6, way, 0u8..3)
             .prop_map(|(p, n, way, e)| Change::AddPool(p, n, way, e)),
@@ -633,12 +863,18 @@ fn change() -> impl Strategy<Value = Change> {
         1 => (small.clone(), any::<bool>()).prop_map(|(p, up)| Change::FlipAll(p, up)),
         3 => (0u16..300, hop()).prop_map(|(host, hop)| Change::Hop(host, hop)),
         1 => hop().prop_map(Change::AllHops),
-        3 => (small.clone(), small.clone(), vips, ports, any::<bool>())
-            .prop_map(|(s, p, v, ports, both)| Change::AddService(s, p, v, ports, both)),
+        4 => (small.clone(), small.clone(), vips, ports, any::<bool>(), kind())
+            .prop_map(|(s, p, v, ports, both, kind)| Change::AddService(s, p, v, ports, both, kind)),
         1 => small.clone().prop_map(Change::RemoveService),
         2 => (small.clone(), small.clone()).prop_map(|(s, p)| Change::MoveService(s, p)),
         1 => (small, any::<bool>()).prop_map(|(p, grow)| Change::Class(p, grow)),
     ]
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    let unmapped = prop::sample::select(vec![None, Some(Unmapped::Pass), Some(Unmapped::Reject)]);
+    (any::<bool>(), any::<bool>(), prop::bool::weighted(0.3), unmapped)
+        .prop_map(|(range, any, source_hash, unmapped)| Kind { range, any, source_hash, unmapped })
 }
 
 fn on_empty(number: u8) -> OnEmpty {
@@ -704,10 +940,11 @@ fn apply(state: &mut State, change: &Change) {
                 state.pools.values().flat_map(|pool| pool.backends.keys().copied()).collect();
             state.hops.extend(hosts.into_iter().map(|host| (host, *hop)));
         }
-        Change::AddService(service, pool, vips, ports, both) => {
+        Change::AddService(service, pool, vips, ports, both, kind) => {
             let protocols = if *both { vec![Protocol::Tcp, Protocol::Udp] } else { vec![Protocol::Tcp] };
             if state.pools.contains_key(pool) {
-                let new = ServiceState { pool: *pool, vips: vips.clone(), ports: ports.clone(), protocols };
+                let (vips, ports) = (vips.clone(), ports.clone());
+                let new = ServiceState { pool: *pool, vips, ports, protocols, kind: *kind };
                 state.services.insert(*service, new);
             }
         }
@@ -757,7 +994,8 @@ proptest! {
         let mut state = State::empty();
         // Something to begin with.
         apply(&mut state, &Change::AddPool(0, 4, Forward::Ipip, 0));
-        apply(&mut state, &Change::AddService(0, 0, BTreeSet::from([0, 1]), BTreeSet::from([1, 2]), true));
+        let service = Change::AddService(0, 0, BTreeSet::from([0, 1]), BTreeSet::from([1, 2]), true, PLAIN);
+        apply(&mut state, &service);
         run.step(state.desired(), &flows)?;
         for changes in &steps {
             changes.iter().for_each(|change| apply(&mut state, change));
@@ -804,7 +1042,8 @@ fn simple(backends: u16) -> State {
     let pool = PoolState { name: 0, forward: Forward::Ipip, on_empty: OnEmpty::Drop, backends };
     state.pools.insert(0, pool);
     let (vips, ports) = (BTreeSet::from([0]), BTreeSet::from([1]));
-    state.services.insert(0, ServiceState { pool: 0, vips, ports, protocols: vec![Protocol::Tcp] });
+    let service = ServiceState { pool: 0, vips, ports, protocols: vec![Protocol::Tcp], kind: PLAIN };
+    state.services.insert(0, service);
     state
 }
 
@@ -814,8 +1053,8 @@ fn applied(image: &mut Image, state: &State) -> Vec<MapOp> {
     ops
 }
 
-fn only_vip(state: &State) -> VipKey {
-    *ends(&state.desired()).keys().next().expect("a VIP")
+fn only_vip(state: &State) -> Probe {
+    *Ends::of(&state.desired()).probes().first().expect("a VIP")
 }
 
 /// Slot words of the one table.
@@ -903,7 +1142,7 @@ fn the_place_that_a_table_left_is_filled_anew_only_when_nobody_reads_it() {
     step(&state);
     // The next plan begins with a table that fits the old place.
     apply(&mut state, &Change::AddPool(1, 3, Forward::Ipip, 0));
-    apply(&mut state, &Change::AddService(1, 1, BTreeSet::from([0]), BTreeSet::from([1]), false));
+    apply(&mut state, &Change::AddService(1, 1, BTreeSet::from([0]), BTreeSet::from([1]), false, PLAIN));
     step(&state);
 }
 
@@ -949,6 +1188,7 @@ fn a_next_hop_that_changes_is_one_store_and_its_old_way_out_is_cleared_after_a_g
 #[test]
 fn limits_are_refused_before_anything_is_planned() {
     let base = simple(3);
+    assert_eq!(capacity().rule_half_rows() * RULES_PER_ROW, LIMITS.vips);
     let refused = |limits: Limits, state: &State| {
         let capacity = Capacity::new(&limits);
         let image = Image::empty(&capacity, Meta::default());
@@ -991,11 +1231,7 @@ fn vips_up_to_the_limit_can_be_replaced_by_as_many_others() {
         let ops = plan(&image, &state.desired(), &capacity);
         let ops = ops.unwrap_or_else(|error| panic!("ports from {first}: {error}"));
         ops.iter().for_each(|op| image.apply(op));
-        let rows: Vec<u32> = present_vips(&image)
-            .iter()
-            .filter(|(key, _)| PortKey(key.1) != PortKey::ADDRESS)
-            .map(|(_, t)| t.vip())
-            .collect();
+        let rows: Vec<u32> = counter_rows(&present_vips(&image)).into_values().collect();
         let rows_of_map =
             capacity.rows().iter().find(|map| map.name == lb_common::abi::map::VIP_TRAFFIC).unwrap().rows;
         assert!(
@@ -1018,6 +1254,16 @@ fn features_follow_what_is_configured() {
     state.pools.get_mut(&0).unwrap().forward = Forward::Gue { port: 6080 };
     let gue = Features::GUE4.with(Features::GUE6);
     assert_eq!(features(&state.config()), Features::IPV4.with(Features::IPV6).with(gue));
+    let ways = Features::IPV4.with(Features::IPV6).with(gue);
+    let service = state.services.get_mut(&0).unwrap();
+    service.kind.any = true;
+    let rules = ways.with(Features::PORT_RULES);
+    assert_eq!(features(&state.config()), rules);
+    state.services.get_mut(&0).unwrap().kind = Kind { source_hash: true, ..PLAIN };
+    assert_eq!(features(&state.config()), ways.with(Features::SOURCE_HASH));
+    let service = state.services.get_mut(&0).unwrap();
+    (service.kind, service.vips) = (PLAIN, BTreeSet::from([1, 8]));
+    assert_eq!(features(&state.config()), rules.with(Features::PREFIXES));
     assert_eq!(features(&State::empty().config()), Features::default());
 }
 

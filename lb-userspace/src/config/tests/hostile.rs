@@ -58,7 +58,7 @@ fn a_file_that_ends_within_a_line_is_refused() {
     let cut = Scratch::new("cut", GOOD.trim_end().as_bytes());
     let problems = load(&cut.0).expect_err("the last line is cut").0;
     let printed = problems[0].to_string();
-    let expected = ":37:52: the last line has no line break, so the file may be cut off; \
+    let expected = ":41:52: the last line has no line break, so the file may be cut off; \
                     if it is whole, end it with a line break";
     assert!(printed.ends_with(expected), "{printed}");
     assert_eq!(problems.len(), 1);
@@ -140,7 +140,7 @@ fn a_few_lines_that_name_many_triples_are_counted_and_not_compared() {
     let text = format!("interfaces: [eth0]\npools: {{a: {{forward: ipip}}}}\nservices:\n{services}");
     let problems = at_once("triples", &text).0;
     let expected = "xlb.yaml:1:1 limits.vips: 2048 is the limit, but the file has 200000 \
-                    (VIP, port, protocol) triples; more than 32768 are not possible";
+                    (VIP, port or range, protocol) triples; more than 32768 are not possible";
     assert_eq!(problems[0].to_string(), expected);
     let expected = "xlb.yaml:5:10 services[1].vip[0]: 10.0.0.1:1 tcp (and 19999 more) already belongs to \
                     s0 at line 4 (services[0].vip[0]); remove it from one of the two services";
@@ -182,7 +182,7 @@ fn all_mistakes_of_a_very_bad_file_are_reported_together_in_order() {
         "xlb.yaml:18:9 pools.web.backends[1]: 10.0.1.11 is already a backend of this pool at line 17 \
          (pools.web.backends[0]); remove one of the two",
         "xlb.yaml:19:38 pools.web.backends[2].weight: 101 is not allowed; use 0-100 (0 takes no flows)",
-        "xlb.yaml:31:5 services[1].ports: is missing; use a port such as 80, or a list of them",
+        "xlb.yaml:31:5 services[1].ports: is missing; use a port such as 80, a range such as 8000-8100, a list of them, or any",
         "xlb.yaml:33:5 services[1].port: is not a known key; did you mean ports?",
         "xlb.yaml:35:11 services[1].pool: there is no pool dsn; did you mean dns?",
     ];

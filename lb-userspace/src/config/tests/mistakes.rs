@@ -407,6 +407,31 @@ const TOP: &[Row] = &[
         ],
     ),
     (
+        "wrong values of vlan and icmp",
+        "interfaces: [eth0]\nvlan: yes\nicmp: {echo: 1, rate: 0, burst: 5}\nservices: []\n",
+        &[
+            "xlb.yaml:2:7 vlan: yes is not allowed; use true",
+            "xlb.yaml:3:14 icmp.echo: 1 is not allowed; use true",
+            "xlb.yaml:3:23 icmp.rate: 0 is not allowed; use 1-1000000 messages a second",
+            "xlb.yaml:3:26 icmp.burst: is not a known key; use echo or rate",
+        ],
+    ),
+    (
+        "what lies in a VIP that is a prefix",
+        "interfaces: [eth0]\nouter_source: [203.0.113.128/25, '2001:db8::/64']\npools: {web: {forward: ipip, backends: [203.0.113.9]}}\nservices:\n- {name: a, vip: [203.0.113.0/24, '2001:db8::/80'], ports: 80, protocol: tcp, pool: web}\nmetrics: {listen: '203.0.113.1:9465'}\n",
+        &[
+            "xlb.yaml:2:16 outer_source[0]: 203.0.113.128/25 lies in the VIP 203.0.113.0/24 of line 5 (services[0].vip[0]); use a prefix without a VIP",
+            "xlb.yaml:2:34 outer_source[1]: 2001:db8::/64 contains the VIP 2001:db8::/80 of line 5 (services[0].vip[1]); use a prefix without a VIP",
+            "xlb.yaml:3:41 pools.web.backends[0]: 203.0.113.9 is in the VIP 203.0.113.0/24 at line 5 (services[0].vip[0]); a backend needs an address of its own: its packets would come back to the balancer",
+            "xlb.yaml:6:19 metrics.listen: 203.0.113.1 is in the VIP 203.0.113.0/24 at line 5 (services[0].vip[0]); listen on an address of the host itself",
+        ],
+    ),
+    (
+        "more ICMP messages than can be counted",
+        "interfaces: [eth0]\nicmp: {rate: 1000001}\nservices: []\n",
+        &["xlb.yaml:2:14 icmp.rate: 1000001 is not allowed; use 1-1000000 messages a second"],
+    ),
+    (
         "outer sources with other forms of a length",
         "interfaces: [eth0]\nouter_source: [10.0.0.0/255.0.0.0, '2001:db8::/032']\n",
         &[
@@ -477,7 +502,7 @@ const TOP: &[Row] = &[
         "more VIPs than the limit",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: [203.0.113.10, 203.0.113.11], ports: [80, 443], protocol: [tcp, udp], pool: web}\nlimits: {vips: 7}\n",
         &[
-            "xlb.yaml:5:16 limits.vips: 7 is the limit, but the file has 8 (VIP, port, protocol) triples; set limits.vips: 8 or more",
+            "xlb.yaml:5:16 limits.vips: 7 is the limit, but the file has 8 (VIP, port or range, protocol) triples; set limits.vips: 8 or more",
         ],
     ),
 ];
@@ -949,9 +974,9 @@ const SERVICES: &[Row] = &[
         &[
             "xlb.yaml:2:12 services[0].name: is missing; use a name such as www",
             "xlb.yaml:2:12 services[0].pool: is missing; use the name of a pool",
-            "xlb.yaml:2:12 services[0].ports: is missing; use a port such as 80, or a list of them",
+            "xlb.yaml:2:12 services[0].ports: is missing; use a port such as 80, a range such as 8000-8100, a list of them, or any",
             "xlb.yaml:2:12 services[0].protocol: is missing; use tcp, udp or [tcp, udp]",
-            "xlb.yaml:2:12 services[0].vip: is missing; use an address such as 203.0.113.10, or a list of them",
+            "xlb.yaml:2:12 services[0].vip: is missing; use an address such as 203.0.113.10, a prefix, or a list of them",
         ],
     ),
     (
@@ -989,7 +1014,7 @@ const SERVICES: &[Row] = &[
         "port instead of ports",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, port: 80, protocol: tcp, pool: web}\n",
         &[
-            "xlb.yaml:4:3 services[0].ports: is missing; use a port such as 80, or a list of them",
+            "xlb.yaml:4:3 services[0].ports: is missing; use a port such as 80, a range such as 8000-8100, a list of them, or any",
             "xlb.yaml:4:34 services[0].port: is not a known key; did you mean ports?",
         ],
     ),
@@ -997,21 +1022,134 @@ const SERVICES: &[Row] = &[
         "a port of 0 and one of 65536",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: [0, 65536], protocol: tcp, pool: web}\n",
         &[
-            "xlb.yaml:4:42 services[0].ports[0]: 0 is not allowed; use 1-65535",
-            "xlb.yaml:4:45 services[0].ports[1]: 65536 is not allowed; use 1-65535",
+            "xlb.yaml:4:42 services[0].ports[0]: 0 is not allowed; use 1-65535, a range such as 8000-8100, or any",
+            "xlb.yaml:4:45 services[0].ports[1]: 65536 is not allowed; use 1-65535, a range such as 8000-8100, or any",
         ],
     ),
     (
-        "a range of ports",
-        "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: 8000-8010, protocol: tcp, pool: web}\n",
+        "ranges that are none",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: [8010-8000, 80-80, 80-, 70000-70001], protocol: tcp, pool: web}\n",
         &[
-            "xlb.yaml:4:41 services[0].ports: 8000-8010 is a range; list the ports one by one, such as [80, 443]",
+            "xlb.yaml:4:42 services[0].ports[0]: 8010-8000 is an empty range; write 8000-8010",
+            "xlb.yaml:4:53 services[0].ports[1]: 80-80 is one port; write 80",
+            "xlb.yaml:4:60 services[0].ports[2]: 80- is not allowed; use 1-65535, a range such as 8000-8100, or any",
+            "xlb.yaml:4:65 services[0].ports[3]: 70000-70001 is not allowed; use 1-65535, a range such as 8000-8100, or any",
+        ],
+    ),
+    (
+        "any beside other ports",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: [80, any], protocol: tcp, pool: web}\n",
+        &[
+            "xlb.yaml:4:46 services[0].ports[1]: any stands beside other ports, and holds them; write ports: any",
+        ],
+    ),
+    (
+        "prefixes that are none",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: www, vip: [203.0.113.10/24, 203.0.113.0/33, 10.0.0.0/255.0.0.0, web/24, '2001:db8::1/64', 0.0.0.0/0, 224.0.0.0/8, '::/0'], ports: 80, protocol: tcp, pool: web}\n",
+        &[
+            "xlb.yaml:4:21 services[0].vip[0]: 203.0.113.10/24 has bits set behind its prefix length; write 203.0.113.0/24",
+            "xlb.yaml:4:38 services[0].vip[1]: 203.0.113.0/33 is not a prefix; use an address, or a prefix such as 203.0.113.0/24",
+            "xlb.yaml:4:54 services[0].vip[2]: 10.0.0.0/255.0.0.0 has an unusual prefix length; write 10.0.0.0/8",
+            "xlb.yaml:4:74 services[0].vip[3]: web/24 is not an IP address; use an address such as 192.0.2.10 or 2001:db8::10 (names are not resolved)",
+            "xlb.yaml:4:82 services[0].vip[4]: 2001:db8::1/64 has bits set behind its prefix length; write 2001:db8::/64",
+            "xlb.yaml:4:100 services[0].vip[5]: 0.0.0.0/0 holds unspecified addresses, which cannot be VIPs; use an address, or a prefix such as 203.0.113.0/24",
+            "xlb.yaml:4:111 services[0].vip[6]: 224.0.0.0/8 holds multicast addresses, which cannot be VIPs; use an address, or a prefix such as 203.0.113.0/24",
+            "xlb.yaml:4:124 services[0].vip[7]: ::/0 holds unspecified or loopback addresses, which cannot be VIPs; use an address, or a prefix such as 203.0.113.0/24",
+        ],
+    ),
+    (
+        "more prefix lengths than the packet path tries",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: www, vip: [10.0.0.0/24, 10.1.0.0/25, 10.2.0.0/26, 10.3.0.0/24, 10.4.0.0/27, 10.5.0.0/28, '2001:db8::/64'], ports: 80, protocol: tcp, pool: web}\n",
+        &[
+            "xlb.yaml:4:86 services[0].vip[5]: 10.5.0.0/28 has a further prefix length, and IPv4 VIPs may have 4: /27, /26, /25, /24; split it into prefixes of one of these lengths",
+        ],
+    ),
+    (
+        "ranges that overlap",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: 8000-8100, protocol: tcp, pool: web}\n- {name: b, vip: [203.0.113.11, 203.0.113.10], ports: [9000-9100, 8050-8200], protocol: [tcp, udp], pool: web}\n",
+        &[
+            "xlb.yaml:5:67 services[1].ports[1]: 8050-8200 overlaps 8000-8100 of a at line 4 (services[0].ports), on 203.0.113.10 tcp; split the ranges so that each port is in one",
+        ],
+    ),
+    (
+        "ranges of one service that overlap",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.0/24, ports: [8000-8100, 8100-8200], protocol: tcp, pool: web}\n",
+        &[
+            "xlb.yaml:4:53 services[0].ports[1]: 8100-8200 overlaps 8000-8100 of a at line 4 (services[0].ports[0]), on 203.0.113.0/24 tcp; split the ranges so that each port is in one",
+        ],
+    ),
+    (
+        "two services for any port, and two for one port of a prefix",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: [203.0.113.10, 203.0.113.0/24], ports: any, protocol: tcp, pool: web}\n- {name: b, vip: 203.0.113.10, ports: any, protocol: tcp, pool: web}\n- {name: c, vip: 203.0.113.0/24, ports: 80, protocol: tcp, pool: web}\n- {name: d, vip: 203.0.113.0/24, ports: [80, 443], protocol: tcp, pool: web}\n- {name: e, vip: 203.0.113.0/24, ports: any, protocol: tcp, pool: web}\n",
+        &[
+            "xlb.yaml:5:18 services[1].vip: 203.0.113.10:any tcp already belongs to a at line 4 (services[0].vip[0]); remove it from one of the two services",
+            "xlb.yaml:7:18 services[3].vip: 203.0.113.0/24:80 tcp already belongs to c at line 6 (services[2].vip); remove it from one of the two services",
+            "xlb.yaml:8:18 services[4].vip: 203.0.113.0/24:any tcp already belongs to a at line 4 (services[0].vip[1]); remove it from one of the two services",
+        ],
+    ),
+    (
+        "more port rules than one list holds",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.0/24, ports: [1, 2, 3, 4, 5, 6, 7], protocol: [tcp, udp], pool: web}\n- {name: b, vip: 203.0.113.10, ports: [80, 443, 8000-8100, 9000-9100], protocol: [tcp, udp], pool: web}\n- {name: c, vip: 203.0.113.11, ports: [80, 443], protocol: [tcp, udp], pool: web}\n",
+        &[
+            "xlb.yaml:5:40 services[1].ports[0]: with these, 203.0.113.10 has 18 ranges, any-ports and ports of prefixes, and 16 are possible (each protocol counts); use fewer and wider ranges, or any",
+        ],
+    ),
+    (
+        "balanced fragments without source-hash",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: any, protocol: udp, pool: web, fragments: balance}\n",
+        &[
+            "xlb.yaml:4:81 services[0].fragments: balance needs scheduler: source-hash, because fragments have no ports; set scheduler: source-hash, or fragments: drop",
+        ],
+    ),
+    (
+        "balanced fragments of a prefix",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.0/24, ports: any, protocol: udp, pool: web, scheduler: source-hash, fragments: balance}\n",
+        &[
+            "xlb.yaml:4:107 services[0].fragments: balance is for addresses, and the VIP 203.0.113.0/24 is a prefix; list its addresses in a service of their own",
+        ],
+    ),
+    (
+        "balanced fragments of a VIP with two pools",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: 53, protocol: udp, pool: dns}\n- {name: b, vip: 203.0.113.10, ports: any, protocol: udp, pool: web, scheduler: source-hash, fragments: balance}\n",
+        &[
+            "xlb.yaml:5:105 services[1].fragments: fragments of 203.0.113.10 udp have no ports, but a at line 4 (services[0].name) goes to another pool; send all services of the VIP and protocol to one pool with source-hash, or set fragments: drop",
+        ],
+    ),
+    (
+        "balanced fragments of a VIP with two schedulers",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.0/24, ports: 53, protocol: udp, pool: web}\n- {name: b, vip: 203.0.113.10, ports: any, protocol: udp, pool: web, scheduler: source-hash, fragments: balance}\n",
+        &[
+            "xlb.yaml:5:105 services[1].fragments: fragments of 203.0.113.0/24 udp have no ports, but a at line 4 (services[0].name) has another scheduler; send all services of the VIP and protocol to one pool with source-hash, or set fragments: drop",
+        ],
+    ),
+    (
+        "two words on what is unmapped",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web, unmapped: pass}\n- {name: b, vip: 203.0.113.10, ports: 443, protocol: tcp, pool: web}\n- {name: c, vip: [203.0.113.11, 203.0.113.10], ports: 53, protocol: udp, pool: web, unmapped: drop}\n",
+        &[
+            "xlb.yaml:6:95 services[2].unmapped: drop, but a says pass of 203.0.113.10 at line 4 (services[0].unmapped); say the same in both, or leave it out in one",
+        ],
+    ),
+    (
+        "unknown words for fragments and the unmapped",
+        "interfaces: [eth0]\npools: {web: {forward: ipip, health: {port: 80}}, dns: {forward: ipip, health: {port: 80}}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web, fragments: pass, unmapped: refuse}\n",
+        &[
+            "xlb.yaml:4:80 services[0].fragments: pass is not allowed; use drop or balance",
+            "xlb.yaml:4:96 services[0].unmapped: refuse is not allowed; use drop, pass or reject",
+        ],
+    ),
+    (
+        "a pool whose first service has no single port",
+        "interfaces: [eth0]\npools: {web: {forward: ipip}, dns: {forward: ipip}}\nservices:\n- {name: a, vip: 203.0.113.10, ports: 8000-8100, protocol: tcp, pool: web}\n- {name: b, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}\n- {name: c, vip: 203.0.113.11, ports: 80, protocol: tcp, pool: dns}\n",
+        &[
+            "xlb.yaml:2:9 pools.web.health.port: is missing: a, the first service that uses this pool, has no single port to check at; set health: {port: 80}, or {type: none}",
         ],
     ),
     (
         "an empty list of ports",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: [], protocol: tcp, pool: web}\n",
-        &["xlb.yaml:4:41 services[0].ports: the list is empty; use a port such as 80, or a list of them"],
+        &[
+            "xlb.yaml:4:41 services[0].ports: the list is empty; use a port such as 80, a range such as 8000-8100, a list of them, or any",
+        ],
     ),
     (
         "a port twice",
@@ -1042,7 +1180,7 @@ const SERVICES: &[Row] = &[
     (
         "an unknown scheduler",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web, scheduler: rr}\n",
-        &["xlb.yaml:4:82 services[0].scheduler: rr is not allowed; use maglev"],
+        &["xlb.yaml:4:82 services[0].scheduler: rr is not allowed; use maglev or source-hash"],
     ),
     (
         "a VIP that is multicast",

@@ -17,6 +17,10 @@ fn ip(text: &str) -> IpAddr {
     text.parse().expect("a test names valid addresses")
 }
 
+fn prefix(text: &str) -> Vip {
+    text.parse().expect("a test names valid prefixes")
+}
+
 /// The check of pool `web`, with `health:` of the defaults and of the pool.
 fn check(defaults: &str, pool: &str) -> Check {
     let text = format!(
@@ -79,17 +83,17 @@ fn every_key_arrives_in_the_model() {
         seed: 0x5e10_0000_0000_0000,
         outer_source: OuterSource { v4: "10.255.0.0/24".parse().ok(), v6: "2001:db8:ff::/64".parse().ok() },
         vip_arp: true,
-        vlan: false,
-        icmp: Icmp::default(),
+        vlan: true,
+        icmp: Icmp { echo: false, rate: 100 },
         trace: false,
         limits: Limits { vips: 100, backends: 200, slots: 65536 },
-        api: Api { group: Some(written(Group::Name("netops".into()), 36, 14, "api.group")) },
+        api: Api { group: Some(written(Group::Name("netops".into()), 40, 14, "api.group")) },
         metrics: Metrics {
             listen: vec![
-                written(([127, 0, 0, 1], 9465).into(), 37, 20, "metrics.listen[0]"),
+                written(([127, 0, 0, 1], 9465).into(), 41, 20, "metrics.listen[0]"),
                 written(
                     ("::1".parse::<IpAddr>().expect("an address"), 9465).into(),
-                    37,
+                    41,
                     38,
                     "metrics.listen[1]",
                 ),
@@ -99,25 +103,118 @@ fn every_key_arrives_in_the_model() {
         services: vec![
             Service {
                 name: "www".to_owned(),
-                vips: vec![ip("203.0.113.10"), ip("2001:db8::10")],
-                ports: vec![80, 443],
+                vips: vec![ip("203.0.113.10").into(), ip("2001:db8::10").into()],
+                ports: vec![Ports::Port(80), Ports::Port(443)],
                 protocols: vec![Protocol::Tcp],
                 pool: 0,
                 scheduler: Scheduler::Maglev,
+                fragments: Fragments::Drop,
+                unmapped: None,
             },
             Service {
                 name: "dns".to_owned(),
-                vips: vec![ip("203.0.113.53")],
-                ports: vec![53],
+                vips: vec![ip("203.0.113.53").into()],
+                ports: vec![Ports::Port(53)],
                 protocols: vec![Protocol::Udp, Protocol::Tcp],
                 pool: 1,
                 scheduler: Scheduler::Maglev,
+                fragments: Fragments::Drop,
+                unmapped: None,
+            },
+            Service {
+                name: "media".to_owned(),
+                vips: vec![prefix("198.51.100.0/24"), prefix("2001:db8:100::/64")],
+                ports: vec![Ports::Port(554), Ports::Range(8000, 8100)],
+                protocols: vec![Protocol::Tcp],
+                pool: 0,
+                scheduler: Scheduler::Maglev,
+                fragments: Fragments::Drop,
+                unmapped: Some(Unmapped::Reject),
+            },
+            Service {
+                name: "all".to_owned(),
+                vips: vec![ip("203.0.113.99").into()],
+                ports: vec![Ports::Any],
+                protocols: vec![Protocol::Udp],
+                pool: 0,
+                scheduler: Scheduler::SourceHash,
+                fragments: Fragments::Balance,
+                unmapped: Some(Unmapped::Pass),
             },
         ],
     };
     assert_eq!(config, expected);
     assert_eq!(config.services[0].triples().count(), 4);
     assert_eq!(config.pool_of(&config.services[1]).name, "dns");
+}
+
+#[test]
+fn tags_are_left_alone_and_echo_is_answered_unless_the_file_says_otherwise() {
+    let said = |text: &str| loaded(&format!("{MINIMAL}{text}")).config;
+    let plain = said("");
+    assert_eq!((plain.vlan, plain.icmp), (false, Icmp { echo: true, rate: 1000 }));
+    assert!(said("vlan: true\n").vlan);
+    assert_eq!(said("icmp: {echo: false}\n").icmp, Icmp { echo: false, rate: 1000 });
+    for rate in [1, 1_000_000] {
+        assert_eq!(said(&format!("icmp: {{rate: {rate}}}\n")).icmp, Icmp { echo: true, rate });
+    }
+}
+
+/// Services before that of `MINIMAL`.
+fn beside(service: &str) -> Config {
+    let services = format!("services: [{service},");
+    let text = MINIMAL.replace("services: [", &services).replace("ipip,", "ipip, health: {port: 80},");
+    loaded(&text).config
+}
+
+#[test]
+fn vips_are_addresses_or_prefixes_and_a_full_length_is_an_address() {
+    let service = "{name: a, vip: [203.0.113.0/24, 198.51.100.1/32, '2001:db8::/32', '2001:db8:1::1/128'], \
+                   ports: [80, 1-65535], protocol: tcp, pool: web}";
+    let config = beside(service);
+    let vips = ["203.0.113.0/24", "198.51.100.1", "2001:db8::/32", "2001:db8:1::1"].map(prefix);
+    assert_eq!(config.services[0].vips, vips);
+    assert_eq!(config.services[0].ports, [Ports::Port(80), Ports::Range(1, 65535)]);
+    assert_eq!(config.services[0].triples().count(), 8);
+    assert!(config.has_vip(ip("203.0.113.200")) && !config.has_vip(ip("203.0.114.0")));
+}
+
+#[test]
+fn what_is_more_specific_may_stand_beside_what_is_less() {
+    let services = "\
+{name: any, vip: 203.0.113.10, ports: any, protocol: tcp, pool: web, unmapped: reject},
+{name: range, vip: 203.0.113.10, ports: [400-500, 80-90], protocol: tcp, pool: web},
+{name: other-protocol, vip: 203.0.113.10, ports: [400-500, 80-95], protocol: udp, pool: web},
+{name: within, vip: 203.0.113.0/24, ports: any, protocol: tcp, pool: web, unmapped: pass},
+{name: within-too, vip: 203.0.112.0/23, ports: [443, 400-500], protocol: tcp, pool: web, unmapped: reject}";
+    let config = beside(services);
+    assert_eq!(config.services.len(), 6);
+    assert_eq!(config.services[0].unmapped, Some(Unmapped::Reject));
+}
+
+#[test]
+fn backends_are_checked_at_the_first_single_port() {
+    let port = |ports: &str, health: &str| {
+        let text = MINIMAL.replace("ports: 443", &format!("ports: {ports}"));
+        let text = text.replace("forward: ipip,", &format!("forward: ipip, health: {health},"));
+        loaded(&text).config.pools.remove(0).check.port
+    };
+    assert_eq!(port("[8000-8100, 443, 80]", "{}"), 443);
+    assert_eq!(port("any", "{port: 8080}"), 8080);
+    assert_eq!(port("8000-8100", "{type: none}"), 0);
+}
+
+#[test]
+fn fragments_go_where_every_service_of_the_vip_and_protocol_goes() {
+    let services = "\
+{name: a, vip: 198.51.100.1, ports: any, protocol: udp, pool: web, scheduler: source-hash, fragments: balance},
+{name: b, vip: 198.51.100.1, ports: 53, protocol: udp, pool: web, scheduler: source-hash},
+{name: c, vip: 198.51.100.1, ports: 53, protocol: tcp, pool: web}";
+    let config = beside(services);
+    assert_eq!(
+        (config.services[0].fragments, config.services[1].fragments),
+        (Fragments::Balance, Fragments::Drop)
+    );
 }
 
 #[test]
