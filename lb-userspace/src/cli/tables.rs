@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn advice_is_given_for_losses_that_grow() {
-        let then = |grown| {
+        let then = |grown: u64| {
             vec![
                 outcome("drop_old", "drop", 5, "was wrong"),
                 outcome("drop_new", "drop", 5 + grown, "is wrong"),
