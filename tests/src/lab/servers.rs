@@ -231,11 +231,14 @@ pub fn dns_who(client: &Host, server: &str, transport: Transport) -> Result<Stri
     Ok(answer.trim().trim_matches('"').to_owned())
 }
 
-/// Asks a lab's DNS server for its long answer over UDP, again when there is none; how long it is, in bytes.
-pub fn dns_long(client: &Host, server: &str) -> Result<usize> {
+/// Asks a lab's DNS server for its long answer over UDP from an address, again when there is none; how long it is, in
+/// bytes.
+pub fn dns_long(client: &Host, from: &str, server: &str) -> Result<usize> {
     let server = format!("@{server}");
     let answer = client.run([
         "dig",
+        "-b",
+        from,
         "+short",
         "+ignore",
         "+bufsize=4096",
