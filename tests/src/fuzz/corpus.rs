@@ -36,7 +36,9 @@ pub fn write(path: &Path, heading: &str, cases: &[Case]) -> Result<()> {
     for case in cases {
         text.push_str(&line(case));
     }
-    std::fs::write(path, text).with_context(|| path.display().to_string())
+    let directory = path.parent().unwrap_or(path);
+    let written = std::fs::create_dir_all(directory).and_then(|()| std::fs::write(path, text));
+    written.with_context(|| path.display().to_string())
 }
 
 /// A case as it stands in a file.

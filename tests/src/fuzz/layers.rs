@@ -243,12 +243,26 @@ fn protocol(number: u8) -> Kind {
     }
 }
 
-/// Names of the headers, `ethernet` and the payload left out where there are others: `vlan-ipv4-tcp`.
+/// Names of the headers, `ethernet` and the payload left out where there are others: `2-vlan-ipv4-tcp`.
 pub fn shape(frame: &[u8]) -> String {
     let layers = layers(frame);
     let told = layers.iter().filter(|layer| !matches!(layer.kind, Kind::Ethernet | Kind::Payload));
     let names: Vec<_> = told.map(|layer| layer.kind.name()).collect();
-    if names.is_empty() { "ethernet".to_owned() } else { names.join("-") }
+    let counted = names.chunk_by(|one, other| one == other).map(|equal| match equal.len() {
+        1 => equal[0].to_owned(),
+        count => format!("{count}-{}", equal[0]),
+    });
+    if names.is_empty() { "ethernet".to_owned() } else { counted.collect::<Vec<_>>().join("-") }
+}
+
+/// The frame with zeros for what no header is in, but for its first bytes.
+pub fn plain(frame: &[u8]) -> Vec<u8> {
+    const TOLD: usize = 8;
+    let mut plain = frame.to_vec();
+    for layer in layers(frame).iter().filter(|layer| layer.kind == Kind::Payload && layer.length > TOLD) {
+        plain[layer.at + TOLD..].fill(0);
+    }
+    plain
 }
 
 /// Each header on a line with its fields, for whoever looks for a fault.

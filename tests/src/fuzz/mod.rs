@@ -15,7 +15,7 @@ mod repair;
 pub use balancer::{Balancer, Change, HostRun, HostWay, Variant, host};
 pub use decap::{Decap, DecapWay, decap_host};
 pub use hunt::{BATCH, Hunter, Mismatch, hunt, shrunk};
-pub use layers::{dump, shape};
+pub use layers::{dump, plain, shape};
 pub use mutate::{LONGEST, Mutator, SHORTEST};
 
 use std::path::{Path, PathBuf};

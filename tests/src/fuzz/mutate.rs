@@ -276,7 +276,7 @@ impl Mutator {
     }
 
     /// Source and destination change places, or become one.
-    fn turn_round(&mut self, frame: &mut Vec<u8>) {
+    fn turn_round(&mut self, frame: &mut [u8]) {
         let Some(ip) = self.any_layer(frame, Kind::is_ip) else { return };
         if self.dice.below(3) > 0 {
             return swap_ends(frame, &ip);
@@ -484,7 +484,7 @@ mod tests {
             kinds.insert(super::super::layers::shape(&frame));
         }
         for shape in
-            ["vlan-vlan-ipv6-tcp", "ipv4-icmp-ipv4-tcp", "ipv6-udp-ipv4-udp", "ipv6-hop-by-hop-routing-udp"]
+            ["2-vlan-ipv6-tcp", "ipv4-icmp-ipv4-tcp", "ipv6-udp-ipv4-udp", "ipv6-hop-by-hop-routing-udp"]
         {
             assert!(kinds.contains(shape), "{shape} in {} shapes", kinds.len());
         }

@@ -68,6 +68,11 @@ impl Coverage {
         counts.filter(|(_, count)| *count != 0).map(|(edge, count)| edge * 8 + class(count)).collect()
     }
 
+    /// All that there are.
+    pub fn total(&self) -> usize {
+        self.counters.len()
+    }
+
     /// Edges that some frame took.
     pub fn edges(&self) -> usize {
         self.seen.iter().filter(|seen| **seen != 0).count()

@@ -94,7 +94,8 @@ impl Search {
         for ((program, outcome), frames) in self.met() {
             println!("{program:10} {outcome:28} {frames:12}");
         }
-        println!("{} frames, {} edges", self.frames, self.coverage.edges());
+        // Of the whole binary: what is not of the packet path is never taken while a frame is on its way.
+        println!("{} frames, {} of {} edges", self.frames, self.coverage.edges(), self.coverage.total());
     }
 
     /// Adds to the corpus what reached something new.
@@ -156,12 +157,21 @@ impl Field {
     }
 
     fn keep(&mut self, case: Case) {
-        let taken = |name: &str| self.corpus.iter().any(|other| other.name == name);
-        let numbered = (2..).map(|number| format!("{}-{number}", case.name));
-        let name = std::iter::once(case.name.clone()).chain(numbered).find(|name| !taken(name));
-        self.corpus.push(Case { name: name.unwrap_or(case.name), frame: case.frame });
+        self.corpus.push(Case { name: unused(&self.corpus, &case.name), frame: case.frame });
         self.found += 1;
     }
+}
+
+/// The name, or one like it that no case has yet.
+pub fn unused(cases: &[Case], name: &str) -> String {
+    let names: HashSet<_> = cases.iter().map(|case| case.name.as_str()).collect();
+    let mut free = name.to_owned();
+    let mut number = 1;
+    while names.contains(free.as_str()) {
+        number += 1;
+        free = format!("{name}-{number}");
+    }
+    free
 }
 
 /// Runs a frame; its outcome, if it reached something new.
@@ -172,7 +182,9 @@ fn step(
 ) -> Result<Option<&'static str>, Box<Mismatch>> {
     coverage.begin();
     let outcome = hunter.run(frame)?;
-    let first = hunter.subject.counted()[outcome];
-    let new = if coverage.is_built_in() { coverage.is_new() } else { first.1 == 1 };
-    Ok(new.then_some(first.0))
+    if coverage.is_built_in() && !coverage.is_new() {
+        return Ok(None);
+    }
+    let (name, frames) = hunter.subject.counted()[outcome];
+    Ok((coverage.is_built_in() || frames == 1).then_some(name))
 }
