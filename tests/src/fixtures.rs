@@ -7,7 +7,7 @@ mod check;
 mod decap;
 mod site;
 
-pub use balancer::{Expect, Row, errors_of_flows, rows};
+pub use balancer::{Expect, Row, errors_of_flows, rows, sticky_flows};
 pub use build::{Dice, Transport, packet};
 pub use check::{check, xdp_verdict};
 pub use decap::{DecapRow, DecapSite, check_decap, decap_rows};

@@ -131,6 +131,24 @@ fn an_icmp_error_goes_to_the_backend_of_the_flow_that_it_is_about() {
     assert!(tried > 60, "{tried} errors");
 }
 
+#[test]
+fn a_client_meets_one_backend_of_a_service_that_hashes_by_source_whatever_it_sends() {
+    let image = fixtures::image(Setting::Kinds);
+    for frames in fixtures::sticky_flows() {
+        let met: Vec<_> =
+            frames.iter().map(|frame| run(&image, frame).trail.backend.map(|(id, _)| id)).collect();
+        assert!(met[0].is_some() && met.iter().all(|id| *id == met[0]), "{met:?}");
+    }
+    // Other clients meet others: nothing else of the frame is left to tell them apart.
+    let frame = &fixtures::sticky_flows()[0][0];
+    let clients = (0..64).map(|last| {
+        let mut frame = frame.clone();
+        frame[29] = last;
+        run(&image, &frame).trail.met
+    });
+    assert!(clients.collect::<std::collections::HashSet<_>>().len() > 1);
+}
+
 /// All checksums that an echo request can have, its identifier being what it is for.
 #[test]
 fn an_echo_reply_has_the_right_checksum_in_all_65536_cases() {
@@ -396,7 +414,7 @@ fn what_goes_into_a_tunnel_comes_out_of_it() {
     let images = images();
     let mut tried = 0;
     for row in &rows() {
-        // Of GUE to another port the backend knows nothing.
+        // Of GUE to another port, and of other VIPs, the backend knows nothing.
         let tunnelled = matches!(row.expect, fixtures::Expect::Tunnel { pool, .. } if pool != "gue-away")
             && row.setting != Setting::RouteSource;
         if !tunnelled {

@@ -248,6 +248,13 @@ fn every_feature_bit_and_every_hash_key_bites() {
         ),
         (Features::GUE4, "TCP over IPv4 goes to its backend in GUE over IPv4", Outcome::DropInconsistent),
         (Features::GUE6, "TCP over IPv4 goes to its backend in GUE over IPv6", Outcome::DropInconsistent),
+        (Features::PORT_RULES, "the lowest port of a range, TCP over IPv4", Outcome::DropVipPort),
+        (Features::PREFIXES, "the shorter prefix's port, UDP over IPv6", Outcome::PassNotVip),
+        (
+            Features::SOURCE_HASH,
+            "the first IPv4 fragment goes by its source, through another interface",
+            Outcome::DropVipFragment,
+        ),
         (Features::ECHO, "an IPv4 echo request 1 to a VIP is answered", Outcome::DropIcmpType),
         (Features::ECHO, "an IPv6 echo request 1 to a VIP is answered", Outcome::DropIcmpType),
         (Features::VLAN, "IPv4 traffic in a VLAN", Outcome::PassVlan),
