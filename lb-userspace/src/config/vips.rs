@@ -262,7 +262,7 @@ fn check_fragments(services: &[ServiceDraft], vips: &Vips<'_>, report: &mut Repo
             .vips
             .iter()
             .flat_map(|(vip, _)| vips.around(*vip))
-            .flat_map(|vip| service.protocols.iter().filter_map(move |protocol| Some((vip, *protocol))));
+            .flat_map(|vip| service.protocols.iter().map(move |protocol| (vip, *protocol)));
         let other = others.filter_map(|key| Some((key, tables.get(&key)?))).find_map(|(key, tables)| {
             let other = tables.iter().find(|(table, _)| table.0.is_some() && **table != wanted)?;
             Some((key, *other.0, *other.1))

@@ -172,11 +172,11 @@ impl Planner<'_> {
     /// Lengths of prefixes that come are there a grace before these are live, those of prefixes that go leave after: the
     /// packet path reads the lengths first.
     fn lengths(&mut self, present: &VipMap, wanted: &VipMap) {
-        let set4 = |lengths| MapOp::SetPrefixLengths4 { lengths };
-        let set6 = |lengths| MapOp::SetPrefixLengths6 { lengths };
-        let families: [(bool, PrefixLengths, fn(PrefixLengths) -> MapOp); 2] =
-            [(true, self.image.prefix_lengths4(), set4), (false, self.image.prefix_lengths6(), set6)];
-        for (ipv4, now, set) in families {
+        for (ipv4, now) in [(true, self.image.prefix_lengths4()), (false, self.image.prefix_lengths6())] {
+            let set = |lengths| match ipv4 {
+                true => MapOp::SetPrefixLengths4 { lengths },
+                false => MapOp::SetPrefixLengths6 { lengths },
+            };
             let after = lengths_of(wanted, ipv4);
             let both: BTreeSet<u8> = lengths_of(present, ipv4).union(&after).copied().collect();
             let held: BTreeSet<u8> = (0..PrefixLengths::ROOM).map(|index| now.get(index) as u8).collect();
