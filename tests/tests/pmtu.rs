@@ -285,6 +285,33 @@ fn fault_18_everything_arrives_in_ipv6_tunnels_over_a_small_link() -> Result<()>
     over_a_small_link("link6", true, 40)
 }
 
+#[test]
+fn advmss_on_a_backend_spares_its_clients_and_datagrams_without_df_end_as_fragments() -> Result<()> {
+    let Some(stage) = Stage::set("advmss", 1)? else { return Ok(()) };
+    let web = &stage.backends[0].host;
+    let _servers = servers(&stage.backends[0])?;
+    stage
+        .balancer
+        .ip("route change 10.111.0.0/24 dev eth0 proto kernel scope link src 10.111.0.3 mtu 1400")?;
+    web.ip("route change 10.111.0.0/24 dev eth0 proto kernel scope link src 10.111.0.11 advmss 1340")?;
+    web.ip("-6 route change fd00:111::/64 dev eth0 proto kernel metric 256 advmss 1320")?;
+    let balancer = stage.start(&with_services(stage.config()))?;
+    for url in URLS {
+        upload(&stage.client, &stage.backends[0], url, 8 << 20, "30")?;
+    }
+    ensure!(balancer.outcome("answer_too_big")? == 0);
+
+    // The first is answered; from then on the client's kernel makes two of one.
+    let server = SocketAddr::new(VIP4.parse()?, ECHO);
+    let socket = stage.client.inside(|| UdpSocket::bind(("0.0.0.0", 0)))??;
+    wait_for("fragments", PATIENCE, || {
+        socket.send_to(&[7; 1400], server).is_ok()
+            && balancer.outcome("drop_vip_fragment").is_ok_and(|fragments| fragments >= 2)
+    })?;
+    ensure!(balancer.outcome("answer_too_big")? > 0 && learnt_mtu(&stage.client, VIP4)? == Some(1380));
+    Ok(())
+}
+
 /// Backends send packets of 1500 bytes straight to the client, over a link of 1300: the router before it tells the VIP.
 fn through_a_small_link_to_the_client(name: &str, ipv6: bool) -> Result<()> {
     let Some(routed) = Routed::set(name, 3, LINK)? else { return Ok(()) };
