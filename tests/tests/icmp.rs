@@ -112,17 +112,18 @@ fn traceroute_ends_at_the_vip() -> Result<()> {
     let Some(routed) = Routed::set("traceroute", 2, 1500)? else { return Ok(()) };
     let stage = &routed.stage;
     let mut config = stage.config();
+    config.services[0] = config.services[0].replace('}', ", unmapped: reject}");
     config.services.push(stage::service("udp", &VIPS, "5000", "udp"));
     let balancer = stage.start(&config)?;
     for (index, vip) in VIPS.into_iter().enumerate() {
-        // ICMP is answered by the balancer, a SYN by nginx, and a datagram to a port that nobody listens on by the
-        // backend's kernel.
-        for words in [&["-I"][..], &["-T", "-p", "80"], &["-U", "-p", "5000"]] {
+        // ICMP is answered by the balancer, and so are datagrams to ports of no service. A SYN is answered by nginx, and
+        // a datagram to a service that nobody listens for by the backend's kernel.
+        for words in [&[][..], &["-I"], &["-T", "-p", "80"], &["-U", "-p", "5000"]] {
             let hops = traceroute(&stage.client, vip, words)?;
             ensure!(hops == [EDGE[index], CORE[index], vip], "{vip} {words:?}: {hops:?}");
         }
     }
-    ensure!(balancer.outcome("answer_echo")? >= 2);
+    ensure!(balancer.outcome("answer_echo")? >= 2 && balancer.outcome("answer_unreachable")? >= 2);
     Ok(())
 }
 
