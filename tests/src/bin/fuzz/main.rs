@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use lb_common::outcome::DecapOutcome;
+use lb_userspace::reconcile::image::Image;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use tests::fuzz::{Balancer, Decap, Mismatch, Program, Subject, Variant, corpus, decap_host, host};
+use tests::fuzz::{Balancer, Decap, HostRun, Mismatch, Program, Subject, Variant, corpus, decap_host, host};
 
 use search::Search;
 
@@ -67,21 +69,29 @@ fn run(arguments: &Arguments) -> Result<()> {
     found.or_else(|mismatch| report(&mismatch))
 }
 
+/// The packet path, compiled here: with the counters of its edges.
+fn balancer_here(image: &Image, frame: &[u8], room: usize) -> HostRun {
+    host(image, frame, room)
+}
+
+fn decap_here(frame: &[u8]) -> (DecapOutcome, Vec<u8>) {
+    decap_host(frame)
+}
+
 /// All subjects of a program.
 fn subjects(program: Program, kernel: bool) -> Result<Vec<Box<dyn Subject>>> {
-    // Closures, so that the packet path is compiled here, with the counters of its edges.
     let balancer = |variant| -> Result<Box<dyn Subject>> {
         if kernel {
-            let balancer = Balancer::in_kernel(variant, |image, frame, room| host(image, frame, room))?;
+            let balancer = Balancer::in_kernel(variant, balancer_here)?;
             return Ok(Box::new(balancer));
         }
-        Ok(Box::new(Balancer::on_host(variant, |image, frame, room| host(image, frame, room))))
+        Ok(Box::new(Balancer::on_host(variant, balancer_here)))
     };
     let decap = || -> Result<Box<dyn Subject>> {
         if kernel {
-            return Ok(Box::new(Decap::in_kernel(|frame| decap_host(frame))?));
+            return Ok(Box::new(Decap::in_kernel(decap_here)?));
         }
-        Ok(Box::new(Decap::on_host(|frame| decap_host(frame))))
+        Ok(Box::new(Decap::on_host(decap_here)))
     };
     match program {
         Program::Balancer => Variant::all().into_iter().map(balancer).collect(),
