@@ -159,16 +159,18 @@ pub const fn unmapped(entry: VipTarget) -> Outcome {
 
 macro_rules! family {
     ($address:ty, $entry:ident, $entry_in:ident, $word:ident, $masked:ident, $filter:ident, $lengths:ident,
-     $find:ident, $service:ident, $vip:ident, $prefix:ident) => {
+     $find:ident, $service:ident, $vip:ident, $vip_in:ident, $prefix:ident) => {
         /// The service that takes a packet to this address, port and protocol; where none does, the entry of
         /// the address, which says what becomes of it (`unmapped`).
         #[inline(always)]
         pub fn $find<T: Tables>(tables: &T, address: $address, key: PortKey) -> VipTarget {
-            let exact = $entry(tables, address, key);
+            // One word for both looks: a packet meets the old set of VIPs or the new one.
+            let word = tables.$word();
+            let exact = $entry_in(tables, word, address, key);
             if !exact.is_none() {
                 return exact;
             }
-            let vip = $vip(tables, address);
+            let vip = $vip_in(tables, word, address);
             if tables.features().has(Features::PORT_RULES) { rule(tables, vip, key) } else { vip }
         }
 
@@ -185,23 +187,28 @@ macro_rules! family {
         /// The most specific entry that makes the address a VIP.
         #[inline(always)]
         pub fn $vip<T: Tables>(tables: &T, address: $address) -> VipTarget {
+            $vip_in(tables, tables.$word(), address)
+        }
+
+        #[inline(always)]
+        fn $vip_in<T: Tables>(tables: &T, word: VipWord, address: $address) -> VipTarget {
             let bit = $filter(address);
             if tables.vip_filter(bit.word()) & bit.mask() != 0 {
-                let entry = $entry(tables, address, PortKey::ADDRESS);
+                let entry = $entry_in(tables, word, address, PortKey::ADDRESS);
                 if !entry.is_none() {
                     return entry;
                 }
             }
             if tables.features().has(Features::PREFIXES) {
-                return $prefix(tables, address);
+                return $prefix(tables, word, address);
             }
             VipTarget::NONE
         }
 
         /// The entry of the longest prefix that holds the address.
         #[inline(never)]
-        fn $prefix<T: Tables>(tables: &T, address: $address) -> VipTarget {
-            let (word, lengths) = (tables.$word(), tables.$lengths());
+        fn $prefix<T: Tables>(tables: &T, word: VipWord, address: $address) -> VipTarget {
+            let lengths = tables.$lengths();
             let mut index = 0;
             while index < PrefixLengths::ROOM {
                 let length = lengths.get(index);
@@ -219,7 +226,20 @@ macro_rules! family {
     };
 }
 
-family!(u32, entry4, entry_in4, vip_word4, masked4, filter4, prefix_lengths4, find4, service4, vip4, prefix4);
+family!(
+    u32,
+    entry4,
+    entry_in4,
+    vip_word4,
+    masked4,
+    filter4,
+    prefix_lengths4,
+    find4,
+    service4,
+    vip4,
+    vip_in4,
+    prefix4
+);
 family!(
     Address6,
     entry6,
@@ -231,6 +251,7 @@ family!(
     find6,
     service6,
     vip6,
+    vip_in6,
     prefix6
 );
 
