@@ -11,7 +11,8 @@ use crate::packet::Packet;
 use crate::parse::{self, Parsed4, Parsed6, Shape};
 use crate::tables::Tables;
 use crate::wire::{
-    Address6, Icmp, Ipv4, Ipv6, PROTO_ICMP, PROTO_ICMPV6, PROTO_IPIP, PROTO_IPV6, PROTO_UDP, Ports, Udp,
+    Address6, Extension, Icmp, Ipv4, Ipv6, PROTO_ICMP, PROTO_ICMPV6, PROTO_IPIP, PROTO_IPV6, PROTO_TCP,
+    PROTO_UDP, Ports, Udp,
 };
 use crate::{answer, encap, vips};
 
@@ -71,31 +72,30 @@ fn without_ports4<P: Packet, T: Tables>(
         Outcome::DropVipFragment if tables.features().has(Features::SOURCE_HASH) => {
             let target = vips::entry4(tables, ip.destination, PortKey::fragments(protocol));
             if target.is_none() {
-                return Err(Outcome::DropVipFragment);
+                return Err(refuse(vip, protocol, Outcome::DropVipFragment));
             }
-            parse::whole(packet, &ip.transport, 0)?;
+            parse::whole(packet, &ip.transport, 1)?;
             let role = fragment_role(ip.transport.shape);
             Ok(Flow { client: ip.source, vip: ip.destination, ports: 0, protocol, target, role })
         }
         Outcome::DropVipProtocol if protocol == PROTO_ICMP => match icmp4(packet, tables, ip, vip) {
-            Err(reason) => Err(refuse(vip, reason)),
+            Err(reason) => Err(refuse(vip, protocol, reason)),
             flow => flow,
         },
-        reason => Err(refuse(vip, tunnelled(protocol, reason))),
+        reason => Err(refuse(vip, protocol, tunnelled(protocol, reason))),
     }
 }
 
-/// The verdict on what no service takes: a VIP may leave it to the host.
+/// The verdict on what no service can take: a VIP may leave it to the host. Not fragments of TCP and UDP: the
+/// host would answer for the services.
 #[inline(always)]
-const fn refuse(vip: VipTarget, reason: Outcome) -> Outcome {
-    match reason {
-        Outcome::DropVipProtocol | Outcome::DropVipTunnel | Outcome::DropIcmpType
-            if vip.has(VipTarget::UNMAPPED_PASS) =>
-        {
-            Outcome::PassVipUnmapped
-        }
-        reason => reason,
-    }
+const fn refuse(vip: VipTarget, protocol: u8, reason: Outcome) -> Outcome {
+    let passes = match reason {
+        Outcome::DropVipProtocol | Outcome::DropVipTunnel | Outcome::DropIcmpType => true,
+        Outcome::DropVipFragment => protocol != PROTO_TCP && protocol != PROTO_UDP,
+        _ => false,
+    };
+    if passes && vip.has(VipTarget::UNMAPPED_PASS) { Outcome::PassVipUnmapped } else { reason }
 }
 
 /// A tunnel that ends at a VIP is one that a balancer or a backend sends in circles.
@@ -211,17 +211,18 @@ fn without_ports6<P: Packet, T: Tables>(
         Outcome::DropVipFragment if tables.features().has(Features::SOURCE_HASH) => {
             let target = vips::entry6(tables, ip.destination, PortKey::fragments(protocol));
             if target.is_none() {
-                return Err(Outcome::DropVipFragment);
+                return Err(refuse(vip, protocol, Outcome::DropVipFragment));
             }
-            parse::whole(packet, &ip.transport, 0)?;
+            // The fragment header, and what it is in front of.
+            parse::whole(packet, &ip.transport, size_of::<Extension>() + 1)?;
             let role = fragment_role(ip.transport.shape);
             Ok(Flow { client: ip.source, vip: ip.destination, ports: 0, protocol, target, role })
         }
         Outcome::DropVipProtocol if protocol == PROTO_ICMPV6 => match icmp6(packet, tables, ip, vip) {
-            Err(reason) => Err(refuse(vip, reason)),
+            Err(reason) => Err(refuse(vip, protocol, reason)),
             flow => flow,
         },
-        reason => Err(refuse(vip, tunnelled(protocol, reason))),
+        reason => Err(refuse(vip, protocol, tunnelled(protocol, reason))),
     }
 }
 
@@ -246,7 +247,7 @@ fn icmp6<P: Packet, T: Tables>(
     if tables.admit(Answer::Error) { Ok(flow) } else { Err(Outcome::DropIcmpLimit) }
 }
 
-/// As `embedded4`. Backends answer without extension headers.
+/// As `embedded4`. Of extension headers, backends send that of fragments, where a datagram is long.
 #[inline(always)]
 fn embedded6<P: Packet, T: Tables>(
     packet: &P,
@@ -259,10 +260,18 @@ fn embedded6<P: Packet, T: Tables>(
     if sent.version() != 6 || sent.source != ip.destination {
         return Err(Outcome::DropIcmpForged);
     }
-    let (client, protocol) = (sent.destination, sent.next_header);
-    const LEAST: usize = size_of::<Icmp>() + size_of::<Ipv6>() + Ports::SHORTEST_TRANSPORT;
-    parse::whole(packet, &ip.transport, LEAST)?;
-    let ports = packet.header::<Ports>(at + size_of::<Ipv6>()).ok_or(Outcome::DropVipTruncated)?.both;
+    let client = sent.destination;
+    let (protocol, length) = if sent.next_header == Extension::FRAGMENT {
+        let fragment = packet.header::<Extension>(at + size_of::<Ipv6>()).ok_or(Outcome::DropVipTruncated)?;
+        if fragment.is_later_fragment() {
+            return Err(Outcome::DropIcmpStranger);
+        }
+        (fragment.next_header, size_of::<Ipv6>() + size_of::<Extension>())
+    } else {
+        (sent.next_header, size_of::<Ipv6>())
+    };
+    parse::whole(packet, &ip.transport, size_of::<Icmp>() + length + Ports::SHORTEST_TRANSPORT)?;
+    let ports = packet.header::<Ports>(at + length).ok_or(Outcome::DropVipTruncated)?.both;
     let ports = ports.rotate_left(16);
     let target = vips::service6(tables, vip, ip.destination, PortKey::from_ports(ports, protocol));
     if !target.is_service() {

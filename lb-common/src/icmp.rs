@@ -208,9 +208,21 @@ fn sum_words<P: Packet, const MOST: usize>(packet: &P, offset: usize, words: usi
     Some(sum)
 }
 
+/// Whether the frame was sent to many: who answers such a one is used against its sender.
+#[inline(always)]
+fn is_group<P: Packet>(packet: &P) -> bool {
+    match packet.header::<Ethernet>(0) {
+        Some(ethernet) => ethernet.is_group(),
+        None => true,
+    }
+}
+
 /// Answers an echo request to an IPv4 VIP, in place (RFC 1122, section 3.2.2.6).
 #[inline(always)]
 pub fn echo4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
+    if is_group(packet) {
+        return Outcome::DropIcmpType;
+    }
     if !tables.admit(Answer::Echo) {
         return Outcome::DropEchoLimit;
     }
@@ -235,6 +247,9 @@ pub fn echo4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
 /// Answers an echo request to an IPv6 VIP, in place (RFC 4443, section 4.2).
 #[inline(always)]
 pub fn echo6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
+    if is_group(packet) {
+        return Outcome::DropIcmpType;
+    }
     if !tables.admit(Answer::Echo) {
         return Outcome::DropEchoLimit;
     }

@@ -134,7 +134,7 @@ outcomes! {
             "Forged, or a backend that binds to its VIP when it connects to another: let it use its own address.";
         34 DropTtl Drop "drop_ttl" "to a VIP with a TTL or hop limit of 0"
             "";
-        35 DropIcmpType Drop "drop_icmp_type" "an ICMP message to a VIP that is neither an error nor an echo request without IP options (or `icmp.echo` is off)"
+        35 DropIcmpType Drop "drop_icmp_type" "an ICMP message to a VIP that is neither an error nor an echo request without IP options to this host alone (or `icmp.echo` is off)"
             "";
         36 DropIcmpForged Drop "drop_icmp_forged" "an ICMP error to a VIP about a packet that the VIP did not send"
             "Forged, or a NAT on the way that does not translate what ICMP errors carry.";

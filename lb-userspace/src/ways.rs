@@ -60,6 +60,7 @@ impl<'c> Judge<'c> {
 
     /// Whether packets of a pool can get to one of its backends.
     pub fn passes(&self, pool: usize, address: IpAddr, way: &Way<'_>) -> Result<(), Obstacle> {
+        self.keeps_tags(way)?;
         self.can_be_redirected_to(way)?;
         match self.config.pools[pool].forward {
             Forward::L2 => on_link(way)?,
@@ -76,6 +77,20 @@ impl<'c> Judge<'c> {
     pub fn room(&self, pool: usize, address: IpAddr, way: &Way<'_>) -> (u16, u16) {
         let overhead = kind(self.config.pools[pool].forward, address).overhead();
         (way.mtu.saturating_sub(overhead), overhead)
+    }
+
+    /// Frames leave with the tags that they came with; a VLAN device would add its own.
+    fn keeps_tags(&self, way: &Way<'_>) -> Result<(), Obstacle> {
+        if !self.config.vlan || way.kind != Some("vlan") {
+            return Ok(());
+        }
+        obstacle(
+            format!(
+                "{} is a VLAN device: it adds its tag to frames that keep theirs (vlan: true)",
+                way.interface
+            ),
+            "route the backend through the device below it",
+        )
     }
 
     /// Native XDP needs the driver's help to send through an interface that a packet did not come in by.

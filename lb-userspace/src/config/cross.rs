@@ -55,7 +55,9 @@ fn check_limits(pools: &[PoolDraft], services: &[ServiceDraft], limits: &Written
         let at = limits.backends.as_ref().map_or(Place::START, |spot| spot.place);
         report.error(at, "limits.backends", message, hint);
     }
-    let triples = services.iter().map(vips::triples_of).fold(0, u64::saturating_add);
+    // Fragments take an entry of their own.
+    let triples = services.iter().map(vips::triples_of).chain(services.iter().map(vips::fragment_entries_of));
+    let triples = triples.fold(0, u64::saturating_add);
     let limit = limits.model.vips;
     if triples > u64::from(limit) {
         let what = "(VIP, port or range, protocol) triples";

@@ -88,6 +88,15 @@ pub(super) fn read(fields: &Fields<'_>, pools: &[PoolDraft], report: &mut Report
     services
 }
 
+/// A prefix on the link may hold addresses that are others'.
+pub(super) fn warn_of_answered_prefixes(services: &[ServiceDraft], report: &mut Report) {
+    for (vip, at) in services.iter().flat_map(|service| &service.vips).filter(|(vip, _)| !vip.is_address()) {
+        let message =
+            format!("vip_arp answers for every address of {vip}, and takes those that other hosts have");
+        report.warn(at.place, &at.path, message, "route the prefix to the balancer, or list the addresses");
+    }
+}
+
 /// A file that was cut off between two lines lacks the key. Beside other mistakes that would be one word too many.
 pub(super) fn refuse_absent(fields: &Fields<'_>, report: &mut Report) {
     if fields.get("services").is_none() && !report.has_errors() {

@@ -55,6 +55,9 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
     access::refuse_vips(&metrics, &services, report);
     cross::check(&pools, &services, &outer_source, &limits, report);
     let places = Places::new(report.file(), spots, &pools, &services);
+    if vip_arp {
+        services::warn_of_answered_prefixes(&services, report);
+    }
     let (pools, services) = cross::join(pools, services, &defaults, report);
     services::refuse_absent(&fields, report);
     let config = Config {

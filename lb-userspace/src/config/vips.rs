@@ -59,6 +59,12 @@ pub(super) fn triples_of(service: &ServiceDraft) -> u64 {
     service.vips.len() as u64 * service.ports.len() as u64 * service.protocols.len() as u64
 }
 
+/// Entries that take fragments: one for each VIP and protocol.
+pub(super) fn fragment_entries_of(service: &ServiceDraft) -> u64 {
+    let balanced = matches!(service.fragments, Some((Fragments::Balance, _)));
+    if balanced { service.vips.len() as u64 * service.protocols.len() as u64 } else { 0 }
+}
+
 /// Triples that are compared even where the limit is lower.
 const COMPARED: u32 = 100_000;
 

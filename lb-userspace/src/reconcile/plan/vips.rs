@@ -169,8 +169,8 @@ impl Planner<'_> {
         }
     }
 
-    /// Lengths of prefixes that come are there a grace before these are live, those of prefixes that go leave after: the
-    /// packet path reads the lengths first.
+    /// Lengths of prefixes that come are there a grace before these are live, those of prefixes that go leave a grace
+    /// after: whichever of the two words a packet has read, it tries all lengths that its set of VIPs has.
     fn lengths(&mut self, present: &VipMap, wanted: &VipMap) {
         for (ipv4, now) in [(true, self.image.prefix_lengths4()), (false, self.image.prefix_lengths6())] {
             let set = |lengths| match ipv4 {
