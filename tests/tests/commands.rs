@@ -281,7 +281,7 @@ fn verify_finds_what_somebody_else_wrote_with_an_agent_and_without() -> Result<(
         "backend web/new",
         "backend 10.111.0.11 (in no pool)",
         "service www, 203.0.113.10:443 tcp",
-        "VIP 2001:db8:113::10 (of no service)",
+        "[2001:db8:113::10]:80 tcp (of no service)",
         "interface eth7",
         "features of the program",
     ];

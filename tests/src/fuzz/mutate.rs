@@ -477,7 +477,7 @@ mod tests {
         let frames = || rows().into_iter().map(|row| row.frame).collect();
         let (mut one, mut same) = (Mutator::new(7, frames()), Mutator::new(7, frames()));
         let mut kinds = BTreeSet::new();
-        for _ in 0..20_000 {
+        for _ in 0..100_000 {
             let frame = one.frame();
             assert_eq!(frame, same.frame());
             assert!((SHORTEST..=LONGEST).contains(&frame.len()));
