@@ -93,14 +93,15 @@ fn configure<'c>(
         .envs(environment.iter().copied())
 }
 
-/// Debian's rustc-web, which brings `core` for BPF compiled. aya-ebpf needs one unstable feature.
+/// Debian's rustc-web, which brings `core` for BPF compiled. aya-ebpf needs one unstable feature, and so do our
+/// atomic operations.
 fn debian() -> Option<Toolchain> {
     let sysroot = output(Command::new("/usr/bin/rustc").args(["--print", "sysroot"]))?;
     let library = Path::new(&sysroot).join("lib/rustlib").join(TARGET).join("lib");
     if !library.is_dir() || !Path::new("/usr/bin/cargo").exists() {
         return None;
     }
-    let environment = &[("RUSTC", "/usr/bin/rustc"), ("RUSTC_BOOTSTRAP", "aya_ebpf")];
+    let environment = &[("RUSTC", "/usr/bin/rustc"), ("RUSTC_BOOTSTRAP", "aya_ebpf,lb_common")];
     Some(Toolchain { cargo: Command::new("/usr/bin/cargo"), environment, arguments: &[] })
 }
 

@@ -4,10 +4,12 @@
 //! agent maps into its memory, or one word that the agent stores whole. A change that alters a
 //! layout here, or the meaning of a field, raises `ABI_VERSION`.
 
+use core::sync::atomic::AtomicU64;
+
 use crate::wire::{Address6, Be16, Mac};
 
 /// Version of the layouts in this file. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Names of the maps, which are their names in the object, in the kernel (15 bytes at most) and below the pin directory.
 pub mod map {
@@ -26,6 +28,9 @@ pub mod map {
     pub const OUTCOMES: &str = "XLB_OUTCOMES";
     pub const VIP_TRAFFIC: &str = "XLB_VIP_TRAFFIC";
     pub const BACKEND_TRAFFIC: &str = "XLB_BE_TRAFFIC";
+    pub const PINS: &str = "XLB_PINS";
+    pub const LOADS: &str = "XLB_LOADS";
+    pub const PIN_EVENTS: &str = "XLB_PIN_EVENTS";
     /// Not pinned: an allowance is not worth keeping over a change of the program.
     pub const ALLOWANCES: &str = "XLB_ALLOWANCES";
 
@@ -123,8 +128,12 @@ impl Features {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Constants {
     pub features: u64,
-    /// ICMP messages of each kind (`allowance::Answer`) that a CPU sends in a second.
+    /// ICMP messages of each kind (`allowance::Limited`) that a CPU sends in a second.
     pub icmp_rate: u64,
+    /// Pins of each kind (of new flows, of old ones) that a CPU makes in a second.
+    pub pin_rate: u64,
+    /// Buckets of `XLB_PINS`, a power of two, minus one.
+    pub pin_mask: u64,
     /// Keys of the flow hash, derived from the cluster seed (`flow::keys`).
     pub hash_keys: [u64; HASH_KEYS],
 }
@@ -132,7 +141,7 @@ pub struct Constants {
 /// Number of 64-bit keys of the flow hash.
 pub const HASH_KEYS: usize = 10;
 
-const _: () = assert!(size_of::<Constants>() == 96);
+const _: () = assert!(size_of::<Constants>() == 112);
 
 /// `XLB_META`, row 0: what an agent compares before it adopts pinned maps.
 /// Written once when the maps are made; the packet path does not read it.
@@ -148,7 +157,9 @@ pub struct Meta {
     pub features: u64,
     /// As in `Constants`.
     pub icmp_rate: u64,
-    pub spare: [u64; 3],
+    /// As in `Constants`.
+    pub pin_rate: u64,
+    pub spare: [u64; 2],
 }
 
 const _: () = assert!(size_of::<Meta>() == 64);
@@ -307,6 +318,10 @@ impl VipTarget {
     pub const UNMAPPED_PASS: u16 = 1 << 1;
     /// Of an address: a port that no service takes is answered with an ICMP error.
     pub const UNMAPPED_REJECT: u16 = 1 << 2;
+    /// Of a service: bits 3-9 are the bits that `SOURCE_HASH` cuts off the client's address.
+    const PREFIX_CUT: u16 = 3;
+    /// Of a service: packets name their backend by QUIC connection IDs; bits 11-13 are the config id.
+    pub const QUIC: u16 = 1 << 10;
     const SERVICE: u16 = 1 << 14;
     const ADDRESS: u16 = 1 << 15;
     /// No entry.
@@ -322,6 +337,17 @@ impl VipTarget {
 
     pub const fn address(rules: u16, flags: u16, first_rule: u32) -> Self {
         Self::new(rules, flags | Self::ADDRESS, first_rule)
+    }
+
+    /// The flags that say how many of the lowest bits (0 to 127) of a client's address are not hashed.
+    pub const fn prefix_cut(bits: u8) -> u16 {
+        (bits as u16 & 0x7f) << Self::PREFIX_CUT
+    }
+
+    /// As said by `prefix_cut`.
+    #[inline(always)]
+    pub const fn cut(self) -> u32 {
+        (self.0 >> (16 + Self::PREFIX_CUT)) as u32 & 0x7f
     }
 
     #[inline(always)]
@@ -425,7 +451,39 @@ pub struct Vip6Bucket(pub [Vip6; VIP6_WAYS]);
 
 const _: () = assert!(size_of::<Vip4Bucket>() == 64 && size_of::<Vip6Bucket>() == 64);
 
-/// Where a table lies: bits 0-31 its first row in `XLB_SLOTS`, 32-39 the logarithm of its length.
+/// How the backend of a new flow is picked in a table. The number is in its `TableWord`.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Hash)]
+pub enum Discipline {
+    /// By the hash of the flow: a slot at rest needs no pin.
+    #[default]
+    Hash = 0,
+    /// In the order of the `cur` words, one after the other.
+    RoundRobin = 1,
+    /// A `cur` word at random.
+    Random = 2,
+    /// Of two `cur` words at random, that whose backend has fewer flows for its weight.
+    Least = 3,
+}
+
+impl Discipline {
+    pub const fn from_raw(raw: u8) -> Self {
+        match raw & 3 {
+            0 => Self::Hash,
+            1 => Self::RoundRobin,
+            2 => Self::Random,
+            _ => Self::Least,
+        }
+    }
+
+    /// Whether every flow has a pin.
+    pub const fn pins_all(self) -> bool {
+        !matches!(self, Self::Hash)
+    }
+}
+
+/// Where a table lies: bits 0-31 its first row in `XLB_SLOTS`, 32-39 the logarithm of its length, 40-41 its
+/// `Discipline`.
 ///
 /// One store grows or moves a table. Zero names slot 0, which is never written: no table means
 /// nobody, without a test.
@@ -434,8 +492,13 @@ const _: () = assert!(size_of::<Vip4Bucket>() == 64 && size_of::<Vip6Bucket>() =
 pub struct TableWord(u64);
 
 impl TableWord {
-    pub const fn new(first_row: u32, log2_length: u32) -> Self {
-        Self(first_row as u64 | (log2_length as u64) << 32)
+    pub const fn new(first_row: u32, log2_length: u32, discipline: Discipline) -> Self {
+        Self(first_row as u64 | (log2_length as u64) << 32 | (discipline as u64) << 40)
+    }
+
+    #[inline(always)]
+    pub const fn discipline(self) -> Discipline {
+        Discipline::from_raw((self.0 >> 40) as u8)
     }
 
     #[inline(always)]
@@ -470,14 +533,26 @@ pub const LONGEST_TABLE_LOG2: u32 = 20;
 pub struct TableState {
     /// Fingerprint of (pool, protocol, scheduler); 0 is a free row.
     pub identity: u64,
-    /// Pins that could not be made. Not written yet.
+    /// Not 0: a private copy on its way from another table. Fingerprint of what it came from.
+    pub origin: u64,
+    /// Pins that could not be made. Written by the packet path.
     pub failed: u64,
-    /// Not 0 while the agent moves `est`. Not written yet.
+    /// Not 0 while the agent moves `est`: what cannot be pinned is dropped.
     pub closing: u64,
-    pub spare: [u64; 5],
+    /// New flows of a table that takes turns. Written by the packet path.
+    pub turn: u64,
+    /// Pools whose backends pins of this table may name: a set of 192 bits by fingerprint.
+    pub pools: [u64; 3],
 }
 
 const _: () = assert!(size_of::<TableState>() == 64);
+
+impl TableState {
+    /// `closing`: what cannot be pinned is dropped.
+    pub const CLOSING: u64 = 1;
+    /// `closing`: no pin is made, and what needs one is dropped: the pins are on their way to other maps.
+    pub const FROZEN: u64 = 2;
+}
 
 /// Slots in a row of `XLB_SLOTS`.
 pub const SLOTS_PER_ROW: u32 = 16;
@@ -591,8 +666,16 @@ pub struct Backend {
 const _: () = assert!(size_of::<Backend>() == 64);
 
 impl Backend {
-    /// Takes new flows. Always set in this version, which makes no pins that would ask.
+    /// It is not down: a pin to it holds for new flows too. The agent that follows takes its health from here.
     pub const ACCEPTING: u8 = 1;
+
+    /// Whether it takes new flows. The agent changes it while packets read it.
+    #[inline(always)]
+    pub fn accepts(&self) -> bool {
+        // SAFETY: a reference is valid, aligned and initialised.
+        let flags = unsafe { core::ptr::read_volatile(&self.flags) };
+        flags & Self::ACCEPTING != 0
+    }
 
     #[inline(always)]
     pub const fn address4(&self) -> u32 {
@@ -666,36 +749,90 @@ pub struct Allowance {
     pub tokens: u64,
 }
 
-/// A pin: the backend of one flow while its slot is on the move, in one word. The layout is laid
-/// down; this version makes no pins.
+/// What a pin knows of its flow.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PinState {
+    /// A SYN was seen and nothing else.
+    Syn = 0,
+    Established = 1,
+    /// The client has sent FIN or RST.
+    Finishing = 2,
+    /// UDP.
+    Datagram = 3,
+}
+
+/// A pin: the backend of one flow while its slot is on the move, in one word.
 ///
-/// Bits 0-14 backend, 15 confirmed (something but a SYN was seen), 16-31 age (seconds, wrapping),
-/// 32-63 tag of the flow. Zero is a free place; a tag is never zero.
+/// Bits 0-14 backend, 15-16 `PinState`, 17-31 age (when it was last used, in units of 2^31 ns of the coarse
+/// monotonic clock, wrapping), 32-63 tag: the upper half of the flow hash, so that a pin's slot is known.
+/// Zero is a free place; a tag is never zero.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Pin(u64);
 
 impl Pin {
-    pub const fn new(tag: u32, backend: u16, confirmed: bool, age: u16) -> Self {
-        Self((backend & 0x7fff) as u64 | (confirmed as u64) << 15 | (age as u64) << 16 | (tag as u64) << 32)
+    /// Ages count modulo this.
+    pub const AGES: u32 = 1 << 15;
+
+    #[inline(always)]
+    pub const fn new(tag: u32, backend: u16, state: PinState, age: u16) -> Self {
+        Self(
+            (backend & 0x7fff) as u64
+                | (state as u64) << 15
+                | (age as u64 & 0x7fff) << 17
+                | (tag as u64) << 32,
+        )
     }
 
+    /// The age of a pin that is used now, of coarse monotonic nanoseconds.
+    #[inline(always)]
+    pub const fn age_of(now_ns: u64) -> u16 {
+        (now_ns >> 31) as u16 & 0x7fff
+    }
+
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    #[inline(always)]
     pub const fn bits(self) -> u64 {
         self.0
     }
 
+    #[inline(always)]
+    pub const fn is_free(self) -> bool {
+        self.0 == 0
+    }
+
+    #[inline(always)]
     pub const fn backend(self) -> u16 {
         self.0 as u16 & 0x7fff
     }
 
-    pub const fn confirmed(self) -> bool {
-        self.0 & 1 << 15 != 0
+    #[inline(always)]
+    pub const fn state(self) -> PinState {
+        match (self.0 >> 15) as u8 & 3 {
+            0 => PinState::Syn,
+            1 => PinState::Established,
+            2 => PinState::Finishing,
+            _ => PinState::Datagram,
+        }
     }
 
+    #[inline(always)]
     pub const fn age(self) -> u16 {
-        (self.0 >> 16) as u16
+        (self.0 >> 17) as u16 & 0x7fff
     }
 
+    /// Units of age since it was used.
+    #[inline(always)]
+    pub const fn idle(self, now: u16) -> u32 {
+        (now.wrapping_sub(self.age()) & 0x7fff) as u32
+    }
+
+    #[inline(always)]
     pub const fn tag(self) -> u32 {
         (self.0 >> 32) as u32
     }
@@ -703,12 +840,28 @@ impl Pin {
 
 pub const PINS_PER_BUCKET: usize = 8;
 
-/// One cache line of pins.
+/// A row of `XLB_PINS`: one cache line of pins, each changed by compare-and-exchange only, by the packet path
+/// and the agent alike.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct PinBucket(pub [Pin; PINS_PER_BUCKET]);
+#[derive(Debug, Default)]
+pub struct PinBucket(pub [AtomicU64; PINS_PER_BUCKET]);
 
 const _: () = assert!(size_of::<PinBucket>() == 64);
+
+/// A row of `XLB_LOADS`, by backend id: how busy a backend of a table with `Discipline::Least` is.
+#[repr(C, align(8))]
+#[derive(Debug, Default)]
+pub struct Load {
+    /// Flows with a pin that have not ended. Added to by the packet path, set right by the agent's sweeps.
+    pub active: AtomicU64,
+    /// Written by the agent; 0 counts as 1.
+    pub weight: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Load>() == 16);
+
+/// Rows of `XLB_PIN_EVENTS`: room for events to come.
+pub const PIN_EVENT_ROWS: u32 = 16;
 
 /// Data of a key of `XLB_DECAP_VIPS`: inner destinations that are let through; IPv4 as `::ffff:a.b.c.d`.
 #[repr(C)]
@@ -773,17 +926,19 @@ mod tests {
     fn words_hold_their_fields_apart() {
         let word = VipWord::new(0xffff_ffff, 0xab_cdef, 20);
         assert_eq!((word.seed(), word.first_row(), word.log2_buckets()), (0xffff_ffff, 0xab_cdef, 20));
-        let word = TableWord::new(0xffff_fff0, 20);
+        let word = TableWord::new(0xffff_fff0, 20, Discipline::Least);
         assert_eq!((word.first_row(), word.log2_length(), word.length()), (0xffff_fff0, 20, 1 << 20));
+        assert_eq!(word.discipline(), Discipline::Least);
         let mac = Mac::from_bytes([0xff; 6]);
         let path = Path::new(mac, 0xffff);
         assert_eq!((path.mac(), path.egress()), (mac, 0xffff));
         assert_eq!(Path::new(mac, 0).egress(), 0);
-        let pin = Pin::new(0xdead_beef, 0x7abc, true, 0x1234);
-        assert_eq!(
-            (pin.tag(), pin.backend(), pin.confirmed(), pin.age()),
-            (0xdead_beef, 0x7abc, true, 0x1234)
-        );
+        for state in [PinState::Syn, PinState::Established, PinState::Finishing, PinState::Datagram] {
+            let pin = Pin::new(0xdead_beef, 0x7abc, state, 0x7fff);
+            assert_eq!((pin.tag(), pin.backend(), pin.age()), (0xdead_beef, 0x7abc, 0x7fff));
+            assert_eq!(pin.state(), state);
+            assert_eq!(pin.idle(3), 4);
+        }
     }
 
     #[test]
@@ -799,8 +954,8 @@ mod tests {
         for hash in [0, 0x1234_5678, 0x8000_0000, u32::MAX] {
             let mut log2 = SHORTEST_TABLE_LOG2;
             while log2 < LONGEST_TABLE_LOG2 {
-                let shorter = TableWord::new(0, log2).slot(hash);
-                let longer = TableWord::new(0, log2 + 2).slot(hash);
+                let shorter = TableWord::new(0, log2, Discipline::Hash).slot(hash);
+                let longer = TableWord::new(0, log2 + 2, Discipline::Hash).slot(hash);
                 assert_eq!(longer >> 2, shorter);
                 log2 += 2;
             }
@@ -820,6 +975,12 @@ mod tests {
         let target = VipTarget::service(0xabcd, VipTarget::UNMAPPED_REJECT, 0xdead_beef);
         assert_eq!((target.table(), target.vip()), (0xabcd, 0xdead_beef));
         assert!(target.has(VipTarget::UNMAPPED_REJECT) && !target.has(VipTarget::UNMAPPED_PASS));
+        for bits in [0, 8, 32, 127] {
+            let flags = VipTarget::prefix_cut(bits) | VipTarget::SOURCE_HASH | VipTarget::QUIC;
+            let target = VipTarget::service(7, flags, 9);
+            assert_eq!((target.cut(), target.table(), target.vip()), (u32::from(bits), 7, 9));
+            assert!(target.is_service() && target.has(VipTarget::QUIC));
+        }
         let lengths = PrefixLengths::from_bits(0x08_18_20);
         assert_eq!([0, 1, 2, 3].map(|i| lengths.get(i)), [32, 24, 8, 0]);
         let rule = PortRule::new(1024, 65535, 6, target);
@@ -853,6 +1014,7 @@ mod tests {
             map::TABLE_STATES,
             map::BACKEND_TRAFFIC,
             map::DECAP_FROM4,
+            map::PIN_EVENTS,
         ] {
             assert!(name.len() <= 15, "{name}");
         }

@@ -1,12 +1,12 @@
-//! How many ICMP messages are sent: a token bucket for each kind and CPU, so that a flood of one kind
-//! takes nothing from another, and the answer to a flood is a trickle.
+//! How many ICMP messages are sent and how many pins are made: a token bucket for each kind and CPU, so that a
+//! flood of one kind takes nothing from another, and the answer to a flood is a trickle.
 
 use crate::abi::Allowance;
 
-/// Kinds of messages that are counted apart. The number is the row in `XLB_ALLOWANCES`.
+/// Kinds that are counted apart. The number is the row in `XLB_ALLOWANCES`.
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Answer {
+pub enum Limited {
     /// Replies to echo requests.
     Echo = 0,
     /// ICMP errors that are delivered to the backend of the flow they are about.
@@ -15,15 +15,24 @@ pub enum Answer {
     TooBig = 2,
     /// "Port unreachable".
     Unreachable = 3,
+    /// Pins of new flows.
+    NewPin = 4,
+    /// Pins of flows that were there before.
+    OldPin = 5,
 }
 
-impl Answer {
-    pub const ALL: [Self; 4] = [Self::Echo, Self::Error, Self::TooBig, Self::Unreachable];
+impl Limited {
+    pub const ALL: [Self; 6] =
+        [Self::Echo, Self::Error, Self::TooBig, Self::Unreachable, Self::NewPin, Self::OldPin];
+
+    pub const fn is_pin(self) -> bool {
+        matches!(self, Self::NewPin | Self::OldPin)
+    }
 }
 
 const SECOND: u64 = 1_000_000_000;
 
-/// Messages a second that `icmp_rate` may be at the most: products with a second stay below 2^64.
+/// A second's worth that a rate may be at the most: products with a second stay below 2^64.
 pub const MOST_RATE: u64 = 1_000_000;
 
 impl Allowance {

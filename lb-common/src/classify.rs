@@ -5,14 +5,15 @@
 //! VIP). A fragment names no ports: where a service hashes by source, its address is enough.
 
 use crate::abi::{Features, PortKey, VipTarget};
-use crate::allowance::Answer;
+use crate::allowance::Limited;
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::parse::{self, Parsed4, Parsed6, Shape};
+use crate::pins::Says;
 use crate::tables::Tables;
 use crate::wire::{
     Address6, Extension, Icmp, Ipv4, Ipv6, PROTO_ICMP, PROTO_ICMPV6, PROTO_IPIP, PROTO_IPV6, PROTO_TCP,
-    PROTO_UDP, Ports, Udp,
+    PROTO_UDP, Ports, TcpFlags, Udp,
 };
 use crate::{answer, encap, vips};
 
@@ -137,7 +138,7 @@ fn icmp4<P: Packet, T: Tables>(
         return Err(Outcome::DropIcmpType);
     }
     let flow = embedded4(packet, tables, ip, vip, at + size_of::<Icmp>())?;
-    if tables.admit(Answer::Error) { Ok(flow) } else { Err(Outcome::DropIcmpLimit) }
+    if tables.admit(Limited::Error) { Ok(flow) } else { Err(Outcome::DropIcmpLimit) }
 }
 
 const ECHO4: usize = crate::forward::IP + size_of::<Ipv4>();
@@ -244,7 +245,7 @@ fn icmp6<P: Packet, T: Tables>(
         return Err(Outcome::DropIcmpType);
     }
     let flow = embedded6(packet, tables, ip, vip, at + size_of::<Icmp>())?;
-    if tables.admit(Answer::Error) { Ok(flow) } else { Err(Outcome::DropIcmpLimit) }
+    if tables.admit(Limited::Error) { Ok(flow) } else { Err(Outcome::DropIcmpLimit) }
 }
 
 /// As `embedded4`. Of extension headers, backends send that of fragments, where a datagram is long.
@@ -278,6 +279,21 @@ fn embedded6<P: Packet, T: Tables>(
         return Err(Outcome::DropIcmpStranger);
     }
     Ok(Flow { client, vip: ip.destination, ports, protocol, target, role: Role::Error })
+}
+
+/// What a packet says of its flow; asked only where its slot has pins or makes them.
+#[inline(always)]
+pub fn says<P: Packet>(packet: &P, protocol: u8, at: usize, role: Role) -> Says {
+    if !matches!(role, Role::Packet | Role::FirstFragment) {
+        return Says::GLIMPSE;
+    }
+    if protocol == PROTO_UDP {
+        return Says::DATAGRAM;
+    }
+    match packet.header::<TcpFlags>(at + TcpFlags::OFFSET) {
+        Some(flags) => Says::tcp(*flags),
+        None => Says::GLIMPSE,
+    }
 }
 
 /// What the packet sums up to, as its transport checksum promises (`Inner::sum`). Asked for GUE over IPv6 only.

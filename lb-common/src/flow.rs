@@ -17,6 +17,7 @@ use crate::wire::Address6;
 pub const HASH_VERSION: u32 = 1;
 
 /// A hashed flow.
+#[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FlowHash(u64);
 
@@ -35,6 +36,10 @@ impl FlowHash {
 
     pub const fn bits(self) -> u64 {
         self.0
+    }
+
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
     }
 }
 
@@ -95,6 +100,20 @@ pub fn hash6<T: Tables>(
     let source = half(2, source.high).wrapping_add(half(4, source.low));
     let destination = half(6, destination.high).wrapping_add(half(8, destination.low));
     FlowHash(finish(transport.wrapping_add(source).wrapping_add(destination)))
+}
+
+/// An IPv4 address without its lowest `cut` bits (0 to 31). Addresses as they lie in the packet.
+#[inline(always)]
+pub const fn prefix4(address: u32, cut: u32) -> u32 {
+    address & (u32::MAX << (cut & 31)).swap_bytes()
+}
+
+/// An IPv6 address without its lowest `cut` bits (0 to 127).
+#[inline(always)]
+pub const fn prefix6(address: Address6, cut: u32) -> Address6 {
+    let Address6 { high, low } = address;
+    let mask = (u64::MAX << (cut & 63)).swap_bytes();
+    if cut & 64 == 0 { Address6 { high, low: low & mask } } else { Address6 { high: high & mask, low: 0 } }
 }
 
 /// A hash for the agent's own fingerprints and permutations: bytes under a seed, 64 bits.
@@ -162,6 +181,22 @@ mod tests {
         0x9474_f0eb_06d7_9fd8,
         0xebb9_90c0_9fc9_19c0,
     ];
+
+    #[test]
+    fn a_prefix_is_what_the_standard_library_makes_of_it() {
+        let v4 = Ipv4Addr::new(203, 0, 113, 77);
+        for cut in 0..32 {
+            let expected = Ipv4Addr::from_bits(v4.to_bits() >> cut << cut);
+            let got = prefix4(u32::from_ne_bytes(v4.octets()), cut);
+            assert_eq!(got, u32::from_ne_bytes(expected.octets()), "cut {cut}");
+        }
+        let v6: Ipv6Addr = "2001:db8:1234:5678:9abc:def0:1234:5677".parse().unwrap();
+        for cut in 0..128 {
+            let expected = Ipv6Addr::from_bits(v6.to_bits() >> cut << cut);
+            let got = prefix6(Address6::from_bytes(v6.octets()), cut);
+            assert_eq!(got, Address6::from_bytes(expected.octets()), "cut {cut}");
+        }
+    }
 
     /// Chi-square over `cells` equal cells; the 0.999 quantile by Wilson and Hilferty (1931).
     fn assert_uniform(name: &str, hashes: impl Iterator<Item = u32>, cells: usize) {

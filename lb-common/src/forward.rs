@@ -7,6 +7,7 @@ use crate::icmp::{self, Reason};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::parse::{Parsed4, Parsed6};
+use crate::pins::Asked;
 use crate::slots::{self, Steered};
 use crate::tables::Tables;
 use crate::vlan::{self, Tags};
@@ -114,11 +115,20 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
 
     let features = tables.features();
     let hash = if features.has(Features::SOURCE_HASH) && flow.target.has(VipTarget::SOURCE_HASH) {
-        flow::hash4(tables, flow.client, 0, 0, 0)
+        let prefix = flow::prefix4(flow.client, flow.target.cut());
+        flow::hash4(tables, prefix, 0, 0, 0)
     } else {
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
-    let to = slots::steer(tables, flow.target.table(), hash.slot())?;
+    let table = flow.target.table();
+    let found = slots::find(tables, table, hash)?;
+    let id = if found.slot.is_clean() {
+        found.slot.cur()
+    } else {
+        let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+        tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
+    };
+    let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
@@ -168,11 +178,20 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
 
     let features = tables.features();
     let hash = if features.has(Features::SOURCE_HASH) && flow.target.has(VipTarget::SOURCE_HASH) {
-        flow::hash6(tables, flow.client, Address6::default(), 0, 0)
+        let prefix = flow::prefix6(flow.client, flow.target.cut());
+        flow::hash6(tables, prefix, Address6::default(), 0, 0)
     } else {
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
-    let to = slots::steer(tables, flow.target.table(), hash.slot())?;
+    let table = flow.target.table();
+    let found = slots::find(tables, table, hash)?;
+    let id = if found.slot.is_clean() {
+        found.slot.cur()
+    } else {
+        let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+        tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
+    };
+    let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash, sum };

@@ -5,7 +5,7 @@
 //! as the RFCs ask for (576 bytes in all for IPv4: RFC 1812, section 4.3.2.3; 1280 for IPv6: RFC 4443,
 //! section 2.4 c), in whole words.
 
-use crate::allowance::Answer;
+use crate::allowance::Limited;
 use crate::checksum::{address6, fold, halves, updated};
 use crate::encap::OUTER_HOPS;
 use crate::outcome::Outcome;
@@ -59,10 +59,10 @@ pub enum Reason {
 
 impl Reason {
     #[inline(always)]
-    const fn answer(self) -> Answer {
+    const fn answer(self) -> Limited {
         match self {
-            Self::TooBig(_) => Answer::TooBig,
-            Self::PortUnreachable => Answer::Unreachable,
+            Self::TooBig(_) => Limited::TooBig,
+            Self::PortUnreachable => Limited::Unreachable,
         }
     }
 
@@ -223,7 +223,7 @@ pub fn echo4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
     if is_group(packet) {
         return Outcome::DropIcmpType;
     }
-    if !tables.admit(Answer::Echo) {
+    if !tables.admit(Limited::Echo) {
         return Outcome::DropEchoLimit;
     }
     let Some(frame) = packet.header_mut::<Frame4>(0) else { return Outcome::DropVipTruncated };
@@ -250,7 +250,7 @@ pub fn echo6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Outcome {
     if is_group(packet) {
         return Outcome::DropIcmpType;
     }
-    if !tables.admit(Answer::Echo) {
+    if !tables.admit(Limited::Echo) {
         return Outcome::DropEchoLimit;
     }
     let Some(frame) = packet.header_mut::<Frame6>(0) else { return Outcome::DropVipTruncated };

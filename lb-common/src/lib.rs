@@ -5,8 +5,8 @@
 //!
 //! # Who writes what
 //!
-//! The agent is the only writer of every map but the counters, and holds a file lock while it runs.
-//! The packet path writes counters and allowances only.
+//! The agent is the only writer of every map but counters and pins, and holds a file lock while it runs.
+//! The packet path writes counters, allowances, pins, and two words of `XLB_TABLE_STATE`.
 //!
 //! | map | key -> value | absent means | while it is being changed a packet sees |
 //! |---|---|---|---|
@@ -17,7 +17,10 @@
 //! | `XLB_VIP_FILTER` | index -> 64 bits ([`vips::FilterBit`]) | 0: no VIP | a bit too many, which costs a lookup |
 //! | `XLB_PORT_RULES` | row -> 4 x [`abi::PortRule`] | number 0: no rule | never a rule that is being written |
 //! | `XLB_TABLES` | table -> [`abi::TableWord`] | 0: nobody | the old place of the table or the new one |
-//! | `XLB_TABLE_STATE` | table -> [`abi::TableState`] | identity 0: a free table | nothing: not read |
+//! | `XLB_TABLE_STATE` | table -> [`abi::TableState`] | identity 0: a free table | `closing` before or after |
+//! | `XLB_PINS` | hash -> 8 x [`abi::Pin`] | 0: a free place | the old pin or the new one |
+//! | `XLB_LOADS` | backend id -> [`abi::Load`] | 0: not busy | |
+//! | `XLB_PIN_EVENTS` | [`pins::PinEvent`] -> number, per CPU | | |
 //! | `XLB_SLOTS` | row -> 16 x [`slots::Slot`] | 0: nobody | the old backend or the new one, slot by slot |
 //! | `XLB_BACKENDS` | id -> [`abi::Backend`] | kind 0: nobody | the old next hop or the new one; the rest is constant |
 //! | `XLB_EGRESS` | row -> [`abi::Egress`] | interface 0: unresolved | rows in use are constant |
@@ -25,7 +28,7 @@
 //! | `XLB_OUTCOMES` | outcome -> packets, per CPU | | |
 //! | `XLB_VIP_TRAFFIC` | VIP -> [`abi::Traffic`], per CPU | | |
 //! | `XLB_BE_TRAFFIC` | backend id -> [`abi::Traffic`], per CPU | | |
-//! | `XLB_ALLOWANCES` | [`allowance::Answer`] -> [`abi::Allowance`], per CPU | | |
+//! | `XLB_ALLOWANCES` | [`allowance::Limited`] -> [`abi::Allowance`], per CPU | | |
 //!
 //! # Order of changes
 //!
@@ -37,10 +40,12 @@
 //! sequence that breaks off anywhere leaves the maps in a state like that.
 
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod abi;
 pub mod allowance;
 pub mod answer;
+pub mod atomic;
 pub mod checksum;
 pub mod classify;
 pub mod decap;
@@ -51,6 +56,7 @@ pub mod icmp;
 pub mod outcome;
 pub mod packet;
 pub mod parse;
+pub mod pins;
 pub mod slots;
 pub mod tables;
 pub mod vips;

@@ -148,6 +148,8 @@ outcomes! {
             "As for `answer_too_big`, or raise `icmp.rate`.";
         41 DropVipPortLimit Drop "drop_vip_port_limit" "a port that no service has (`unmapped: reject`), above `icmp.rate`: the sender was not told"
             "";
+        42 DropUnpinned Drop "drop_unpinned" "its slot was being closed, and there was no room for a pin (lasts milliseconds; TCP sends again)"
+            "Many: the pins are full. Raise `limits.pins`.";
     }
 }
 

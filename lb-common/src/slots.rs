@@ -1,11 +1,11 @@
 //! The slot word and the rule that picks a backend from it.
 //!
-//! A slot that is at rest is *clean*: `cur == est`, neither `D` nor `P`. Every packet of it goes to
-//! `cur`, no connection is looked up, no state is kept. `est`, `D` and `P` are the room for moving a
-//! slot without moving the flows that live on it; the agent of this version writes clean slots only,
-//! and the packet path reads `cur` alone.
+//! A slot that is at rest is *clean*: `cur == est`, neither `D` nor `P`. Every packet of it goes to `cur`, no
+//! connection is looked up, no state is kept. A change gives the slot another `cur` and makes it dirty: from then
+//! on every flow that speaks is pinned (`pins`), and once all that live are, `est` follows.
 
-use crate::abi::{BACKEND_NOBODY, Backend};
+use crate::abi::{BACKEND_NOBODY, Backend, TableWord};
+use crate::flow::FlowHash;
 use crate::outcome::Outcome;
 use crate::tables::Tables;
 
@@ -64,8 +64,10 @@ impl Slot {
         self.0 & Self::PINS != 0
     }
 
+    /// Neither `D` nor `P`: `cur` decides alone.
+    #[inline(always)]
     pub const fn is_clean(self) -> bool {
-        self.0 & (Self::DIRTY | Self::PINS) == 0 && self.cur() == self.est()
+        self.0 & (Self::DIRTY | Self::PINS) == 0
     }
 }
 
@@ -76,12 +78,24 @@ pub struct Steered<'t> {
     pub backend: &'t Backend,
 }
 
-/// Picks the backend of a flow: one table word, one slot, one backend row.
+/// The slot of a flow, and the table that it lies in.
+#[derive(Clone, Copy)]
+pub struct Found {
+    pub table: TableWord,
+    pub slot: Slot,
+}
+
+/// One table word, one slot. Fields are read from this load and never again.
 #[inline(always)]
-pub fn steer<T: Tables>(tables: &T, table: u16, hash: u32) -> Result<Steered<'_>, Outcome> {
-    let word = tables.table_word(table).ok_or(Outcome::DropInconsistent)?;
-    let slot = tables.slot(word.first_row(), word.slot(hash)).ok_or(Outcome::DropInconsistent)?;
-    let id = slot.cur();
+pub fn find<T: Tables>(tables: &T, table: u16, hash: FlowHash) -> Result<Found, Outcome> {
+    let table = tables.table_word(table).ok_or(Outcome::DropInconsistent)?;
+    let slot = tables.slot(table.first_row(), table.slot(hash.slot())).ok_or(Outcome::DropInconsistent)?;
+    Ok(Found { table, slot })
+}
+
+/// The row of a backend that a slot or a pin names.
+#[inline(always)]
+pub fn backend<T: Tables>(tables: &T, id: u16) -> Result<Steered<'_>, Outcome> {
     let backend = tables.backend(id).ok_or(Outcome::DropInconsistent)?;
     Ok(Steered { id, backend })
 }
@@ -99,7 +113,7 @@ mod tests {
         fn a_word_gives_back_what_was_put_in(cur in 0u16..0x8000, est in 0u16..0x8000, d: bool, p: bool) {
             let slot = Slot::new(cur, est, d, p);
             prop_assert_eq!((slot.cur(), slot.est(), slot.dirty(), slot.pins()), (cur, est, d, p));
-            prop_assert_eq!(slot.is_clean(), cur == est && !d && !p);
+            prop_assert_eq!(slot.is_clean(), !d && !p);
         }
     }
 }

@@ -1,14 +1,17 @@
 //! What the packet path reads and counts, wherever it lies: maps in the kernel, copies in user space.
 
 use crate::abi::{
-    Backend, Egress, Features, Interface, PortRule, PrefixLengths, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+    Backend, Egress, Features, Interface, Load, PinBucket, PortRule, PrefixLengths, TableWord, Vip4Bucket,
+    Vip6Bucket, VipWord,
 };
-use crate::allowance::Answer;
+use crate::allowance::Limited;
+use crate::flow::FlowHash;
 use crate::outcome::Outcome;
+use crate::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use crate::slots::Slot;
 
 /// The tables of the balancer. `None` means "no such row": sizes of maps contradict each other.
-pub trait Tables {
+pub trait Tables: Sized {
     /// Constant while a program is loaded: branches on it vanish.
     fn features(&self) -> Features;
     /// Key `index` (below `HASH_KEYS`) of the flow hash; constant while a program is loaded.
@@ -32,13 +35,37 @@ pub trait Tables {
     fn egress(&self, row: u16) -> Option<&Egress>;
     fn interface(&self, ifindex: u32) -> Option<&Interface>;
 
-    /// Whether one more message of this kind may be sent now.
-    fn admit(&self, answer: Answer) -> bool;
+    /// `pins::decide`, and two parts of it: in the kernel, functions of their own.
+    fn decide(&self, table: TableWord, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
+        pins::decide(self, table, asked, hash, slot)
+    }
+    fn attempt(&self, table: TableWord, asked: Asked, hash: FlowHash, proposal: Proposal) -> Verdict {
+        pins::attempt(self, table, asked, hash, proposal)
+    }
+    fn pick(&self, table: TableWord, asked: Asked, slot: Slot) -> u16 {
+        pins::pick(self, table, asked, slot)
+    }
+    /// The bucket of pins that `spread` (of the flow hash) belongs to.
+    fn pin_bucket(&self, spread: u32) -> Option<&PinBucket>;
+    /// Coarse monotonic nanoseconds.
+    fn clock(&self) -> u64;
+    /// Says that a pin of this table could not be made. A full barrier.
+    fn add_failed(&self, table: u16);
+    /// `TableState::closing`.
+    fn closing(&self, table: u16) -> u64;
+    /// The number of this new flow in its table.
+    fn next_turn(&self, table: u16) -> u32;
+    fn random(&self) -> u32;
+    fn load(&self, id: u16) -> Option<&Load>;
+
+    /// Whether one more of this kind may be sent or made now.
+    fn admit(&self, answer: Limited) -> bool;
 
     fn count_outcome(&self, outcome: Outcome);
     /// One packet of `bytes` bytes of IP.
     fn count_vip(&self, vip: u32, bytes: u64);
     fn count_backend(&self, id: u16, bytes: u64);
+    fn count_pin(&self, event: PinEvent);
 }
 
 #[cfg(test)]
@@ -103,11 +130,31 @@ pub mod tests {
         fn interface(&self, _: u32) -> Option<&Interface> {
             None
         }
-        fn admit(&self, _: Answer) -> bool {
+        fn admit(&self, _: Limited) -> bool {
             false
         }
         fn count_outcome(&self, _: Outcome) {}
         fn count_vip(&self, _: u32, _: u64) {}
         fn count_backend(&self, _: u16, _: u64) {}
+        fn pin_bucket(&self, _: u32) -> Option<&PinBucket> {
+            None
+        }
+        fn clock(&self) -> u64 {
+            0
+        }
+        fn add_failed(&self, _: u16) {}
+        fn closing(&self, _: u16) -> u64 {
+            0
+        }
+        fn next_turn(&self, _: u16) -> u32 {
+            0
+        }
+        fn random(&self) -> u32 {
+            0
+        }
+        fn load(&self, _: u16) -> Option<&Load> {
+            None
+        }
+        fn count_pin(&self, _: PinEvent) {}
     }
 }

@@ -2,8 +2,8 @@
 //! the loader makes the maps from it, and the plan refuses what does not fit.
 
 use lb_common::abi::{
-    BACKEND_PASS, FILTER_WORDS, OUTCOME_ROWS, RULES_PER_ROW, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS,
-    VIP4_WAYS, VIP6_WAYS, map,
+    BACKEND_PASS, FILTER_WORDS, OUTCOME_ROWS, PIN_EVENT_ROWS, PINS_PER_BUCKET, RULES_PER_ROW,
+    SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS, VIP4_WAYS, VIP6_WAYS, map,
 };
 
 use crate::config::model::Limits;
@@ -27,6 +27,8 @@ pub struct Capacity {
     /// Rows for all ids, whatever `limits.backends` says.
     pub backend_rows: u32,
     pub egress_rows: u32,
+    /// Buckets of pins, a power of two.
+    pub pin_buckets: u32,
 }
 
 impl Capacity {
@@ -41,6 +43,7 @@ impl Capacity {
             // The row that stands for the host's stack is the last id there is.
             backend_rows: u32::from(BACKEND_PASS) + 1,
             egress_rows: EGRESS_ROWS,
+            pin_buckets: limits.pins.div_ceil(PINS_PER_BUCKET as u32).next_power_of_two(),
         }
     }
 
@@ -81,6 +84,9 @@ impl Capacity {
             row(map::SLOTS, self.slot_rows, 64, false),
             row(map::BACKENDS, self.backend_rows, 64, false),
             row(map::EGRESS, self.egress_rows, 64, false),
+            row(map::PINS, self.pin_buckets, 64, false),
+            row(map::LOADS, self.backend_rows, 16, false),
+            row(map::PIN_EVENTS, PIN_EVENT_ROWS, 8, true),
             row(map::OUTCOMES, OUTCOME_ROWS, 8, true),
             row(map::VIP_TRAFFIC, self.vip_rows(), 16, true),
             row(map::BACKEND_TRAFFIC, self.backend_rows, 16, true),
@@ -106,6 +112,7 @@ impl Capacity {
             slot_rows: rows(map::SLOTS)?,
             backend_rows: rows(map::BACKENDS)?,
             egress_rows: rows(map::EGRESS)?,
+            pin_buckets: rows(map::PINS)?,
         })
     }
 }

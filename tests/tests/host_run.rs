@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use lb_common::abi::{BACKEND_NOBODY, Backend, Path, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, Backend, Discipline, Path, SLOTS_PER_ROW, TableWord};
 use lb_common::decap::decap;
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, DecapOutcome, Outcome};
@@ -223,7 +223,7 @@ fn tables_that_contradict_each_other_drop_and_count() {
         ("fewer slots than a table names", &|i| i.slots.truncate(1)),
         ("fewer backends than slots name", &|i| i.backends.truncate(1)),
         ("a table that lies behind the slots", &|i| {
-            i.tables[usize::from(table)] = TableWord::new(1 << 28, 20).bits()
+            i.tables[usize::from(table)] = TableWord::new(1 << 28, 20, Discipline::Hash).bits()
         }),
     ];
     for (name, spoil) in broken {

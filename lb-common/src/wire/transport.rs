@@ -1,4 +1,4 @@
-//! The first four bytes that TCP (RFC 9293) and UDP (RFC 768) share.
+//! The first four bytes that TCP (RFC 9293) and UDP (RFC 768) share, and the flags of TCP.
 
 use super::header;
 
@@ -27,4 +27,23 @@ impl Ports {
     pub const fn destination(self) -> u16 {
         u16::from_be((self.both >> 16) as u16)
     }
+}
+
+/// Data offset and flags of a TCP header (RFC 9293, section 3.1).
+#[repr(C, packed)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct TcpFlags {
+    pub data_offset: u8,
+    pub flags: u8,
+}
+
+header!(TcpFlags, 2);
+
+impl TcpFlags {
+    /// Where they lie in the header.
+    pub const OFFSET: usize = 12;
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 1 << 1;
+    pub const RST: u8 = 1 << 2;
+    pub const ACK: u8 = 1 << 4;
 }

@@ -17,7 +17,13 @@ pub struct Figures {
 
 /// Loads the balancer with these features, unattached and with placeholder maps.
 pub fn figures(features: Features) -> anyhow::Result<Figures> {
-    let constants = Constants { features: features.bits(), icmp_rate: 1, hash_keys: flow::keys(0) };
+    let constants = Constants {
+        features: features.bits(),
+        icmp_rate: 1,
+        pin_rate: 1,
+        pin_mask: 0,
+        hash_keys: flow::keys(0),
+    };
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::CONSTANTS, &constants, true);
     let mut ebpf = loader.load(super::BALANCER)?;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
@@ -17,10 +18,11 @@ use super::bpffs::BpfFs;
 use super::counters::Counters;
 use super::generation::Generation;
 use super::grace::grace;
-use super::mmap::{Row, Rows};
+use super::mmap::{LoadRow, PinRow, Row, Rows};
 use crate::capacity::Capacity;
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
+use crate::reconcile::pins::{PinWords, Pins};
 
 /// Why maps could not be opened, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -71,17 +73,19 @@ pub struct Maps {
     slots: Rows<SlotRow>,
     backends: Rows<Backend>,
     egress: Rows<Egress>,
+    pins: Arc<Rows<PinRow>>,
+    loads: Rows<LoadRow>,
     interfaces: BpfHashMap<MapData, u32, Interface>,
     counters: Arc<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
     vip_traffic: PerCpuArray<MapData, Traffic>,
     backend_traffic: PerCpuArray<MapData, Traffic>,
     /// Handles of their own, to pin again what somebody has removed.
-    pins: Vec<(&'static str, MapData)>,
+    handles: Vec<(&'static str, MapData)>,
 }
 
 /// Maps that the program pins, in the order of `Maps`.
-const PINNED: [&str; 15] = [
+const PINNED: [&str; 18] = [
     map::META,
     map::VIP_WORDS,
     map::VIP_FILTER,
@@ -97,10 +101,13 @@ const PINNED: [&str; 15] = [
     map::OUTCOMES,
     map::VIP_TRAFFIC,
     map::BACKEND_TRAFFIC,
+    map::PINS,
+    map::LOADS,
+    map::PIN_EVENTS,
 ];
 
 impl Maps {
-    pub const PINNED: [&str; 15] = PINNED;
+    pub const PINNED: [&str; 18] = PINNED;
 
     /// What the newest complete set of pinned maps says of itself; nothing where there is none.
     pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
@@ -174,7 +181,7 @@ impl Maps {
             Ok((name, data.map_err(|error| MapsError::Map(name, error))?))
         };
         Ok(Self {
-            pins: PINNED.into_iter().map(handle).collect::<Result<_, MapsError>>()?,
+            handles: PINNED.into_iter().map(handle).collect::<Result<_, MapsError>>()?,
             meta: rows_of(source(map::META)?, map::META, rows[map::META])?,
             vip_words: rows_of(source(map::VIP_WORDS)?, map::VIP_WORDS, rows[map::VIP_WORDS])?,
             vip_filter: rows_of(source(map::VIP_FILTER)?, map::VIP_FILTER, rows[map::VIP_FILTER])?,
@@ -186,6 +193,8 @@ impl Maps {
             slots: rows_of(source(map::SLOTS)?, map::SLOTS, rows[map::SLOTS])?,
             backends: rows_of(source(map::BACKENDS)?, map::BACKENDS, rows[map::BACKENDS])?,
             egress: rows_of(source(map::EGRESS)?, map::EGRESS, rows[map::EGRESS])?,
+            pins: Arc::new(rows_of(source(map::PINS)?, map::PINS, rows[map::PINS])?),
+            loads: rows_of(source(map::LOADS)?, map::LOADS, rows[map::LOADS])?,
             interfaces: hash(source(map::INTERFACES)?, map::INTERFACES)?,
             counters: Arc::new(Counters::of(&outcomes, &vips, &backends)?),
             outcomes: per_cpu(outcomes, map::OUTCOMES)?,
@@ -196,7 +205,8 @@ impl Maps {
 
     /// What fresh maps begin with: the row that stands for the host's stack.
     pub fn initialise(&self) {
-        let pass = Backend { kind: BackendKind::Pass as u8, ..Backend::default() };
+        let (kind, flags) = (BackendKind::Pass as u8, Backend::ACCEPTING);
+        let pass = Backend { kind, flags, ..Backend::default() };
         self.backends.store(usize::from(BACKEND_PASS), &pass);
     }
 
@@ -207,7 +217,8 @@ impl Maps {
 
     /// Pins again what somebody has removed. Returns the names.
     pub fn pin_again(&self, generation: &Generation) -> Result<Vec<&'static str>, MapsError> {
-        let missing: Vec<_> = self.pins.iter().filter(|(name, _)| !generation.map(name).exists()).collect();
+        let missing: Vec<_> =
+            self.handles.iter().filter(|(name, _)| !generation.map(name).exists()).collect();
         if !missing.is_empty() {
             let failed = |source| MapsError::Directory(generation.dir().display().to_string(), source);
             std::fs::create_dir_all(generation.dir()).map_err(failed)?;
@@ -252,6 +263,7 @@ impl Maps {
             slots: self.slots.to_vec(),
             backends: self.backends.to_vec(),
             egress: self.egress.to_vec(),
+            pins: Pins::of(Arc::clone(&self.pins) as Arc<dyn PinWords>),
             interfaces: self.interfaces()?,
         })
     }
@@ -316,6 +328,12 @@ impl Maps {
     /// Reads what is counted, for whoever asks.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+}
+
+impl PinWords for Rows<PinRow> {
+    fn words(&self) -> &[AtomicU64] {
+        Rows::words(self)
     }
 }
 

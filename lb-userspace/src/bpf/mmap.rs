@@ -34,8 +34,19 @@ row!(
     lb_common::abi::TableState,
     lb_common::abi::SlotRow,
     lb_common::abi::Backend,
-    lb_common::abi::Egress
+    lb_common::abi::Egress,
+    PinRow,
+    LoadRow
 );
+
+/// A row of `XLB_PINS` and one of `XLB_LOADS`, as words.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct PinRow([u64; lb_common::abi::PINS_PER_BUCKET]);
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct LoadRow([u64; 2]);
 
 /// A shared, writable mapping of an array map made with BPF_F_MMAPABLE.
 #[derive(Debug)]
@@ -48,6 +59,8 @@ pub struct Rows<T: Row> {
 
 // SAFETY: the memory is shared with the kernel anyway; every access is an atomic word.
 unsafe impl<T: Row> Send for Rows<T> {}
+// SAFETY: as for Send.
+unsafe impl<T: Row> Sync for Rows<T> {}
 
 impl<T: Row> Rows<T> {
     const WORDS: usize = size_of::<T>() / 8;
@@ -78,6 +91,18 @@ impl<T: Row> Rows<T> {
         assert!(index < self.rows * Self::WORDS, "word {index} is outside of the map");
         // SAFETY: inside the mapping, which is page-aligned and lives as long as self.
         unsafe { AtomicU64::from_ptr(self.base.cast::<u64>().add(index).as_ptr()) }
+    }
+
+    /// All words of all rows, which others change meanwhile.
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the whole mapping, page-aligned, which lives as long as self; every access is an atomic word.
+        unsafe { std::slice::from_raw_parts(self.base.cast::<AtomicU64>().as_ptr(), self.rows * Self::WORDS) }
+    }
+
+    /// One word of a row, as it is now.
+    pub fn load_word(&self, row: usize, word: usize) -> u64 {
+        assert!(word < Self::WORDS);
+        self.word(row * Self::WORDS + word).load(Ordering::Acquire)
     }
 
     /// Stores one word of a row, whole, after everything that was stored before.

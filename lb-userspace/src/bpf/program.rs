@@ -275,7 +275,7 @@ pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Detached> {
 }
 
 fn new_meta(load_time: LoadTime) -> Meta {
-    let LoadTime { seed, features, icmp_rate } = load_time;
+    let LoadTime { seed, features, icmp_rate, pin_rate } = load_time;
     Meta {
         abi_version: ABI_VERSION,
         hash_version: HASH_VERSION,
@@ -283,6 +283,7 @@ fn new_meta(load_time: LoadTime) -> Meta {
         seed,
         features: features.bits(),
         icmp_rate,
+        pin_rate,
         ..Meta::default()
     }
 }
@@ -300,8 +301,9 @@ fn warn_of_moves(before: &Meta, seed: u64) {
 }
 
 fn load(generation: &Generation, capacity: &Capacity, meta: &Meta) -> Result<(Ebpf, Maps), DatapathError> {
-    let Meta { features, icmp_rate, seed, .. } = *meta;
-    let constants = Constants { features, icmp_rate, hash_keys: flow::keys(seed) };
+    let Meta { features, icmp_rate, pin_rate, seed, .. } = *meta;
+    let pin_mask = u64::from(capacity.pin_buckets) - 1;
+    let constants = Constants { features, icmp_rate, pin_rate, pin_mask, hash_keys: flow::keys(seed) };
     let rows = capacity.rows();
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::CONSTANTS, &constants, true);

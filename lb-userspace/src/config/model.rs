@@ -77,6 +77,8 @@ pub struct Limits {
     pub backends: u32,
     /// Slots of all tables together.
     pub slots: u32,
+    /// Flows that can be pinned at a time.
+    pub pins: u32,
 }
 
 /// The admin API on the unix socket.

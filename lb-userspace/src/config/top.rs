@@ -143,6 +143,9 @@ fn seed(fields: &Fields<'_>, report: &mut Report) -> u64 {
     }
 }
 
+/// 2 GiB of them.
+const MOST_PINS: u32 = 1 << 28;
+
 /// The limits, and where those that are written stand.
 pub(super) struct WrittenLimits {
     pub model: Limits,
@@ -151,12 +154,11 @@ pub(super) struct WrittenLimits {
 }
 
 fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
-    let model = Limits { vips: 2048, backends: 4096, slots: 1_048_576 };
+    let model = Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576 };
     let mut limits = WrittenLimits { model, vips: None, backends: None };
-    let want = "a mapping such as {vips: 2048, backends: 4096, slots: 1048576}";
-    let Some(fields) =
-        fields.get("limits").and_then(|at| at.fields(&["vips", "backends", "slots"], want, report))
-    else {
+    let want = "a mapping such as {vips: 2048, backends: 4096, slots: 1048576, pins: 1048576}";
+    let keys = &["vips", "backends", "slots", "pins"];
+    let Some(fields) = fields.get("limits").and_then(|at| at.fields(keys, want, report)) else {
         return limits;
     };
     let vips = |text| leaf::number(text, 1..=MOST_VIPS, "");
@@ -171,6 +173,10 @@ fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
     }
     if let Some(n) = fields.value("slots", "a number", leaf::slots, report) {
         limits.model.slots = n;
+    }
+    let pins = |text| leaf::number(text, 1..=MOST_PINS, "");
+    if let Some(n) = fields.value("pins", "a number", pins, report) {
+        limits.model.pins = n;
     }
     limits
 }

@@ -84,6 +84,9 @@ pub fn desired(config: &Config, world: &World) -> Desired {
     desired
 }
 
+/// Pins that a CPU makes in a second: more than it gets new flows, so that it bounds floods alone.
+const PIN_RATE: u64 = 250_000;
+
 /// What the program is loaded with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadTime {
@@ -91,17 +94,24 @@ pub struct LoadTime {
     pub features: Features,
     /// ICMP messages of a kind that a CPU sends in a second.
     pub icmp_rate: u64,
+    /// Pins of new flows, and of old ones, that a CPU makes in a second.
+    pub pin_rate: u64,
 }
 
 impl LoadTime {
     pub fn of(config: &Config) -> Self {
-        Self { seed: config.seed, features: features(config), icmp_rate: u64::from(config.icmp.rate) }
+        Self {
+            seed: config.seed,
+            features: features(config),
+            icmp_rate: u64::from(config.icmp.rate),
+            pin_rate: PIN_RATE,
+        }
     }
 
     /// What maps say of the program that goes by them.
     pub const fn of_meta(meta: &Meta) -> Self {
-        let Meta { seed, features, icmp_rate, .. } = *meta;
-        Self { seed, features: Features::from_bits(features), icmp_rate }
+        let Meta { seed, features, icmp_rate, pin_rate, .. } = *meta;
+        Self { seed, features: Features::from_bits(features), icmp_rate, pin_rate }
     }
 
     /// As it is, but able to do what another needs as well.

@@ -1,23 +1,25 @@
 //! A copy of the kernel's tables in ordinary memory: what has been applied, and the same `Tables`
 //! that a packet meets. Tests, `xlb lookup` and the plan all work on it.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use lb_common::abi::{
-    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Meta,
-    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow,
+    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load, Meta,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, PinBucket, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow,
     SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket,
     Vip6Bucket, VipWord,
 };
-use lb_common::allowance::Answer;
+use lb_common::allowance::Limited;
 use lb_common::flow;
 use lb_common::outcome::Outcome;
+use lb_common::pins::PinEvent;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 
 use super::op::MapOp;
+use super::pins::{Pins, coarse_ns};
 use crate::capacity::Capacity;
 use crate::lookup;
 
@@ -36,6 +38,8 @@ pub struct Image {
     pub slots: Vec<SlotRow>,
     pub backends: Vec<Backend>,
     pub egress: Vec<Egress>,
+    /// Not a copy: they change with every packet.
+    pub pins: Pins,
     pub interfaces: HashMap<u32, Interface>,
 }
 
@@ -43,7 +47,8 @@ impl Image {
     /// Fresh maps: all zero, but for the row that stands for the host's stack.
     pub fn empty(capacity: &Capacity, meta: Meta) -> Self {
         let mut backends = vec![Backend::default(); capacity.backend_rows as usize];
-        backends[usize::from(BACKEND_PASS)].kind = BackendKind::Pass as u8;
+        backends[usize::from(BACKEND_PASS)] =
+            Backend { kind: BackendKind::Pass as u8, flags: Backend::ACCEPTING, ..Backend::default() };
         Self {
             meta,
             vip_words: [0; VIP_WORDS as usize],
@@ -56,6 +61,7 @@ impl Image {
             slots: vec![SlotRow::default(); capacity.slot_rows as usize],
             backends,
             egress: vec![Egress::default(); capacity.egress_rows as usize],
+            pins: Pins::default(),
             interfaces: HashMap::new(),
         }
     }
@@ -148,6 +154,7 @@ pub struct Trail {
     pub outcomes: Vec<Outcome>,
     pub vip: Option<(u32, Traffic)>,
     pub backend: Option<(u16, Traffic)>,
+    pub pins: Vec<PinEvent>,
     /// The table, its word, the slot in it and the slot's word.
     pub table: Option<(u16, TableWord)>,
     pub slot: Option<(u32, Slot)>,
@@ -158,12 +165,14 @@ pub struct Trail {
 pub struct Traced<'i> {
     image: &'i Image,
     keys: [u64; HASH_KEYS],
+    /// The one bucket that a packet looks at, as it was then: what the packet writes stays here.
+    bucket: OnceCell<PinBucket>,
     trail: RefCell<Trail>,
 }
 
 impl<'i> Traced<'i> {
     pub fn new(image: &'i Image) -> Self {
-        Self { image, keys: flow::keys(image.meta.seed), trail: RefCell::default() }
+        Self { image, keys: flow::keys(image.meta.seed), bucket: OnceCell::new(), trail: RefCell::default() }
     }
 
     pub fn into_trail(self) -> Trail {
@@ -238,9 +247,40 @@ impl Tables for Traced<'_> {
         self.image.interfaces.get(&ifindex)
     }
 
-    /// As if this were the first message after a quiet time.
-    fn admit(&self, _: Answer) -> bool {
-        self.image.meta.icmp_rate > 0
+    fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {
+        Some(self.bucket.get_or_init(|| self.image.pins.bucket(spread)))
+    }
+
+    fn clock(&self) -> u64 {
+        coarse_ns()
+    }
+
+    fn add_failed(&self, _: u16) {}
+
+    fn closing(&self, table: u16) -> u64 {
+        self.image.table_states.get(usize::from(table)).map_or(0, |state| state.closing)
+    }
+
+    /// As if nobody else came.
+    fn next_turn(&self, table: u16) -> u32 {
+        self.image.table_states.get(usize::from(table)).map_or(0, |state| state.turn as u32)
+    }
+
+    fn random(&self) -> u32 {
+        0
+    }
+
+    fn load(&self, _: u16) -> Option<&Load> {
+        None
+    }
+
+    /// As if this were the first after a quiet time.
+    fn admit(&self, limited: Limited) -> bool {
+        limited.is_pin() || self.image.meta.icmp_rate > 0
+    }
+
+    fn count_pin(&self, event: PinEvent) {
+        self.trail.borrow_mut().pins.push(event);
     }
 
     fn count_outcome(&self, outcome: Outcome) {

@@ -8,6 +8,7 @@ pub mod desired;
 pub mod entries;
 pub mod image;
 pub mod op;
+pub mod pins;
 pub mod plan;
 
 #[cfg(test)]

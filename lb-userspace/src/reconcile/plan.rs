@@ -9,8 +9,8 @@ mod vips;
 use std::collections::{BTreeMap, HashMap};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
-    TableState, TableWord,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, Discipline, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2,
+    SLOTS_PER_ROW, TableState, TableWord,
 };
 use lb_common::slots::Slot;
 
@@ -222,7 +222,10 @@ impl Planner<'_> {
         let length = 1 << wanted.log2_length;
         let first_row = regions.take(length / SLOTS_PER_ROW).ok_or(PlanError::Slots { slots: length })?;
         self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words: words.collect() });
-        self.add.push(MapOp::SetTableWord { table, word: TableWord::new(first_row, wanted.log2_length) });
+        self.add.push(MapOp::SetTableWord {
+            table,
+            word: TableWord::new(first_row, wanted.log2_length, Discipline::Hash),
+        });
         self.moved |= word != TableWord::default();
         Ok(())
     }

@@ -1,18 +1,23 @@
 //! The maps, and `Tables` on them. lb-common's crate documentation says for each who writes it and
 //! what a packet sees meanwhile. Numbers of rows here are placeholders: the agent sets them.
 
+use core::sync::atomic::AtomicU64;
+
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use lb_common::abi::{
-    Allowance, Backend, Constants, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, MOST_INTERFACES,
-    Meta, OUTCOME_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, PortRule, PrefixLengths, RULES_PER_ROW,
-    RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6,
-    VIP_WORDS as WORDS, Vip4Bucket, Vip6Bucket, VipWord,
+    Allowance, Backend, Constants, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load,
+    MOST_INTERFACES, Meta, OUTCOME_ROWS, PIN_EVENT_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, PinBucket,
+    PortRule, PrefixLengths, RULES_PER_ROW, RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic,
+    VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS as WORDS, Vip4Bucket, Vip6Bucket, VipWord,
 };
-use lb_common::allowance::Answer;
+use lb_common::allowance::Limited;
+use lb_common::atomic;
+use lb_common::flow::FlowHash;
 use lb_common::outcome::Outcome;
+use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 
@@ -47,12 +52,45 @@ static VIP_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "XLB_BE_TRAFFIC")]
 static BACKEND_TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(1, 0);
 
+#[map(name = "XLB_PINS")]
+static PINS: Array<PinBucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "XLB_LOADS")]
+static LOADS: Array<Load> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "XLB_PIN_EVENTS")]
+static PIN_EVENTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(PIN_EVENT_ROWS, 0);
+
 #[map(name = "XLB_ALLOWANCES")]
-static ALLOWANCES: PerCpuArray<Allowance> = PerCpuArray::with_max_entries(Answer::ALL.len() as u32, 0);
+static ALLOWANCES: PerCpuArray<Allowance> = PerCpuArray::with_max_entries(Limited::ALL.len() as u32, 0);
 
 /// Replaced by the agent before the program is loaded, and known to the verifier from then on.
 #[unsafe(no_mangle)]
-static CONSTANTS: Constants = Constants { features: 0, icmp_rate: 0, hash_keys: [0; HASH_KEYS] };
+static CONSTANTS: Constants =
+    Constants { features: 0, icmp_rate: 0, pin_rate: 0, pin_mask: 0, hash_keys: [0; HASH_KEYS] };
+
+// Global functions: the verifier goes through each once, for any arguments, and knows nothing of what they give back.
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn decide(table: u64, asked: u32, hash: u64, slot: u32) -> u32 {
+    let (table, asked) = (TableWord::from_bits(table), Asked::from_bits(asked));
+    let (hash, slot) = (FlowHash::from_bits(hash), Slot::from_bits(slot));
+    pins::decide(&KernelTables, table, asked, hash, slot).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn attempt(table: u64, asked: u32, hash: u64, proposal: u64) -> u32 {
+    let (table, asked) = (TableWord::from_bits(table), Asked::from_bits(asked));
+    let (hash, proposal) = (FlowHash::from_bits(hash), Proposal::from_bits(proposal));
+    pins::attempt(&KernelTables, table, asked, hash, proposal).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn pick(table: u64, asked: u32, slot: u32) -> u32 {
+    let (table, asked) = (TableWord::from_bits(table), Asked::from_bits(asked));
+    u32::from(pins::pick(&KernelTables, table, asked, Slot::from_bits(slot)))
+}
 
 /// The balancer's maps.
 #[derive(Clone, Copy)]
@@ -156,12 +194,14 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn admit(&self, answer: Answer) -> bool {
-        let Some(allowance) = ALLOWANCES.get_ptr_mut(answer as u32) else { return false };
+    fn admit(&self, limited: Limited) -> bool {
+        let Some(allowance) = ALLOWANCES.get_ptr_mut(limited as u32) else { return false };
         // SAFETY: a helper without arguments.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: this CPU's own value; XDP runs do not nest on a CPU.
-        unsafe { &mut *allowance }.take(now, load(&CONSTANTS.icmp_rate))
+        let allowance = unsafe { &mut *allowance };
+        let rate = if limited.is_pin() { load(&CONSTANTS.pin_rate) } else { load(&CONSTANTS.icmp_rate) };
+        allowance.take(now, rate)
     }
 
     #[inline(always)]
@@ -180,5 +220,72 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn count_backend(&self, id: u16, bytes: u64) {
         count(&BACKEND_TRAFFIC, u32::from(id), bytes);
+    }
+
+    #[inline(always)]
+    fn decide(&self, table: TableWord, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
+        Verdict::from_bits(decide(table.bits(), asked.bits(), hash.bits(), slot.bits()))
+    }
+
+    #[inline(always)]
+    fn attempt(&self, table: TableWord, asked: Asked, hash: FlowHash, proposal: Proposal) -> Verdict {
+        Verdict::from_bits(attempt(table.bits(), asked.bits(), hash.bits(), proposal.bits()))
+    }
+
+    #[inline(always)]
+    fn pick(&self, table: TableWord, asked: Asked, slot: Slot) -> u16 {
+        pick(table.bits(), asked.bits(), slot.bits()) as u16
+    }
+
+    #[inline(always)]
+    fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {
+        PINS.get(spread & load(&CONSTANTS.pin_mask) as u32)
+    }
+
+    #[inline(always)]
+    fn clock(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    }
+
+    #[inline(always)]
+    fn add_failed(&self, table: u16) {
+        if let Some(state) = TABLE_STATES.get_ptr_mut(u32::from(table)) {
+            // SAFETY: an aligned word of a row that stays mapped; others change it atomically too.
+            atomic::add(unsafe { AtomicU64::from_ptr(&raw mut (*state).failed) }, 1);
+        }
+    }
+
+    #[inline(always)]
+    fn closing(&self, table: u16) -> u64 {
+        TABLE_STATES.get(u32::from(table)).map_or(0, |state| load(&state.closing))
+    }
+
+    #[inline(always)]
+    fn next_turn(&self, table: u16) -> u32 {
+        match TABLE_STATES.get_ptr_mut(u32::from(table)) {
+            // SAFETY: as in `add_failed`.
+            Some(state) => atomic::add(unsafe { AtomicU64::from_ptr(&raw mut (*state).turn) }, 1) as u32,
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn load(&self, id: u16) -> Option<&Load> {
+        LOADS.get(u32::from(id))
+    }
+
+    #[inline(always)]
+    fn count_pin(&self, event: PinEvent) {
+        if let Some(times) = PIN_EVENTS.get_ptr_mut(event as u32) {
+            // SAFETY: this CPU's own value; XDP runs do not nest on a CPU.
+            unsafe { *times = (*times).wrapping_add(1) };
+        }
     }
 }
