@@ -5,6 +5,7 @@ use super::model::{Fragments, Pool, Service};
 use super::network::WrittenSource;
 use super::pools::PoolDraft;
 use super::problem::{Place, Report};
+use super::quic;
 use super::services::ServiceDraft;
 use super::top::{MOST_BACKENDS, MOST_VIPS, WrittenLimits};
 use super::vips::{self, Vips};
@@ -35,6 +36,7 @@ pub(super) fn check(
         }
     }
     check_limits(pools, services, limits, report);
+    quic::check(pools, services, report);
     vips::check(services, &vips, limits, report);
 }
 
@@ -67,6 +69,22 @@ fn check_limits(pools: &[PoolDraft], services: &[ServiceDraft], limits: &Written
     }
 }
 
+/// The first service that uses each pool: that names it, or else one that may fall back to it.
+fn users<'s>(pools: &[PoolDraft], services: &'s [ServiceDraft]) -> Vec<Option<&'s ServiceDraft>> {
+    let mut named: Vec<Option<&ServiceDraft>> = vec![None; pools.len()];
+    for service in services {
+        if let Some(pool) = service.pool {
+            named[pool].get_or_insert(service);
+        }
+    }
+    let mut users = named.clone();
+    for (pool, user) in pools.iter().zip(named) {
+        let Some(user) = user else { continue };
+        pool.tiers.tiers.fallback.iter().for_each(|&fallback| _ = users[fallback].get_or_insert(user));
+    }
+    users
+}
+
 /// Gives every pool the port its backends are checked at, and warns of pools that nobody uses.
 pub(super) fn join(
     pools: Vec<PoolDraft>,
@@ -74,12 +92,7 @@ pub(super) fn join(
     defaults: &Health,
     report: &mut Report,
 ) -> (Vec<Pool>, Vec<Service>) {
-    let mut users: Vec<Option<&ServiceDraft>> = vec![None; pools.len()];
-    for service in &services {
-        if let Some(pool) = service.pool {
-            users[pool].get_or_insert(service);
-        }
-    }
+    let users = users(&pools, &services);
     let pools = pools.into_iter().zip(users).map(|(draft, user)| {
         let port = user.and_then(ServiceDraft::first_port);
         // Ports that are wrong have been reported.
@@ -101,7 +114,7 @@ pub(super) fn join(
                 ""
             };
             let message = format!("no service uses this pool{unchecked}");
-            let hint = format!("name it in a service (pool: {}), or remove it", draft.name);
+            let hint = format!("name it in a service (pool: {0}) or as a fallback, or remove it", draft.name);
             report.warn(draft.spot.place, &draft.spot.path, message, hint);
         }
         Pool {
@@ -109,6 +122,9 @@ pub(super) fn join(
             name: draft.name,
             forward: draft.forward,
             on_empty: draft.on_empty,
+            flows: draft.flows,
+            slow_start: draft.slow_start,
+            tiers: draft.tiers.tiers,
             backends: draft.backends.into_iter().map(|(backend, _)| backend).collect(),
         }
     });
@@ -122,6 +138,8 @@ pub(super) fn join(
             ports: draft.ports.into_iter().map(|(ports, _)| ports).collect(),
             protocols: draft.protocols,
             scheduler: draft.scheduler,
+            source_prefix: draft.source_prefix,
+            quic: draft.quic.map(|(quic, _)| quic),
             fragments: draft.fragments.map_or(Fragments::Drop, |(fragments, _)| fragments),
             unmapped: draft.unmapped.map(|(unmapped, _)| unmapped),
         })

@@ -48,13 +48,10 @@ pub(super) struct Health {
     times_unclear: bool,
 }
 
-pub(super) fn defaults(fields: &Fields<'_>, report: &mut Report) -> Health {
-    let want = "a mapping such as {health: {type: tcp}}";
-    let health = fields
-        .get("defaults")
-        .and_then(|at| at.fields(&["health"], want, report))
-        .and_then(|fields| fields.get("health"))
-        .map_or_else(Health::default, |at| read(&at, report));
+/// `fields`: those of `defaults:`.
+pub(super) fn defaults(fields: Option<&Fields<'_>>, report: &mut Report) -> Health {
+    let health =
+        fields.and_then(|fields| fields.get("health")).map_or_else(Health::default, |at| read(&at, report));
     check_times(&health, &Health::default(), report);
     health
 }

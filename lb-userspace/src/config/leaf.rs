@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::model::{Group, Ports, Vip};
+use super::model::{AtLeast, Group, Ports, ServerId, Vip};
 use super::network;
 use super::problem::show;
 use super::read::{Wrong, did_you_mean};
@@ -88,6 +88,48 @@ pub(super) fn vip(text: &str) -> Leaf<Vip> {
 
 pub(super) fn weight(text: &str) -> Leaf<u8> {
     number(text, 0..=100, " (0 takes no flows)").map(|n| u8::try_from(n).unwrap_or(100))
+}
+
+/// A part of all: a whole number with a percent sign.
+pub(super) fn percent(text: &str, range: RangeInclusive<u32>) -> Leaf<u8> {
+    let hint = format!("use {}%-{}%", range.start(), range.end());
+    let Some(digits) = text.strip_suffix('%') else {
+        return match number(text, range, "") {
+            Ok(n) => wrong(format!("{n} has no percent sign"), format!("write {n}%")),
+            Err(_) => not_allowed(text, hint),
+        };
+    };
+    match number(digits, range, "") {
+        Ok(n) => Ok(u8::try_from(n).unwrap_or(100)),
+        Err(_) => not_allowed(text, hint),
+    }
+}
+
+/// A number of backends, or a part of them.
+pub(super) fn at_least(text: &str, most: u32) -> Leaf<AtLeast> {
+    let found = match text.contains('%') {
+        true => percent(text, 1..=100).map(AtLeast::Percent),
+        false => number(text, 1..=most, "").map(AtLeast::Count),
+    };
+    found.or_else(|_| not_allowed(text, format!("use 1-{most}, or 1%-100%")))
+}
+
+/// The bytes of a server ID, in hex.
+pub(super) fn server_id(text: &str) -> Leaf<ServerId> {
+    let hint = "use 1-15 bytes in hex, such as \"0a01\"";
+    if let Some(rest) = text.strip_prefix("0x").filter(|rest| server_id(rest).is_ok()) {
+        return not_allowed(text, format!("leave out the 0x: {rest}"));
+    }
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pair = |pair: &[u8]| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    };
+    let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(pair).collect();
+    match bytes.and_then(ServerId::new) {
+        Some(id) => Ok(id),
+        None => not_allowed(text, hint),
+    }
 }
 
 /// `slots:`, which tables take in units of the smallest of them.
@@ -244,6 +286,16 @@ pub(super) fn duration(text: &str, range: RangeInclusive<Duration>) -> Leaf<Dura
         Some(duration) if range.contains(&duration) => Ok(duration),
         _ => not_allowed(text, allowed()),
     }
+}
+
+/// A duration, or none.
+pub(super) fn duration_or_never(text: &str, range: RangeInclusive<Duration>) -> Leaf<Option<Duration>> {
+    if text == "never" {
+        return Ok(None);
+    }
+    duration(text, range)
+        .map(Some)
+        .map_err(|Wrong { message, hint }| Wrong { message, hint: format!("{hint}; or use never") })
 }
 
 /// In the largest unit that divides it.

@@ -17,6 +17,7 @@
 
 mod access;
 mod cross;
+mod flows;
 mod health;
 mod leaf;
 mod marks;
@@ -25,9 +26,11 @@ mod network;
 mod places;
 mod pools;
 mod problem;
+mod quic;
 mod raw;
 mod read;
 mod services;
+mod tiers;
 mod top;
 mod vip;
 mod vips;

@@ -77,7 +77,7 @@ pub struct Limits {
     pub backends: u32,
     /// Slots of all tables together.
     pub slots: u32,
-    /// Flows that can be pinned at a time.
+    /// Flows that can be pinned at a time, a power of two.
     pub pins: u32,
 }
 
@@ -130,7 +130,139 @@ pub struct Pool {
     pub forward: Forward,
     pub check: Check,
     pub on_empty: OnEmpty,
+    pub flows: Flows,
+    /// How a backend that comes up gets its share; at once where there is none.
+    pub slow_start: Option<SlowStart>,
+    pub tiers: Tiers,
     pub backends: Vec<Backend>,
+}
+
+/// What becomes of flows whose backend takes no new ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flows {
+    pub idle_timeout: IdleTimeout,
+    pub on_down: OnDown,
+    /// With [`OnDown::Auto`]: from soft evidence (a timeout, a wrong answer) until flows move.
+    pub down_grace: Duration,
+    pub on_remove: OnRemove,
+    /// When the flows of a draining backend move; never where there is none.
+    pub drain_timeout: Option<Duration>,
+}
+
+impl Default for Flows {
+    fn default() -> Self {
+        Self {
+            idle_timeout: IdleTimeout::default(),
+            on_down: OnDown::Auto,
+            down_grace: Duration::from_secs(30),
+            on_remove: OnRemove::Drain,
+            drain_timeout: None,
+        }
+    }
+}
+
+/// How long a silent flow is protected once its slot has moved (T1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdleTimeout {
+    pub tcp: Duration,
+    pub udp: Duration,
+}
+
+impl IdleTimeout {
+    pub const fn of(self, protocol: Protocol) -> Duration {
+        match protocol {
+            Protocol::Tcp => self.tcp,
+            Protocol::Udp => self.udp,
+        }
+    }
+}
+
+impl Default for IdleTimeout {
+    fn default() -> Self {
+        Self { tcp: Duration::from_secs(15 * 60), udp: Duration::from_secs(60) }
+    }
+}
+
+/// What becomes of the old flows of a backend that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnDown {
+    /// Hard evidence moves them at once, soft evidence after a grace.
+    Auto,
+    /// They stay.
+    Keep,
+    /// They move at once.
+    Move,
+}
+
+/// What becomes of the old flows of a backend that left the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRemove {
+    /// They stay until they end, or until the drain's deadline.
+    Drain,
+    /// They move at once.
+    Move,
+}
+
+/// A share that rises over a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlowStart {
+    pub duration: Duration,
+    pub curve: Curve,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Curve {
+    Linear,
+    /// The square of the time's part: slower at first.
+    Square,
+}
+
+/// Pools that take the place of one that has too few backends up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tiers {
+    /// Indices into [`Config::pools`], in order of preference.
+    pub fallback: Vec<usize>,
+    /// Backends that must be up for a pool to be used.
+    pub min_healthy: AtLeast,
+    /// Percent: with fewer up than this, packets go to all backends of the pool in use. 0 is off.
+    pub panic: u8,
+    /// How long a better pool must have had enough up before it is used again.
+    pub failback_hold: Duration,
+}
+
+impl Default for Tiers {
+    fn default() -> Self {
+        let failback_hold = Duration::from_secs(60);
+        Self { fallback: Vec::new(), min_healthy: AtLeast::Count(1), panic: 0, failback_hold }
+    }
+}
+
+/// A number, or a part of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtLeast {
+    /// 1 or more.
+    Count(u32),
+    /// 1 to 100.
+    Percent(u8),
+}
+
+impl AtLeast {
+    /// How many of `all` it asks for; never none.
+    pub fn of(self, all: usize) -> usize {
+        match self {
+            Self::Count(count) => count as usize,
+            Self::Percent(percent) => (all * usize::from(percent)).div_ceil(100).max(1),
+        }
+    }
+}
+
+impl fmt::Display for AtLeast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(count) => write!(f, "{count}"),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
 }
 
 /// How a packet reaches its backend.
@@ -164,6 +296,36 @@ pub struct Backend {
     pub address: IpAddr,
     /// 0 to 100; 0 takes no new flows.
     pub weight: u8,
+    /// What names it in the connection IDs of QUIC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_id: Option<ServerId>,
+}
+
+/// 1 to 15 bytes (draft-ietf-quic-load-balancers, section 3).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ServerId(Vec<u8>);
+
+impl ServerId {
+    /// `None` where these are not 1 to 15 bytes.
+    pub fn new(bytes: Vec<u8>) -> Option<Self> {
+        (1..=15).contains(&bytes.len()).then_some(Self(bytes))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl Serialize for ServerId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +361,10 @@ pub struct Service {
     /// Index into `Config::pools`.
     pub pool: usize,
     pub scheduler: Scheduler,
+    /// With [`Scheduler::SourceHash`]: how much of the client's address counts.
+    pub source_prefix: SourcePrefix,
+    /// Packets of QUIC go by their connection IDs.
+    pub quic: Option<Quic>,
     pub fragments: Fragments,
     /// What it says of its VIPs. All services of a VIP that say it agree.
     pub unmapped: Option<Unmapped>,
@@ -216,6 +382,37 @@ pub enum Scheduler {
     Maglev,
     /// Over the client's address alone: all that a client sends goes to one backend.
     SourceHash,
+    /// New flows one after the other to all backends that take any.
+    RoundRobin,
+    /// The same, by weight.
+    WeightedRoundRobin,
+    /// New flows by chance, by weight.
+    Random,
+    /// New flows to the one of two backends with fewer flows for its weight; the two by chance, by weight.
+    LeastConnections,
+    /// New flows in turn, by weight and by how quickly checks are answered.
+    LeastResponseTime,
+}
+
+/// Bits of a client's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourcePrefix {
+    pub v4: u8,
+    pub v6: u8,
+}
+
+impl Default for SourcePrefix {
+    /// All.
+    fn default() -> Self {
+        Self { v4: 32, v6: 128 }
+    }
+}
+
+/// Connection IDs whose server ID is in plain text (draft-ietf-quic-load-balancers).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quic {
+    /// 0 to 6: the first three bits of a connection ID.
+    pub config_id: u8,
 }
 
 /// What becomes of fragments, which have no ports.
@@ -268,7 +465,14 @@ words! {
     Forward { Ipip = "ipip", Gue { port: DEFAULT_GUE_PORT } = "gue", L2 = "l2" }
     OnEmpty { Drop = "drop", Pass = "pass", All = "all" }
     Protocol { Tcp = "tcp", Udp = "udp" }
-    Scheduler { Maglev = "maglev", SourceHash = "source-hash" }
+    OnDown { Auto = "auto", Keep = "keep", Move = "move" }
+    OnRemove { Drain = "drain", Move = "move" }
+    Curve { Linear = "linear", Square = "square" }
+    Scheduler {
+        Maglev = "maglev", SourceHash = "source-hash", RoundRobin = "round-robin",
+        WeightedRoundRobin = "weighted-round-robin", Random = "random", LeastConnections = "least-connections",
+        LeastResponseTime = "least-response-time"
+    }
     Fragments { Drop = "drop", Balance = "balance" }
     Unmapped { Drop = "drop", Pass = "pass", Reject = "reject" }
 }
@@ -299,6 +503,11 @@ impl Config {
     /// The pool a service sends to.
     pub fn pool_of(&self, service: &Service) -> &Pool {
         &self.pools[service.pool]
+    }
+
+    /// The pools whose backends packets to a pool may meet: itself, then its fallbacks in order.
+    pub fn levels_of(&self, pool: usize) -> impl Iterator<Item = usize> + '_ {
+        std::iter::once(pool).chain(self.pools[pool].tiers.fallback.iter().copied())
     }
 
     /// Whether packets to the address belong to a service.

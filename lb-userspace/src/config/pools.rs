@@ -3,11 +3,15 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use super::flows;
 use super::health::{self, Health};
 use super::leaf;
-use super::model::{Backend, Forward, OnEmpty};
+use super::model::{Backend, Flows, Forward, OnEmpty, SlowStart};
 use super::problem::{Report, Spot};
+use super::quic;
 use super::read::{At, Fields};
+use super::tiers::{self, TiersDraft};
+use super::top::Defaults;
 
 const WANT_BACKENDS: &str = "a list of backends, such as [192.0.2.11, 192.0.2.12]";
 
@@ -20,11 +24,14 @@ pub(super) struct PoolDraft {
     pub forward: Forward,
     pub on_empty: OnEmpty,
     pub health: Health,
+    pub flows: Flows,
+    pub slow_start: Option<SlowStart>,
+    pub tiers: TiersDraft,
     /// With the place of the address.
     pub backends: Vec<(Backend, Spot)>,
 }
 
-pub(super) fn read(fields: &Fields<'_>, defaults: &Health, report: &mut Report) -> Vec<PoolDraft> {
+pub(super) fn read(fields: &Fields<'_>, defaults: &Defaults, report: &mut Report) -> Vec<PoolDraft> {
     let want = "a mapping from names to pools, such as {web: {forward: ipip, backends: [192.0.2.11]}}";
     let Some(at) = fields.get("pools") else {
         return Vec::new();
@@ -37,21 +44,25 @@ pub(super) fn read(fields: &Fields<'_>, defaults: &Health, report: &mut Report) 
         }
         pools.push(pool(name, spot, &at, defaults, report));
     }
+    tiers::resolve(&mut pools, report);
     pools
 }
 
-fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Health, report: &mut Report) -> PoolDraft {
+fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Defaults, report: &mut Report) -> PoolDraft {
     let mut draft = PoolDraft {
         spot,
         name: name.to_owned(),
         forward: Forward::Ipip,
         on_empty: OnEmpty::Drop,
         health: Health::default(),
+        flows: Flows::default(),
+        slow_start: None,
+        tiers: TiersDraft::default(),
         backends: Vec::new(),
     };
-    let keys = &["forward", "gue_port", "on_empty", "health", "backends"];
+    let keys = [&["forward", "gue_port", "on_empty", "health", "backends"], &flows::KEYS[..], &tiers::KEYS];
     let want = "a mapping such as {forward: ipip, backends: [192.0.2.11]}";
-    let Some(fields) = at.fields(keys, want, report) else {
+    let Some(fields) = at.fields(&keys.concat(), want, report) else {
         return draft;
     };
 
@@ -59,7 +70,10 @@ fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Health, report: &mut Rep
     let convert = |text| leaf::word(text, OnEmpty::WORDS, OnEmpty::ALL);
     let on_empty = fields.value("on_empty", "drop, pass or all", convert, report);
     draft.on_empty = on_empty.unwrap_or(draft.on_empty);
-    draft.health = health::of_pool(&fields, defaults, report);
+    draft.health = health::of_pool(&fields, &defaults.health, report);
+    draft.flows = flows::flows(&fields, defaults.idle_timeout, report);
+    draft.slow_start = flows::slow_start(&fields, report);
+    draft.tiers = tiers::tiers(&fields, report);
     draft.backends = backends(&fields, report);
     warn_of_no_backends(&fields, &draft, report);
     draft
@@ -125,6 +139,7 @@ fn backends(fields: &Fields<'_>, report: &mut Report) -> Vec<(Backend, Spot)> {
             found.push((backend, at));
         }
     }
+    quic::check_server_ids(&found, report);
     found
 }
 
@@ -133,15 +148,20 @@ fn backend(item: &At<'_>, report: &mut Report) -> Option<(Backend, Spot, Spot)> 
     let want = "an address, or a mapping such as {address: 192.0.2.11, weight: 50}";
     if item.is_scalar() {
         let address = item.value(want, leaf::address, report)?;
-        let backend = Backend { name: address.to_string(), address, weight: 100 };
+        let backend = Backend { name: address.to_string(), address, weight: 100, server_id: None };
         return Some((backend, item.spot(), item.spot()));
     }
-    let fields = item.fields(&["address", "weight", "name"], want, report)?;
+    let fields = item.fields(&["address", "weight", "name", "server_id"], want, report)?;
     let weight = fields.value("weight", "a number", leaf::weight, report).unwrap_or(100);
     let name = fields.value("name", "a name", leaf::name, report);
     let at = fields.need("address", "an address such as 192.0.2.11", report)?;
     let address = at.value("an address such as 192.0.2.11", leaf::address, report)?;
     let name_at = fields.get("name").unwrap_or_else(|| at.clone()).spot();
     let name = name.unwrap_or_else(|| address.to_string());
-    Some((Backend { name, address, weight }, at.spot(), name_at))
+    // Without its server ID it would be blamed for having none.
+    let server_id = match fields.get("server_id") {
+        Some(at) => Some(at.value("bytes in hex such as \"0a01\"", leaf::server_id, report)?),
+        None => None,
+    };
+    Some((Backend { name, address, weight, server_id }, at.spot(), name_at))
 }

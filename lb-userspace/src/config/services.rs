@@ -5,9 +5,10 @@ use std::fmt::Display;
 use std::hash::Hash;
 
 use super::leaf;
-use super::model::{Fragments, Ports, Protocol, Scheduler, Unmapped, Vip};
+use super::model::{Fragments, Ports, Protocol, Quic, Scheduler, SourcePrefix, Unmapped, Vip};
 use super::pools::PoolDraft;
 use super::problem::{Place, Report, Spot, show};
+use super::quic;
 use super::read::{At, Fields, Wrong, did_you_mean};
 
 const WANT: &str = "a list such as [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]";
@@ -22,6 +23,8 @@ pub(super) struct ServiceDraft {
     pub protocols: Vec<Protocol>,
     pub pool: Option<usize>,
     pub scheduler: Scheduler,
+    pub source_prefix: SourcePrefix,
+    pub quic: Option<(Quic, Spot)>,
     pub fragments: Option<(Fragments, Spot)>,
     pub unmapped: Option<(Unmapped, Spot)>,
 }
@@ -106,7 +109,18 @@ pub(super) fn refuse_absent(fields: &Fields<'_>, report: &mut Report) {
 }
 
 fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<ServiceDraft> {
-    let keys = &["name", "vip", "ports", "protocol", "pool", "scheduler", "fragments", "unmapped"];
+    let keys = &[
+        "name",
+        "vip",
+        "ports",
+        "protocol",
+        "pool",
+        "scheduler",
+        "source_prefix",
+        "quic",
+        "fragments",
+        "unmapped",
+    ];
     let want = "a mapping such as {name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}";
     let fields = item.fields(keys, want, report)?;
     let name = fields.need("name", "a name such as www", report);
@@ -119,7 +133,8 @@ fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<
     let protocol = |text: &str| leaf::word(text, Protocol::WORDS, Protocol::ALL);
     let protocols = several(&fields, "protocol", "tcp, udp or [tcp, udp]", protocol, report);
     let scheduler = |text: &str| leaf::word(text, Scheduler::WORDS, Scheduler::ALL);
-    let scheduler = fields.value("scheduler", "maglev or source-hash", scheduler, report);
+    let scheduler = fields.value("scheduler", "a word such as maglev or round-robin", scheduler, report);
+    let source_prefix = source_prefix(&fields, scheduler, report);
     let fragments = |text: &str| leaf::word(text, Fragments::WORDS, Fragments::ALL);
     let fragments = placed(&fields, "fragments", "drop or balance", fragments, report);
     let unmapped = |text: &str| leaf::word(text, Unmapped::WORDS, Unmapped::ALL);
@@ -129,17 +144,44 @@ fn service(item: &At<'_>, pools: &PoolNames<'_>, report: &mut Report) -> Option<
         .need("pool", "the name of a pool", report)
         .and_then(|at| at.value("the name of a pool", |text| pool(text, pools, full), report));
 
+    let protocols: Vec<Protocol> = protocols.into_iter().map(|(protocol, _)| protocol).collect();
+    let quic = quic::of_service(&fields, &protocols, report);
     Some(ServiceDraft {
         spot,
         name: name.unwrap_or_default(),
         vips,
         ports,
-        protocols: protocols.into_iter().map(|(protocol, _)| protocol).collect(),
+        protocols,
         pool,
         scheduler: scheduler.unwrap_or(Scheduler::Maglev),
+        source_prefix,
+        quic,
         fragments,
         unmapped,
     })
+}
+
+/// `scheduler` is none where it is not written, or wrong.
+fn source_prefix(fields: &Fields<'_>, scheduler: Option<Scheduler>, report: &mut Report) -> SourcePrefix {
+    let whole = SourcePrefix::default();
+    let want = "a mapping such as {v4: 24, v6: 56}";
+    let Some(at) = fields.get("source_prefix") else { return whole };
+    let wrong_scheduler = scheduler.is_none() && fields.get("scheduler").is_some();
+    if scheduler != Some(Scheduler::SourceHash) && !wrong_scheduler {
+        let message =
+            format!("is for scheduler: source-hash, but it is {}", scheduler.unwrap_or(Scheduler::Maglev));
+        report.error(at.key_place(), &at.path, message, "set scheduler: source-hash, or remove it");
+    }
+    let Some(fields) = at.fields(&["v4", "v6"], want, report) else { return whole };
+    let bits = |most: u8| {
+        move |text: &str| {
+            leaf::number(text, 1..=u32::from(most), " bits").map(|n| u8::try_from(n).unwrap_or(most))
+        }
+    };
+    SourcePrefix {
+        v4: fields.value("v4", "a number of bits", bits(whole.v4), report).unwrap_or(whole.v4),
+        v6: fields.value("v6", "a number of bits", bits(whole.v6), report).unwrap_or(whole.v6),
+    }
 }
 
 fn ports(fields: &Fields<'_>, report: &mut Report) -> Vec<(Ports, Spot)> {

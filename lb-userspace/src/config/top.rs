@@ -3,12 +3,13 @@
 use lb_common::allowance::MOST_RATE;
 
 use super::DEFAULT_SEED;
-use super::model::{Config, Icmp, Interface, Limits, Mode};
+use super::health::Health;
+use super::model::{Config, Icmp, IdleTimeout, Interface, Limits, Mode};
 use super::places::Places;
 use super::problem::{Place, Report, Spot};
 use super::raw::Node;
 use super::read::{At, Fields, Wrong};
-use super::{access, cross, health, leaf, network, pools, services};
+use super::{access, cross, flows, health, leaf, network, pools, services};
 
 const KEYS: &[&str] = &[
     "interfaces",
@@ -30,6 +31,10 @@ const KEYS: &[&str] = &[
 /// Most that `limits.backends` may name: a backend's number has 15 bits in a slot.
 pub(super) const MOST_BACKENDS: u32 = 32_766;
 pub(super) const MOST_VIPS: u32 = 32_768;
+/// A cache line holds eight pins; fewer than some hundred lines are no hash table.
+const LEAST_PINS: u32 = 4096;
+/// 1 GiB.
+const MOST_PINS: u32 = 1 << 27;
 
 /// What is wrong in one place does not keep the others from being checked. The result is valid
 /// only if no error was reported.
@@ -42,7 +47,7 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
     let limits = limits(&fields, report);
     let api = access::api(&fields, report);
     let metrics = access::metrics(&fields, report);
-    let defaults = health::defaults(&fields, report);
+    let defaults = Defaults::read(&fields, report);
     let pools = pools::read(&fields, &defaults, report);
     let services = services::read(&fields, &pools, report);
     let vip_arp = switch(&fields, "vip_arp", report);
@@ -51,14 +56,14 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
     let trace = switch(&fields, "trace", report);
     let seed = seed(&fields, report);
 
-    health::unused_defaults(&defaults, &pools, report);
+    health::unused_defaults(&defaults.health, &pools, report);
     access::refuse_vips(&metrics, &services, report);
     cross::check(&pools, &services, &outer_source, &limits, report);
     let places = Places::new(report.file(), spots, &pools, &services);
     if vip_arp {
         services::warn_of_answered_prefixes(&services, report);
     }
-    let (pools, services) = cross::join(pools, services, &defaults, report);
+    let (pools, services) = cross::join(pools, services, &defaults.health, report);
     services::refuse_absent(&fields, report);
     let config = Config {
         interfaces,
@@ -75,6 +80,24 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
         services,
     };
     Some((config, places))
+}
+
+/// What pools take over, key by key.
+pub(super) struct Defaults {
+    pub health: Health,
+    pub idle_timeout: IdleTimeout,
+}
+
+impl Defaults {
+    fn read(fields: &Fields<'_>, report: &mut Report) -> Self {
+        let want = "a mapping such as {health: {type: tcp}}";
+        let fields =
+            fields.get("defaults").and_then(|at| at.fields(&["health", "idle_timeout"], want, report));
+        let health = health::defaults(fields.as_ref(), report);
+        let built_in = IdleTimeout::default();
+        let idle_timeout = fields.map_or(built_in, |fields| flows::idle_timeout(&fields, built_in, report));
+        Self { health, idle_timeout }
+    }
 }
 
 fn interfaces(fields: &Fields<'_>, report: &mut Report) -> Vec<(Interface, Spot)> {
@@ -143,9 +166,6 @@ fn seed(fields: &Fields<'_>, report: &mut Report) -> u64 {
     }
 }
 
-/// 2 GiB of them.
-const MOST_PINS: u32 = 1 << 28;
-
 /// The limits, and where those that are written stand.
 pub(super) struct WrittenLimits {
     pub model: Limits,
@@ -174,9 +194,9 @@ fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
     if let Some(n) = fields.value("slots", "a number", leaf::slots, report) {
         limits.model.slots = n;
     }
-    let pins = |text| leaf::number(text, 1..=MOST_PINS, "");
+    let pins = |text| leaf::number(text, LEAST_PINS..=MOST_PINS, "");
     if let Some(n) = fields.value("pins", "a number", pins, report) {
-        limits.model.pins = n;
+        limits.model.pins = n.next_power_of_two();
     }
     limits
 }

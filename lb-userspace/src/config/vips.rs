@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use lb_common::abi::{MOST_PORT_RULES, MOST_PREFIX_LENGTHS};
 
-use super::model::{Fragments, Ports, Protocol, Scheduler, Unmapped, Vip};
+use super::model::{Fragments, Ports, Protocol, Scheduler, SourcePrefix, Unmapped, Vip};
 use super::problem::{Report, Spot};
 use super::services::ServiceDraft;
 use super::top::WrittenLimits;
@@ -240,14 +240,14 @@ fn check_rules(services: &[ServiceDraft], vips: &Vips<'_>, report: &mut Report) 
 
 /// Fragments have no ports: who takes them must not depend on ports.
 fn check_fragments(services: &[ServiceDraft], vips: &Vips<'_>, report: &mut Report) {
-    // Of each VIP and protocol, the first service of each table that packets go to.
-    type Tables = BTreeMap<(Option<usize>, Scheduler), usize>;
+    // Of each VIP and protocol, the first service of each table, and way to choose in it, that packets go to.
+    type Tables = BTreeMap<(Option<usize>, Scheduler, SourcePrefix), usize>;
     let mut tables: HashMap<(Vip, Protocol), Tables> = HashMap::new();
     for (index, service) in services.iter().enumerate() {
         for (vip, _) in &service.vips {
             for protocol in &service.protocols {
                 let tables = tables.entry((*vip, *protocol)).or_default();
-                tables.entry((service.pool, service.scheduler)).or_insert(index);
+                tables.entry((service.pool, service.scheduler, service.source_prefix)).or_insert(index);
             }
         }
     }
@@ -263,7 +263,7 @@ fn check_fragments(services: &[ServiceDraft], vips: &Vips<'_>, report: &mut Repo
             report.error(at.place, &at.path, message, "list its addresses in a service of their own");
             continue;
         }
-        let wanted = (service.pool, service.scheduler);
+        let wanted = (service.pool, service.scheduler, service.source_prefix);
         let others = service
             .vips
             .iter()
@@ -273,8 +273,13 @@ fn check_fragments(services: &[ServiceDraft], vips: &Vips<'_>, report: &mut Repo
             let other = tables.iter().find(|(table, _)| table.0.is_some() && **table != wanted)?;
             Some((key, *other.0, *other.1))
         });
-        if let Some(((vip, protocol), (pool, _), other)) = other.filter(|_| service.pool.is_some()) {
-            let differs = if pool == service.pool { "has another scheduler" } else { "goes to another pool" };
+        if let Some(((vip, protocol), (pool, scheduler, _), other)) = other.filter(|_| service.pool.is_some())
+        {
+            let differs = match pool == service.pool {
+                false => "goes to another pool",
+                true if scheduler == service.scheduler => "has another source_prefix",
+                true => "has another scheduler",
+            };
             let other = &services[other];
             let message = format!(
                 "fragments of {vip} {protocol} have no ports, but {} at {} {differs}",

@@ -79,8 +79,13 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
     for service in &config.services {
         let pool = config.pool_of(service);
         let flags = match service.scheduler {
-            Scheduler::Maglev => 0,
             Scheduler::SourceHash => VipTarget::SOURCE_HASH,
+            Scheduler::Maglev
+            | Scheduler::RoundRobin
+            | Scheduler::WeightedRoundRobin
+            | Scheduler::Random
+            | Scheduler::LeastConnections
+            | Scheduler::LeastResponseTime => 0,
         };
         let identity = |&protocol| table_identity(pool, protocol, service.scheduler);
         let tables: Vec<u64> = service.protocols.iter().map(identity).collect();

@@ -25,12 +25,12 @@ use super::op::MapOp;
 use super::plan::{PlanError, VipEntry, counter_rows, plan, ports, present_vips};
 use crate::capacity::Capacity;
 use crate::config::model::{
-    Api, Backend, Check, CheckKind, Config, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty, OuterSource,
-    Pool, Ports, Protocol, Scheduler, Service, Unmapped, Vip,
+    Api, Backend, Check, CheckKind, Config, Flows, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty,
+    OuterSource, Pool, Ports, Protocol, Scheduler, Service, SourcePrefix, Tiers, Unmapped, Vip,
 };
 use crate::nexthop::NextHop;
 
-const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12 };
+const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12, pins: 4096 };
 const INGRESS: u32 = 1;
 
 // ---- States of the world -------------------------------------------------------------------------
@@ -157,6 +157,8 @@ impl ServiceState {
             protocols: self.protocols.clone(),
             pool,
             scheduler: if source_hash { Scheduler::SourceHash } else { Scheduler::Maglev },
+            source_prefix: SourcePrefix::default(),
+            quic: None,
             fragments: if source_hash { Fragments::Balance } else { Fragments::Drop },
             unmapped,
         }
@@ -169,6 +171,7 @@ impl PoolState {
             name: host.to_string(),
             address: backend_address(host),
             weight,
+            server_id: None,
         };
         Pool {
             name: format!("pool-{}", self.name),
@@ -182,6 +185,9 @@ impl PoolState {
                 fall: 1,
             },
             on_empty: self.on_empty,
+            flows: Flows::default(),
+            slow_start: None,
+            tiers: Tiers::default(),
             backends: self.backends.iter().map(backend).collect(),
         }
     }

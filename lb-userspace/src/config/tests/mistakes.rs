@@ -2,7 +2,7 @@
 
 use super::{errors, warnings};
 
-type Row = (&'static str, &'static str, &'static [&'static str]);
+pub(super) type Row = (&'static str, &'static str, &'static [&'static str]);
 
 #[test]
 fn every_mistake_is_told_with_its_place_and_a_way_out() {
@@ -190,7 +190,7 @@ const TEXT: &[Row] = &[
     (
         "an unknown key that is near none",
         "interfaces: [eth0]\nlimits: {memory: 1}\n",
-        &["xlb.yaml:2:10 limits.memory: is not a known key; use vips, backends or slots"],
+        &["xlb.yaml:2:10 limits.memory: is not a known key; use vips, backends, slots or pins"],
     ),
     (
         "a colon without a space",
@@ -465,7 +465,7 @@ const TOP: &[Row] = &[
         "limits as a number",
         "interfaces: [eth0]\nlimits: 4096\n",
         &[
-            "xlb.yaml:2:9 limits: 4096 is not allowed here; use a mapping such as {vips: 2048, backends: 4096, slots: 1048576}",
+            "xlb.yaml:2:9 limits: 4096 is not allowed here; use a mapping such as {vips: 2048, backends: 4096, slots: 1048576, pins: 1048576}",
         ],
     ),
     (
@@ -1180,7 +1180,9 @@ const SERVICES: &[Row] = &[
     (
         "an unknown scheduler",
         "interfaces: [eth0]\npools: {web: {forward: ipip}}\nservices:\n- {name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web, scheduler: rr}\n",
-        &["xlb.yaml:4:82 services[0].scheduler: rr is not allowed; use maglev or source-hash"],
+        &[
+            "xlb.yaml:4:82 services[0].scheduler: rr is not allowed; use maglev, source-hash, round-robin, weighted-round-robin, random, least-connections or least-response-time",
+        ],
     ),
     (
         "a VIP that is multicast",
@@ -1260,14 +1262,14 @@ const WARNINGS: &[Row] = &[
         "a pool that no service uses",
         "interfaces: [eth0]\nseed: 1\npools:\n  web: {forward: ipip, backends: [10.0.0.1]}\n  old: {forward: ipip, backends: [10.0.0.2]}\nservices: [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]\n",
         &[
-            "xlb.yaml:5:3 pools.old: no service uses this pool, and its backends are not checked; name it in a service (pool: old), or remove it",
+            "xlb.yaml:5:3 pools.old: no service uses this pool, and its backends are not checked; name it in a service (pool: old) or as a fallback, or remove it",
         ],
     ),
     (
         "an unused pool with a port of its own",
         "interfaces: [eth0]\nseed: 1\npools:\n  web: {forward: ipip, backends: [10.0.0.1]}\n  old: {forward: ipip, health: {port: 80}, backends: [10.0.0.2]}\nservices: [{name: www, vip: 203.0.113.10, ports: 80, protocol: tcp, pool: web}]\n",
         &[
-            "xlb.yaml:5:3 pools.old: no service uses this pool; name it in a service (pool: old), or remove it",
+            "xlb.yaml:5:3 pools.old: no service uses this pool; name it in a service (pool: old) or as a fallback, or remove it",
         ],
     ),
 ];

@@ -44,8 +44,15 @@ fn every_key_arrives_in_the_model() {
     assert!(
         warnings.iter().all(|warning| warning.message.starts_with("vip_arp answers for every address of "))
     );
-    let backend =
-        |name: &str, address, weight| Backend { name: name.to_owned(), address: ip(address), weight };
+    let backend = |name: &str, address, weight| Backend {
+        name: name.to_owned(),
+        address: ip(address),
+        weight,
+        server_id: None,
+    };
+    let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+    let web_flows =
+        Flows { idle_timeout: IdleTimeout { tcp: minutes(20), udp: minutes(1) }, ..Flows::default() };
     let web = Pool {
         name: "web".to_owned(),
         forward: Forward::Ipip,
@@ -62,6 +69,9 @@ fn every_key_arrives_in_the_model() {
             fall: 3,
         },
         on_empty: OnEmpty::Pass,
+        flows: web_flows,
+        slow_start: None,
+        tiers: Tiers::default(),
         backends: vec![
             backend("10.0.1.11", "10.0.1.11", 100),
             backend("10.0.1.12", "10.0.1.12", 100),
@@ -80,7 +90,42 @@ fn every_key_arrives_in_the_model() {
             fall: 3,
         },
         on_empty: OnEmpty::Drop,
+        flows: Flows {
+            idle_timeout: IdleTimeout { tcp: Duration::from_secs(10), udp: minutes(12 * 60) },
+            on_down: OnDown::Auto,
+            down_grace: Duration::from_secs(5),
+            on_remove: OnRemove::Move,
+            drain_timeout: Some(minutes(60)),
+        },
+        slow_start: Some(SlowStart { duration: Duration::from_secs(90), curve: Curve::Square }),
+        tiers: Tiers {
+            fallback: vec![0, 2],
+            min_healthy: AtLeast::Percent(50),
+            panic: 20,
+            failback_hold: minutes(2),
+        },
         backends: vec![backend("10.0.2.1", "10.0.2.1", 100), backend("2001:db8:2::1", "2001:db8:2::1", 100)],
+    };
+    let with_id = |address, id: [u8; 2]| Backend {
+        server_id: ServerId::new(id.to_vec()),
+        ..backend(address, address, 100)
+    };
+    let far = Pool {
+        name: "far".to_owned(),
+        forward: Forward::Ipip,
+        check: Check {
+            kind: CheckKind::Tcp,
+            port: 443,
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_secs(1),
+            rise: 2,
+            fall: 3,
+        },
+        on_empty: OnEmpty::Drop,
+        flows: Flows { on_down: OnDown::Keep, ..web_flows },
+        slow_start: Some(SlowStart { duration: Duration::from_secs(30), curve: Curve::Linear }),
+        tiers: Tiers::default(),
+        backends: vec![with_id("10.0.3.1", [0x0a, 1]), with_id("10.0.3.2", [0, 0xff])],
     };
     let interface = |name: &str, mode| Interface { name: name.to_owned(), mode };
     let expected = Config {
@@ -91,20 +136,20 @@ fn every_key_arrives_in_the_model() {
         vlan: true,
         icmp: Icmp { echo: false, rate: 100 },
         trace: false,
-        limits: Limits { vips: 100, backends: 200, slots: 65536 },
-        api: Api { group: Some(written(Group::Name("netops".into()), 40, 14, "api.group")) },
+        limits: Limits { vips: 100, backends: 200, slots: 65536, pins: 131_072 },
+        api: Api { group: Some(written(Group::Name("netops".into()), 60, 14, "api.group")) },
         metrics: Metrics {
             listen: vec![
-                written(([127, 0, 0, 1], 9465).into(), 41, 20, "metrics.listen[0]"),
+                written(([127, 0, 0, 1], 9465).into(), 61, 20, "metrics.listen[0]"),
                 written(
                     ("::1".parse::<IpAddr>().expect("an address"), 9465).into(),
-                    41,
+                    61,
                     38,
                     "metrics.listen[1]",
                 ),
             ],
         },
-        pools: vec![web, dns],
+        pools: vec![web, dns, far],
         services: vec![
             Service {
                 name: "www".to_owned(),
@@ -113,6 +158,8 @@ fn every_key_arrives_in_the_model() {
                 protocols: vec![Protocol::Tcp],
                 pool: 0,
                 scheduler: Scheduler::Maglev,
+                source_prefix: SourcePrefix::default(),
+                quic: None,
                 fragments: Fragments::Drop,
                 unmapped: None,
             },
@@ -123,6 +170,8 @@ fn every_key_arrives_in_the_model() {
                 protocols: vec![Protocol::Udp, Protocol::Tcp],
                 pool: 1,
                 scheduler: Scheduler::Maglev,
+                source_prefix: SourcePrefix::default(),
+                quic: None,
                 fragments: Fragments::Drop,
                 unmapped: None,
             },
@@ -133,6 +182,8 @@ fn every_key_arrives_in_the_model() {
                 protocols: vec![Protocol::Tcp],
                 pool: 0,
                 scheduler: Scheduler::Maglev,
+                source_prefix: SourcePrefix::default(),
+                quic: None,
                 fragments: Fragments::Drop,
                 unmapped: Some(Unmapped::Reject),
             },
@@ -143,8 +194,22 @@ fn every_key_arrives_in_the_model() {
                 protocols: vec![Protocol::Udp],
                 pool: 0,
                 scheduler: Scheduler::SourceHash,
+                source_prefix: SourcePrefix { v4: 24, v6: 56 },
+                quic: None,
                 fragments: Fragments::Balance,
                 unmapped: Some(Unmapped::Pass),
+            },
+            Service {
+                name: "http3".to_owned(),
+                vips: vec![ip("203.0.113.98").into()],
+                ports: vec![Ports::Port(443)],
+                protocols: vec![Protocol::Udp],
+                pool: 2,
+                scheduler: Scheduler::Maglev,
+                source_prefix: SourcePrefix::default(),
+                quic: Some(Quic { config_id: 3 }),
+                fragments: Fragments::Drop,
+                unmapped: None,
             },
         ],
     };
@@ -228,11 +293,22 @@ fn what_the_file_leaves_out_has_its_documented_default() {
     assert_eq!(warnings, []);
     let defaults = (config.vip_arp, config.trace, config.outer_source);
     assert_eq!(defaults, (false, false, OuterSource::default()));
-    assert_eq!(config.limits, Limits { vips: 2048, backends: 4096, slots: 1_048_576 });
+    assert_eq!(config.limits, Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576 });
     assert_eq!((config.api, config.metrics), (Api::default(), Metrics::default()));
     assert_eq!(config.interfaces[0].mode, Mode::Auto);
     let pool = &config.pools[0];
     assert_eq!((pool.on_empty, pool.backends[0].weight), (OnEmpty::Drop, 100));
+    assert_eq!((pool.flows, pool.slow_start, &pool.tiers), (Flows::default(), None, &Tiers::default()));
+    let seconds = Duration::from_secs;
+    assert_eq!(pool.flows.idle_timeout, IdleTimeout { tcp: seconds(900), udp: seconds(60) });
+    assert_eq!((pool.flows.on_down, pool.flows.down_grace), (OnDown::Auto, seconds(30)));
+    assert_eq!((pool.flows.on_remove, pool.flows.drain_timeout), (OnRemove::Drain, None));
+    assert_eq!((pool.tiers.min_healthy, pool.tiers.panic), (AtLeast::Count(1), 0));
+    assert_eq!(pool.tiers.failback_hold, seconds(60));
+    assert_eq!(
+        (config.services[0].source_prefix, config.services[0].quic),
+        (SourcePrefix { v4: 32, v6: 128 }, None)
+    );
     assert_eq!(config.services[0].scheduler, Scheduler::Maglev);
     let check = Check {
         kind: CheckKind::Tcp,
@@ -371,10 +447,10 @@ fn what_the_host_finds_fault_with_is_told_with_its_place() {
     let Loaded { places, .. } = loaded(GOOD);
     for (subject, expected) in [
         (Subject::Interface(1), "xlb.yaml:2:27 interfaces[1].name: m; h"),
-        (Subject::Backend(0, 2), "xlb.yaml:19:19 pools.web.backends[2].address: m; h"),
-        (Subject::Backend(1, 1), "xlb.yaml:23:26 pools.dns.backends[1]: m; h"),
-        (Subject::Vip(0, 1), "xlb.yaml:26:25 services[0].vip[1]: m; h"),
-        (Subject::Vip(1, 0), "xlb.yaml:32:10 services[1].vip: m; h"),
+        (Subject::Backend(0, 2), "xlb.yaml:20:19 pools.web.backends[2].address: m; h"),
+        (Subject::Backend(1, 1), "xlb.yaml:34:26 pools.dns.backends[1]: m; h"),
+        (Subject::Vip(0, 1), "xlb.yaml:45:25 services[0].vip[1]: m; h"),
+        (Subject::Vip(1, 0), "xlb.yaml:51:10 services[1].vip: m; h"),
     ] {
         assert_eq!(places.problem(subject, "m", "h").to_string(), expected);
     }

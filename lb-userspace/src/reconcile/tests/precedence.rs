@@ -124,6 +124,8 @@ fn valid(base: &State, drafts: Vec<Draft>) -> Config {
             protocols,
             pool: index % config.pools.len(),
             scheduler: Scheduler::Maglev,
+            source_prefix: SourcePrefix::default(),
+            quic: None,
             fragments: Fragments::Drop,
             unmapped,
         };
