@@ -826,10 +826,11 @@ impl Pin {
         (self.0 >> 17) as u16 & 0x7fff
     }
 
-    /// Units of age since it was used.
+    /// Units of age since it was used; 0 where another CPU's clock was a little ahead.
     #[inline(always)]
     pub const fn idle(self, now: u16) -> u32 {
-        (now.wrapping_sub(self.age()) & 0x7fff) as u32
+        let idle = (now.wrapping_sub(self.age()) & 0x7fff) as u32;
+        if idle < Self::AGES - Self::AGES / 8 { idle } else { 0 }
     }
 
     #[inline(always)]
@@ -937,7 +938,7 @@ mod tests {
             let pin = Pin::new(0xdead_beef, 0x7abc, state, 0x7fff);
             assert_eq!((pin.tag(), pin.backend(), pin.age()), (0xdead_beef, 0x7abc, 0x7fff));
             assert_eq!(pin.state(), state);
-            assert_eq!(pin.idle(3), 4);
+            assert_eq!((pin.idle(3), pin.idle(0x7ffe)), (4, 0));
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -23,6 +24,7 @@ use crate::capacity::Capacity;
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::{PinWords, Pins};
+use crate::reconcile::sweep::drop_pins;
 
 /// Why maps could not be opened, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,13 @@ pub type RowPairs = Vec<(u32, u32)>;
 
 /// Of arrays that the agent has in its memory (kernel uapi).
 const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// Words of `TableState`, and a byte of `Backend`.
+const STATE_FAILED: usize = offset_of!(TableState, failed) / 8;
+const STATE_CLOSING: usize = offset_of!(TableState, closing) / 8;
+const STATE_TURN: usize = offset_of!(TableState, turn) / 8;
+const STATE_POOLS: usize = offset_of!(TableState, pools) / 8;
+const FLAGS: usize = offset_of!(Backend, flags);
 
 /// All maps of the balancer, open.
 pub struct Maps {
@@ -263,7 +272,8 @@ impl Maps {
             slots: self.slots.to_vec(),
             backends: self.backends.to_vec(),
             egress: self.egress.to_vec(),
-            pins: Pins::of(Arc::clone(&self.pins) as Arc<dyn PinWords>),
+            load_weights: (0..self.loads.len()).map(|id| self.loads.load_word(id, 1)).collect(),
+            pins: self.pins(),
             interfaces: self.interfaces()?,
         })
     }
@@ -273,10 +283,39 @@ impl Maps {
         rows.map_err(|error| MapsError::Map(map::INTERFACES, error))
     }
 
-    /// Carries out one operation. Only the resets of counters can fail.
-    pub fn apply(&mut self, op: &MapOp) -> Result<(), MapsError> {
+    /// A view of the pins.
+    pub fn pins(&self) -> Pins {
+        Pins::of(Arc::clone(&self.pins) as Arc<dyn PinWords>)
+    }
+
+    /// What packets write into the state of a table: pins that failed, turns taken.
+    pub fn failed_and_turn(&self, table: u16) -> (u64, u64) {
+        let word = |word| self.table_states.load_word(usize::from(table), word);
+        (word(STATE_FAILED), word(STATE_TURN))
+    }
+
+    /// Sets right how many flows a backend has, by a count of its pins.
+    pub fn set_active(&self, id: u16, active: u64) {
+        self.loads.store_word(usize::from(id), 0, active);
+    }
+
+    /// Carries out one operation; false where the rest of its sequence must not be. Only the resets of counters can
+    /// fail.
+    pub fn apply(&mut self, op: &MapOp) -> Result<bool, MapsError> {
         fail_point!("apply");
         match op {
+            MapOp::SetClosing { table, closing } => {
+                self.table_states.store_word(usize::from(*table), STATE_CLOSING, *closing);
+            }
+            MapOp::SetPools { table, pools } => {
+                for (word, bits) in (STATE_POOLS..).zip(pools) {
+                    self.table_states.store_word(usize::from(*table), word, *bits);
+                }
+            }
+            MapOp::ExpectFailed { table, failed } => return Ok(self.failed_and_turn(*table).0 == *failed),
+            MapOp::SetFlags { id, flags } => self.backends.store_byte(usize::from(*id), FLAGS, *flags),
+            MapOp::DropPins { id } => _ = drop_pins(self.pins.words(), *id),
+            MapOp::SetLoadWeight { id, weight } => self.loads.store_word(usize::from(*id), 1, *weight),
             MapOp::WriteEgress { row, egress } => self.egress.store(usize::from(*row), egress),
             MapOp::WriteBackend { id, backend } => self.backends.store(usize::from(*id), backend),
             MapOp::SetPath { id, path } => self.backends.store_word(usize::from(*id), 0, path.bits()),
@@ -307,7 +346,7 @@ impl Maps {
             MapOp::SetVipWord6 { word } => self.vip_words.store_word(VIP_WORD_V6 as usize, 0, word.bits()),
             MapOp::Grace => grace(),
         }
-        Ok(())
+        Ok(true)
     }
 
     pub fn interface(&self, ifindex: u32) -> Option<Interface> {

@@ -7,7 +7,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// What may lie in a row.
 ///
@@ -117,6 +117,18 @@ impl<T: Row> Rows<T> {
         // SAFETY: inside the mapping, which is page-aligned and lives as long as self.
         let half = unsafe { AtomicU32::from_ptr(self.base.cast::<u32>().add(index).as_ptr()) };
         half.store(value, Ordering::Release);
+    }
+
+    /// Stores one byte of a row.
+    pub fn store_byte(&self, row: usize, byte: usize, value: u8) {
+        assert!(row < self.rows && byte < size_of::<T>());
+        // SAFETY: inside the mapping, which lives as long as self.
+        let place = unsafe { AtomicU8::from_ptr(self.base.add(row * size_of::<T>() + byte).as_ptr()) };
+        place.store(value, Ordering::Release);
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows
     }
 
     /// Fills a row, word by word: for rows that no packet reads yet.

@@ -38,6 +38,8 @@ pub struct Image {
     pub slots: Vec<SlotRow>,
     pub backends: Vec<Backend>,
     pub egress: Vec<Egress>,
+    /// `Load::weight` of each backend id.
+    pub load_weights: Vec<u64>,
     /// Not a copy: they change with every packet.
     pub pins: Pins,
     pub interfaces: HashMap<u32, Interface>,
@@ -61,6 +63,7 @@ impl Image {
             slots: vec![SlotRow::default(); capacity.slot_rows as usize],
             backends,
             egress: vec![Egress::default(); capacity.egress_rows as usize],
+            load_weights: vec![0; capacity.backend_rows as usize],
             pins: Pins::default(),
             interfaces: HashMap::new(),
         }
@@ -143,7 +146,15 @@ impl Image {
                 self.vip_words[PREFIX_LENGTHS_V6 as usize] = lengths.bits();
             }
             MapOp::SetFilterWord { index, bits } => self.vip_filter[*index as usize] = *bits,
-            MapOp::ResetBackendTraffic { .. } | MapOp::ResetVipTraffic { .. } | MapOp::Grace => {}
+            MapOp::SetClosing { table, closing } => self.table_states[usize::from(*table)].closing = *closing,
+            MapOp::SetPools { table, pools } => self.table_states[usize::from(*table)].pools = *pools,
+            MapOp::SetFlags { id, flags } => self.backends[usize::from(*id)].flags = *flags,
+            MapOp::SetLoadWeight { id, weight } => self.load_weights[usize::from(*id)] = *weight,
+            MapOp::ResetBackendTraffic { .. }
+            | MapOp::ResetVipTraffic { .. }
+            | MapOp::ExpectFailed { .. }
+            | MapOp::DropPins { .. }
+            | MapOp::Grace => {}
         }
     }
 }

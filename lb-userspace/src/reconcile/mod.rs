@@ -7,9 +7,11 @@
 pub mod desired;
 pub mod entries;
 pub mod image;
+pub mod moves;
 pub mod op;
 pub mod pins;
 pub mod plan;
+pub mod sweep;
 
 #[cfg(test)]
 mod tests;

@@ -43,6 +43,35 @@ pub enum MapOp {
         table: u16,
         word: TableWord,
     },
+    /// `TableState::closing`.
+    SetClosing {
+        table: u16,
+        closing: u64,
+    },
+    /// The set of pools that pins of the table may be of.
+    SetPools {
+        table: u16,
+        pools: [u64; 3],
+    },
+    /// Ends the sequence that it stands in if a pin of the table has failed since.
+    ExpectFailed {
+        table: u16,
+        failed: u64,
+    },
+    /// `Backend::flags`.
+    SetFlags {
+        id: u16,
+        flags: u8,
+    },
+    /// Takes out the pins that name a backend.
+    DropPins {
+        id: u16,
+    },
+    /// How much a backend takes beside others (`Load::weight`).
+    SetLoadWeight {
+        id: u16,
+        weight: u64,
+    },
     /// Buckets that no word names.
     WriteVips4 {
         row: u32,

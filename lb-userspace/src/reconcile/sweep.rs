@@ -1,0 +1,227 @@
+//! Sweeps over the pins: takes out those whose flow has long been silent, counts the others by backend, and finds
+//! slots that no pin holds any more. Goes in bounded steps; a cycle is one pass over all buckets.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use lb_common::abi::{BACKEND_PASS, PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableWord};
+use lb_common::slots::Slot;
+
+use super::image::Image;
+use super::moves::SLACK;
+
+/// A pin of which only a SYN was seen is kept this long: the longest gap between repeated SYNs (Linux: 64 s).
+const UNCONFIRMED: Duration = Duration::from_secs(64);
+
+/// A unit of a pin's age.
+const UNIT: Duration = Duration::from_nanos(1 << 31);
+
+const IDS: usize = BACKEND_PASS as usize + 1;
+
+/// What a sweep must know of tables and backends.
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    /// By backend id: how long TCP and UDP flows are protected.
+    pub idle: HashMap<u16, (Duration, Duration)>,
+    /// Of a backend that is in no configuration.
+    pub longest: Duration,
+    /// By backend id: tables whose flows a pin may belong to. Of a backend that is not here: all of them.
+    pub tables: HashMap<u16, Vec<u16>>,
+}
+
+impl Rules {
+    fn limit(&self, pin: Pin) -> u32 {
+        let (tcp, udp) = self.idle.get(&pin.backend()).copied().unwrap_or((self.longest, self.longest));
+        let idle = match pin.state() {
+            PinState::Syn => tcp.min(UNCONFIRMED),
+            PinState::Established | PinState::Finishing => tcp,
+            PinState::Datagram => udp,
+        };
+        // An age is rounded down, twice.
+        ((idle + SLACK).as_nanos() / UNIT.as_nanos()) as u32 + 2
+    }
+}
+
+/// Pins of a backend, as the last cycle found them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Held {
+    pub pins: u32,
+    /// Of flows that have not ended.
+    pub active: u32,
+}
+
+/// Slots of a table that had `P` and not `D` when the cycle began.
+struct Candidates {
+    word: TableWord,
+    slots: Vec<(u32, Slot)>,
+    held: Vec<bool>,
+}
+
+/// One pass.
+struct Cycle {
+    next: usize,
+    began: Instant,
+    held: Vec<Held>,
+    free: u64,
+    expired: u64,
+    candidates: HashMap<u16, Candidates>,
+    rules: Rules,
+}
+
+/// What a whole cycle found.
+#[derive(Debug, Clone, Default)]
+pub struct Found {
+    /// By backend id.
+    pub held: Vec<Held>,
+    /// Pins that there are.
+    pub pins: u64,
+    pub expired: u64,
+    pub took: Duration,
+    /// Slots without a pin elsewhere, as words without `P`.
+    pub clear: Vec<(u32, u32)>,
+}
+
+impl Found {
+    pub fn of(&self, id: u16) -> Held {
+        self.held.get(usize::from(id)).copied().unwrap_or_default()
+    }
+}
+
+#[derive(Default)]
+pub struct Sweeper {
+    cycle: Option<Cycle>,
+}
+
+impl std::fmt::Debug for Sweeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sweeper({:?})", self.cycle.as_ref().map(|cycle| cycle.next))
+    }
+}
+
+impl Sweeper {
+    /// Whether a cycle is under way.
+    pub fn is_busy(&self) -> bool {
+        self.cycle.is_some()
+    }
+
+    /// Begins a cycle. A grace must have passed since the slots of the image were written.
+    pub fn begin(&mut self, image: &Image, rules: Rules, now: Instant) {
+        let mut candidates = HashMap::new();
+        for (number, word) in (0u16..).zip(image.tables.iter().map(|&bits| TableWord::from_bits(bits))) {
+            if word == TableWord::default() || word.discipline().pins_all() {
+                continue;
+            }
+            let first = word.first_row() * SLOTS_PER_ROW;
+            let slots = (first..first + word.length()).map(|index| (index, image.slot(index)));
+            let slots: Vec<_> = slots.filter(|(_, slot)| slot.pins() && !slot.dirty()).collect();
+            if !slots.is_empty() {
+                let held = vec![false; word.length() as usize];
+                candidates.insert(number, Candidates { word, slots, held });
+            }
+        }
+        self.cycle = Some(Cycle {
+            next: 0,
+            began: now,
+            held: vec![Held::default(); IDS],
+            free: 0,
+            expired: 0,
+            candidates,
+            rules,
+        });
+    }
+
+    /// Goes over so many buckets; at the end of the cycle, what it found.
+    pub fn step(&mut self, pins: &[AtomicU64], buckets: usize, age: u16, now: Instant) -> Option<Found> {
+        let cycle = self.cycle.as_mut()?;
+        let until = pins.len().min(cycle.next + buckets * PINS_PER_BUCKET);
+        for word in &pins[cycle.next..until] {
+            cycle.look(word, age);
+        }
+        cycle.next = until;
+        if until < pins.len() {
+            return None;
+        }
+        let cycle = self.cycle.take()?;
+        let clear = cycle.candidates.into_values().flat_map(|table| {
+            let first = table.word.first_row() * SLOTS_PER_ROW;
+            let free = move |(index, _): &(u32, Slot)| !table.held[(index - first) as usize];
+            let settled = |(index, slot): (u32, Slot)| (index, Slot::clean(slot.cur()).bits());
+            table.slots.into_iter().filter(free).map(settled).collect::<Vec<_>>()
+        });
+        let mut clear: Vec<_> = clear.collect();
+        clear.sort_unstable();
+        Some(Found {
+            clear,
+            pins: pins.len() as u64 - cycle.free,
+            held: cycle.held,
+            expired: cycle.expired,
+            took: now.saturating_duration_since(cycle.began),
+        })
+    }
+}
+
+impl Cycle {
+    fn look(&mut self, word: &AtomicU64, now: u16) {
+        let mut pin = Pin::from_bits(word.load(Ordering::Acquire));
+        if !pin.is_free() && pin.idle(now) > self.rules.limit(pin) {
+            // A packet may just have renewed it.
+            match word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => {
+                    self.expired += 1;
+                    pin = Pin::default();
+                }
+                Err(now) => pin = Pin::from_bits(now),
+            }
+        }
+        if pin.is_free() {
+            self.free += 1;
+            return;
+        }
+        let held = &mut self.held[usize::from(pin.backend())];
+        held.pins += 1;
+        held.active += u32::from(pin.state() != PinState::Finishing);
+        match self.rules.tables.get(&pin.backend()) {
+            Some(tables) => {
+                for table in tables {
+                    if let Some(candidates) = self.candidates.get_mut(table) {
+                        candidates.mark(pin);
+                    }
+                }
+            }
+            None => self.candidates.values_mut().for_each(|candidates| candidates.mark(pin)),
+        }
+    }
+}
+
+impl Candidates {
+    /// A pin elsewhere holds its slot, however old it is. Of slots that are no candidates nobody asks.
+    fn mark(&mut self, pin: Pin) {
+        let slot = self.word.slot(pin.tag()) as usize;
+        let first = self.word.first_row() * SLOTS_PER_ROW;
+        let place = self.slots.binary_search_by_key(&(first + slot as u32), |(index, _)| *index);
+        if let Ok(place) = place
+            && self.slots[place].1.est() != pin.backend()
+        {
+            self.held[slot] = true;
+        }
+    }
+}
+
+/// Takes out all pins that name a backend: compare and delete, since packets may change them meanwhile.
+pub fn drop_pins(pins: &[AtomicU64], id: u16) -> u64 {
+    let mut dropped = 0;
+    for word in pins {
+        loop {
+            let pin = Pin::from_bits(word.load(Ordering::Acquire));
+            if pin.is_free() || pin.backend() != id {
+                break;
+            }
+            if word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                dropped += 1;
+                break;
+            }
+        }
+    }
+    dropped
+}
