@@ -1,7 +1,7 @@
 //! The xlb agent and command line, as a library so that tests reach every part.
 //!
 //! Configuration (`config`), health (`health`) and next hops (`nexthop`) flow into one task (`agent`),
-//! which works out what should lie in the kernel (`reconcile`, `tables`) and writes the difference
+//! which works out who takes flows (`policy`) and what should lie in the kernel (`reconcile`, `tables`) and writes the difference
 //! (`bpf`). `api` shows its state on a unix socket; `cli` asks there.
 
 #![deny(unsafe_code)]
@@ -22,6 +22,7 @@ pub mod lookup;
 pub mod memory;
 pub mod nexthop;
 mod owned;
+pub mod policy;
 pub mod reconcile;
 pub mod tables;
 pub mod ways;

@@ -51,9 +51,12 @@ impl<'c> Judge<'c> {
     pub fn new(config: &'c Config, native: impl IntoIterator<Item = (u32, &'c str)>) -> Self {
         let mut served = vec![Served::default(); config.pools.len()];
         for service in &config.services {
-            let pool = &mut served[service.pool];
-            pool.v4 |= service.vips.iter().any(|vip| vip.is_ipv4());
-            pool.v6 |= service.vips.iter().any(|vip| !vip.is_ipv4());
+            let v4 = service.vips.iter().any(|vip| vip.is_ipv4());
+            let v6 = service.vips.iter().any(|vip| !vip.is_ipv4());
+            for pool in config.levels_of(service.pool) {
+                served[pool].v4 |= v4;
+                served[pool].v6 |= v6;
+            }
         }
         Self { config, served, native: native.into_iter().collect() }
     }

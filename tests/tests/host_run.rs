@@ -262,7 +262,12 @@ fn spread_image(backends: usize, weights: &[u8]) -> Image {
         .map(|i| {
             let address: IpAddr = std::net::Ipv4Addr::from(0x0a01_0000 + i as u32).into();
             let weight = weights[i % weights.len()];
-            lb_userspace::config::model::Backend { name: address.to_string(), address, weight }
+            lb_userspace::config::model::Backend {
+                name: address.to_string(),
+                address,
+                weight,
+                server_id: None,
+            }
         })
         .collect();
     let mut world = Setting::Everything.world();

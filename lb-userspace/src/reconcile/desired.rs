@@ -1,6 +1,6 @@
 //! What should lie in the kernel for a configuration and what is alive: a pure function, free of ids.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
@@ -10,8 +10,12 @@ use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
 
 use super::entries::{DesiredVip, VipKey, entries};
-use crate::config::model::{Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler};
+use crate::config::model::{
+    Backend as ConfiguredBackend, Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler,
+};
 use crate::nexthop::NextHop;
+use crate::policy::response;
+use crate::tables::sequence::{self, Turns};
 use crate::tables::{maglev, overlay};
 
 /// A backend by its place in the configuration: pool, then backend.
@@ -23,6 +27,14 @@ pub struct World {
     /// Backends that have a next hop that their pool can use, and whether they pass their checks.
     pub up: HashMap<BackendRef, bool>,
     pub next_hops: HashMap<IpAddr, NextHop>,
+    /// Backends that take less than their share of new flows, of [`overlay::FULL`]; 0 takes none.
+    pub shares: HashMap<BackendRef, u16>,
+    /// Pools whose packets go to another, and to which.
+    pub levels: HashMap<usize, usize>,
+    /// Pools whose packets go to all backends of the pool in use, whatever their health.
+    pub panic: HashSet<usize>,
+    /// For schedulers that go by response times; the most where there is none.
+    pub response_weights: HashMap<BackendRef, u8>,
 }
 
 /// Where a slot leads.
@@ -45,8 +57,24 @@ pub struct DesiredBackend {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DesiredTable {
+    /// Logarithm of the length of `cur` and `est`.
     pub log2_length: u32,
-    pub slots: Vec<Target>,
+    /// Where new flows go: by their hash, or as the discipline picks.
+    pub cur: Vec<Target>,
+    /// Where a flow goes that nothing is known of, by its hash; none where `cur` says that too.
+    pub est: Option<Vec<Target>>,
+    pub discipline: Discipline,
+    /// Pools whose backends may be in it.
+    pub pools: Vec<usize>,
+}
+
+/// What picks the slot of a new flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discipline {
+    Hash,
+    RoundRobin,
+    Random,
+    Least,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -76,8 +104,8 @@ pub fn desired(config: &Config, world: &World) -> Desired {
         for service in users {
             for &protocol in &service.protocols {
                 let identity = table_identity(pool, protocol, service.scheduler);
-                let up = |backend| world.up.get(&(index, backend)).copied().unwrap_or(false);
-                desired.tables.entry(identity).or_insert_with(|| table(config.seed, pool, up));
+                let new = || table(config, world, index, service.scheduler);
+                desired.tables.entry(identity).or_insert_with(new);
             }
         }
     }
@@ -137,16 +165,17 @@ pub fn features(config: &Config) -> Features {
         if service.scheduler == Scheduler::SourceHash {
             features = features.with(Features::SOURCE_HASH);
         }
-        let pool = &config.pools[service.pool];
-        for backend in &pool.backends {
-            features = features.with(match kind(pool.forward, backend.address) {
-                BackendKind::Ipip4 => Features::IPIP4,
-                BackendKind::Ipip6 => Features::IPIP6,
-                BackendKind::L2 => Features::L2,
-                BackendKind::Gue4 => Features::GUE4,
-                BackendKind::Gue6 => Features::GUE6,
-                BackendKind::Nobody | BackendKind::Pass => Features::default(),
-            });
+        for pool in config.levels_of(service.pool).map(|pool| &config.pools[pool]) {
+            for backend in &pool.backends {
+                features = features.with(match kind(pool.forward, backend.address) {
+                    BackendKind::Ipip4 => Features::IPIP4,
+                    BackendKind::Ipip6 => Features::IPIP6,
+                    BackendKind::L2 => Features::L2,
+                    BackendKind::Gue4 => Features::GUE4,
+                    BackendKind::Gue6 => Features::GUE6,
+                    BackendKind::Nobody | BackendKind::Pass => Features::default(),
+                });
+            }
         }
     }
     if config.vip_arp {
@@ -234,31 +263,89 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
     }
 }
 
-/// The pool's table: Maglev over what is configured, health laid over it.
-fn table(seed: u64, pool: &Pool, up: impl Fn(usize) -> bool) -> DesiredTable {
-    let log2_length = maglev::log2_length(pool.backends.len());
-    let members: Vec<_> =
-        pool.backends.iter().map(|b| maglev::Member::new(seed, b.address, b.weight)).collect();
-    let weights: Vec<u8> = pool.backends.iter().map(|b| b.weight).collect();
-    let up: Vec<bool> = (0..weights.len()).map(up).collect();
-    let base = maglev::build(log2_length, &members);
-    let anyone = weights.iter().zip(&up).any(|(&weight, &up)| up && weight > 0);
-    let (up, nobody) = match pool.on_empty {
-        OnEmpty::Drop => (up, Target::Nobody),
-        OnEmpty::Pass => (up, Target::Pass),
-        OnEmpty::All if anyone => (up, Target::Nobody),
-        OnEmpty::All => (vec![true; weights.len()], Target::Nobody),
+/// A pool's table, with the backends of the pool in use: a Maglev table over what is configured, with what takes flows
+/// laid over it; or turns by weight, with such a table below.
+fn table(config: &Config, world: &World, own: usize, scheduler: Scheduler) -> DesiredTable {
+    let pools: Vec<usize> = config.levels_of(own).collect();
+    // A fallback changes no lengths.
+    let longest = pools.iter().map(|&pool| config.pools[pool].backends.len()).max().unwrap_or(0);
+    let log2_length = maglev::log2_length(longest);
+    let level = world.levels.get(&own).copied().unwrap_or(own);
+    let pool = &config.pools[level];
+    let shares = shares(config, world, own, level);
+    let nobody = match config.pools[own].on_empty {
+        OnEmpty::Drop | OnEmpty::All => Target::Nobody,
+        OnEmpty::Pass => Target::Pass,
     };
-    let targets: Vec<Target> = pool
-        .backends
-        .iter()
-        .map(|b| Target::Backend(backend_identity(&pool.name, pool.forward, b.address)))
-        .collect();
-    let slots = overlay::apply(&base, 1 << log2_length, &members, &up)
-        .into_iter()
-        .map(|index| targets.get(usize::from(index)).copied().unwrap_or(nobody))
-        .collect();
-    DesiredTable { log2_length, slots }
+    let target = |backend: &ConfiguredBackend| {
+        Target::Backend(backend_identity(&pool.name, pool.forward, backend.address))
+    };
+    let targets: Vec<Target> = pool.backends.iter().map(target).collect();
+    let named = |indices: Vec<u16>| -> Vec<Target> {
+        indices.iter().map(|&index| targets.get(usize::from(index)).copied().unwrap_or(nobody)).collect()
+    };
+
+    let member = |b: &ConfiguredBackend| maglev::Member::new(config.seed, b.address, b.weight);
+    let members: Vec<_> = pool.backends.iter().map(member).collect();
+    let base = maglev::build(log2_length, &members);
+    let by_hash = named(overlay::apply(&base, 1 << log2_length, &members, &shares));
+    let discipline = discipline(scheduler);
+    if discipline == Discipline::Hash {
+        return DesiredTable { log2_length, cur: by_hash, est: None, discipline, pools };
+    }
+    let turns = members.iter().zip(&shares).enumerate().map(|(index, (member, &share))| {
+        let weight = turn_weight(scheduler, member.weight, || {
+            world.response_weights.get(&(level, index)).copied().unwrap_or(response::MOST)
+        });
+        Turns { key: member.key, weight: weight * u32::from(share) }
+    });
+    let turns = sequence::build(1 << log2_length, &turns.collect::<Vec<_>>());
+    let cur = if turns.is_empty() { vec![nobody; 1 << log2_length] } else { named(turns) };
+    DesiredTable { log2_length, cur, est: Some(by_hash), discipline, pools }
+}
+
+/// What each backend of the pool in use takes of its share.
+fn shares(config: &Config, world: &World, own: usize, level: usize) -> Vec<u16> {
+    let backends = &config.pools[level].backends;
+    let healthy = |backend| world.up.get(&(level, backend)) == Some(&true);
+    // Where health is not believed, packets still need a way.
+    let reachable = |backend| world.up.contains_key(&(level, backend));
+    let shares_of = |takes: &dyn Fn(usize) -> bool| -> Vec<u16> {
+        let share = |backend| world.shares.get(&(level, backend)).copied().unwrap_or(overlay::FULL);
+        (0..backends.len()).map(|backend| if takes(backend) { share(backend) } else { 0 }).collect()
+    };
+    let anyone =
+        |shares: &[u16]| shares.iter().zip(backends).any(|(&share, backend)| share > 0 && backend.weight > 0);
+    let panic = world.panic.contains(&own);
+    let shares = if panic { shares_of(&reachable) } else { shares_of(&healthy) };
+    if anyone(&shares) || !(panic || config.pools[own].on_empty == OnEmpty::All) {
+        return shares;
+    }
+    shares_of(&|_| true)
+}
+
+const fn discipline(scheduler: Scheduler) -> Discipline {
+    match scheduler {
+        Scheduler::Maglev | Scheduler::SourceHash => Discipline::Hash,
+        Scheduler::RoundRobin | Scheduler::WeightedRoundRobin | Scheduler::LeastResponseTime => {
+            Discipline::RoundRobin
+        }
+        Scheduler::Random => Discipline::Random,
+        Scheduler::LeastConnections => Discipline::Least,
+    }
+}
+
+/// A backend's weight among those that take turns.
+fn turn_weight(scheduler: Scheduler, weight: u8, by_response: impl Fn() -> u8) -> u32 {
+    match scheduler {
+        Scheduler::RoundRobin => u32::from(weight.min(1)),
+        Scheduler::LeastResponseTime => u32::from(weight) * u32::from(by_response()),
+        Scheduler::Maglev
+        | Scheduler::SourceHash
+        | Scheduler::WeightedRoundRobin
+        | Scheduler::Random
+        | Scheduler::LeastConnections => u32::from(weight),
+    }
 }
 
 /// The way out to a next hop, with the tunnel's source.

@@ -205,7 +205,7 @@ impl Planner<'_> {
         ids: &HashMap<u64, u16>,
         regions: &mut Regions,
     ) -> Result<(), PlanError> {
-        let words = wanted.slots.iter().map(|target| {
+        let words = wanted.cur.iter().map(|target| {
             let id = match target {
                 Target::Nobody => BACKEND_NOBODY,
                 Target::Pass => BACKEND_PASS,

@@ -18,7 +18,7 @@ use lb_common::slots::Slot;
 use lb_common::wire;
 use proptest::prelude::*;
 
-use super::desired::{Desired, Target, World, backend_identity, desired, features, forward_of};
+use super::desired::{Desired, Discipline, Target, World, backend_identity, desired, features, forward_of};
 use super::entries::{Counted, DesiredRule, DesiredVip, Lead, entries};
 use super::image::{Image, Traced};
 use super::op::MapOp;
@@ -137,7 +137,10 @@ impl State {
     }
 
     fn desired(&self) -> Desired {
-        desired(&self.config(), &self.world())
+        let mut desired = desired(&self.config(), &self.world());
+        // No matter of the maps.
+        desired.tables.values_mut().for_each(|table| table.pools.clear());
+        desired
     }
 }
 
@@ -310,7 +313,7 @@ struct Ends<'d> {
 
 impl<'d> Ends<'d> {
     fn of(desired: &'d Desired) -> Self {
-        let targets = |table: &super::desired::DesiredTable| table.slots.iter().copied().collect();
+        let targets = |table: &super::desired::DesiredTable| table.cur.iter().copied().collect();
         Self {
             vips: desired.vips.iter().map(|(key, vip)| (*key, vip)).collect(),
             targets: desired.tables.iter().map(|(identity, table)| (*identity, targets(table))).collect(),
@@ -451,7 +454,13 @@ fn read_back(image: &Image) -> Desired {
                 id => Target::Backend(image.backends[usize::from(id)].identity),
             }
         });
-        let table = super::desired::DesiredTable { log2_length: word.log2_length(), slots: slots.collect() };
+        let table = super::desired::DesiredTable {
+            log2_length: word.log2_length(),
+            cur: slots.collect(),
+            est: None,
+            discipline: Discipline::Hash,
+            pools: Vec::new(),
+        };
         assert!(read.tables.insert(state.identity, table).is_none(), "two tables of one identity");
     }
     let present = present_vips(image);

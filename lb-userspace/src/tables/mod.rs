@@ -3,3 +3,4 @@
 pub mod buckets;
 pub mod maglev;
 pub mod overlay;
+pub mod sequence;

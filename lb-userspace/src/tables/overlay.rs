@@ -1,13 +1,16 @@
-//! Health as an overlay on a base table: a slot whose backend is down walks to one that is up.
+//! Health, drains and slow starts as an overlay on a base table: a slot whose backend does not take it walks to one that does.
 //!
-//! Slots of living backends never move, so losing one of n moves exactly its own slots, and healing
-//! it brings exactly those back. A pure function of (base, weights, who is up): balancers that see
-//! the same health agree.
+//! Slots of backends with a full share never move, so losing one of n moves exactly its own slots, and healing
+//! it brings exactly those back. A share that grows brings slots back, one that shrinks gives slots away, and nothing
+//! else moves. A pure function of (base, weights, shares): balancers that see the same agree.
 
 use super::maglev::Member;
 
 /// Where a slot goes that has nobody.
 pub const NOBODY: u16 = u16::MAX;
+
+/// The share of a backend that takes all slots that are its own. One that is down, or drained, has none.
+pub const FULL: u16 = 256;
 
 /// How much more than its weighted share of what lives a backend takes over: 5/4.
 const CAP_NUMERATOR: u64 = 5;
@@ -16,44 +19,83 @@ const CAP_DENOMINATOR: u64 = 4;
 /// Tries before a slot stops rolling dice and takes the next backend with room.
 const ROLLS: u32 = 64;
 
-/// The table with every slot of a dead backend given to a living one. With nobody up, or an empty
-/// base, every slot goes to `NOBODY`.
-pub fn apply(base: &[u16], length: usize, members: &[Member], up: &[bool]) -> Vec<u16> {
-    let weight = |index: usize| u64::from(members[index].weight);
-    let lives = |index: usize| up[index] && weight(index) > 0;
-    let living_weight: u64 = (0..members.len()).filter(|&i| lives(i)).map(weight).sum();
-    if living_weight == 0 || base.is_empty() {
+/// The number of the first roll that says whether a backend with a part of its share takes a slot: apart from those that
+/// say who is asked.
+const KEEPS: u32 = 1 << 16;
+
+/// The table with every slot that its backend does not take given to another. `shares` has a part of [`FULL`] for each
+/// member, and counts relative to the largest: where nobody is at full share, nobody is spared. With nobody left, or an
+/// empty base, every slot goes to `NOBODY`.
+pub fn apply(base: &[u16], length: usize, members: &[Member], shares: &[u16]) -> Vec<u16> {
+    let Some(takers) = Takers::new(members, shares).filter(|_| !base.is_empty()) else {
         return vec![NOBODY; length];
+    };
+    let mut room: Vec<i64> = (0..members.len()).map(|index| takers.cap(length, index)).collect();
+    let keeps = |slot: usize, index: u16| takers.takes(index, dice(slot as u64, KEEPS));
+    for (slot, &index) in base.iter().enumerate() {
+        room[usize::from(index)] -= i64::from(keeps(slot, index));
     }
-    let mut room: Vec<i64> = (0..members.len())
-        .map(|i| if lives(i) { cap(length as u64, weight(i), living_weight) } else { 0 })
-        .collect();
     // By key: the order of the configuration must not matter.
     let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
     ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
-    for &index in base {
-        room[usize::from(index)] -= 1;
-    }
     let mut table = base.to_vec();
     for (slot, index) in table.iter_mut().enumerate() {
-        if !lives(usize::from(*index)) {
-            *index = heir(base, slot, &ranks, &room, lives);
-            room[usize::from(*index)] -= 1;
+        if !keeps(slot, *index) {
+            *index = heir(base, slot, &ranks, &room, &takers);
+            if let Some(room) = room.get_mut(usize::from(*index)) {
+                *room -= 1;
+            }
         }
     }
     table
 }
 
-/// Most slots that a backend of this weight may hold.
-fn cap(length: u64, weight: u64, living_weight: u64) -> i64 {
-    (length * weight * CAP_NUMERATOR).div_ceil(living_weight * CAP_DENOMINATOR) as i64
+/// Backends that take slots, and how many.
+struct Takers {
+    /// Part of [`FULL`]; 0 without weight.
+    shares: Vec<u16>,
+    /// Weight by share.
+    weights: Vec<u64>,
+    sum: u64,
+}
+
+impl Takers {
+    /// `None` where nobody takes any.
+    fn new(members: &[Member], shares: &[u16]) -> Option<Self> {
+        let share = |(member, &share): (&Member, &u16)| if member.weight > 0 { share.min(FULL) } else { 0 };
+        let shares: Vec<u16> = members.iter().zip(shares).map(share).collect();
+        let largest = u32::from(*shares.iter().max().filter(|largest| **largest > 0)?);
+        let relative = |share: u16| (u32::from(share) * u32::from(FULL)).div_ceil(largest) as u16;
+        let shares: Vec<u16> = shares.into_iter().map(relative).collect();
+        let weight = |(member, &share): (&Member, &u16)| u64::from(member.weight) * u64::from(share);
+        let weights: Vec<u64> = members.iter().zip(&shares).map(weight).collect();
+        let sum = weights.iter().sum();
+        Some(Self { shares, weights, sum })
+    }
+
+    /// Whether a backend takes a slot for which these dice fell.
+    fn takes(&self, index: u16, dice: u32) -> bool {
+        dice & 0xff < u32::from(self.shares[usize::from(index)])
+    }
+
+    fn lives(&self, index: u16) -> bool {
+        self.shares[usize::from(index)] > 0
+    }
+
+    /// Most slots that a backend takes over.
+    fn cap(&self, length: usize, index: usize) -> i64 {
+        (length as u64 * self.weights[index] * CAP_NUMERATOR).div_ceil(self.sum * CAP_DENOMINATOR) as i64
+    }
 }
 
 /// Who takes over a slot. Rolling on the base table gives each backend chances by its weight.
-fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], lives: impl Fn(usize) -> bool) -> u16 {
+fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], takers: &Takers) -> u16 {
+    let has_room = |index: u16| room[usize::from(index)] > 0;
     for roll in 0..ROLLS {
         let candidate = base[dice(slot as u64, roll) as usize & (base.len() - 1)];
-        if lives(usize::from(candidate)) && room[usize::from(candidate)] > 0 {
+        let other = candidate != base[slot];
+        let takes = || takers.takes(candidate, dice(slot as u64, KEEPS + 1 + roll));
+        if other && has_room(candidate) && takes() {
             return candidate;
         }
     }
@@ -61,7 +103,7 @@ fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], lives: impl Fn(u
     let start = dice(slot as u64, ROLLS) as usize % ranks.len();
     let (before, after) = ranks.split_at(start);
     let mut round = after.iter().chain(before).copied();
-    round.find(|&index| lives(usize::from(index)) && room[usize::from(index)] > 0).unwrap_or(NOBODY)
+    round.find(|&index| takers.lives(index) && has_room(index)).unwrap_or(NOBODY)
 }
 
 /// A well-mixed number for a slot and a roll (SplitMix64's finaliser).
@@ -76,6 +118,7 @@ fn dice(slot: u64, roll: u32) -> u32 {
 mod tests {
     use super::*;
     use crate::tables::maglev::{build, log2_length};
+    use lb_common::flow::fingerprint;
     use proptest::prelude::*;
 
     fn members(weights: &[u8]) -> Vec<Member> {
@@ -94,16 +137,16 @@ mod tests {
             let members = members(&weights);
             let base = base(&members);
             for dead in 0..n {
-                let mut up = vec![true; n];
-                up[dead] = false;
-                let table = apply(&base, base.len(), &members, &up);
+                let mut shares = vec![FULL; n];
+                shares[dead] = 0;
+                let table = apply(&base, base.len(), &members, &shares);
                 for (before, after) in base.iter().zip(&table) {
                     assert_ne!(usize::from(*after), dead);
                     if usize::from(*before) != dead {
                         assert_eq!(before, after);
                     }
                 }
-                assert_eq!(apply(&base, base.len(), &members, &vec![true; n]), base);
+                assert_eq!(apply(&base, base.len(), &members, &vec![FULL; n]), base);
             }
         }
     }
@@ -113,7 +156,7 @@ mod tests {
         let weights = [100, 100];
         let members = members(&weights);
         let base = base(&members);
-        assert!(apply(&base, base.len(), &members, &[false, false]).iter().all(|&i| i == NOBODY));
+        assert!(apply(&base, base.len(), &members, &[0, 0]).iter().all(|&i| i == NOBODY));
         assert!(apply(&[], 4096, &[], &[]).iter().all(|&i| i == NOBODY));
     }
 
@@ -122,9 +165,9 @@ mod tests {
         let weights = vec![100; 200];
         let members = members(&weights);
         let base = base(&members);
-        let mut up = vec![false; 200];
-        up[17] = true;
-        assert!(apply(&base, base.len(), &members, &up).iter().all(|&i| i == 17));
+        let mut shares = vec![0; 200];
+        shares[17] = FULL;
+        assert!(apply(&base, base.len(), &members, &shares).iter().all(|&i| i == 17));
     }
 
     #[test]
@@ -132,44 +175,162 @@ mod tests {
         let weights = vec![100; 200];
         let ordered = members(&weights);
         let turned: Vec<Member> = ordered.iter().rev().copied().collect();
-        let mut up = vec![false; 200];
-        (up[17], up[170]) = (true, true);
-        let up_turned: Vec<bool> = up.iter().rev().copied().collect();
-        let keys = |of: &[Member], up: &[bool]| -> Vec<u64> {
+        let mut shares = vec![0; 200];
+        (shares[17], shares[170]) = (FULL, FULL);
+        let shares_turned: Vec<u16> = shares.iter().rev().copied().collect();
+        let keys = |of: &[Member], shares: &[u16]| -> Vec<u64> {
             let base = base(of);
-            apply(&base, base.len(), of, up).iter().map(|&index| of[usize::from(index)].key).collect()
+            apply(&base, base.len(), of, shares).iter().map(|&index| of[usize::from(index)].key).collect()
         };
-        assert_eq!(keys(&ordered, &up), keys(&turned, &up_turned));
+        assert_eq!(keys(&ordered, &shares), keys(&turned, &shares_turned));
     }
+
+    /// Whether some backend has taken over as much as it may: then others are asked, and slots of more than one move.
+    fn crowded(table: &[u16], members: &[Member], shares: &[u16]) -> bool {
+        let Some(takers) = Takers::new(members, shares) else { return false };
+        (0..members.len()).any(|index| count(table, index) >= takers.cap(table.len(), index))
+    }
+
+    fn count(table: &[u16], index: usize) -> i64 {
+        table.iter().filter(|&&holder| usize::from(holder) == index).count() as i64
+    }
+
+    #[test]
+    fn a_backend_with_a_part_of_its_share_holds_that_part_of_its_slots() {
+        let members = members(&[100; 10]);
+        let base = base(&members);
+        for share in [1, 8, 64, 128, 200, 255] {
+            let mut shares = vec![FULL; 10];
+            shares[3] = share;
+            let held = count(&apply(&base, base.len(), &members, &shares), 3) as f64;
+            let ideal = count(&base, 3) as f64 * f64::from(share) / f64::from(FULL);
+            // Five standard deviations of a binomial share.
+            let slack = 5.0 * (ideal * (1.0 - f64::from(share) / f64::from(FULL))).sqrt() + 1.0;
+            assert!((held - ideal).abs() <= slack, "share {share}: {held} for {ideal}");
+        }
+    }
+
+    #[test]
+    fn where_all_start_alike_nobody_is_spared() {
+        let members = members(&[100, 50, 100]);
+        let base = base(&members);
+        assert_eq!(apply(&base, base.len(), &members, &[5, 5, 5]), base);
+        let halves = apply(&base, base.len(), &members, &[FULL / 2, FULL / 4, FULL / 2]);
+        assert_eq!(halves, apply(&base, base.len(), &members, &[FULL, FULL / 2, FULL]));
+    }
+
+    /// Two builds, or two balancers, agree on these or they do not agree at all.
+    #[test]
+    fn golden_vectors_of_the_overlay() {
+        let digest = |weights: &[u8], shares: &[u16]| {
+            let members = members(weights);
+            let base = base(&members);
+            let table = apply(&base, base.len(), &members, shares);
+            fingerprint(0, &table.iter().flat_map(|i| i.to_le_bytes()).collect::<Vec<u8>>())
+        };
+        let rows = [
+            digest(&[100, 100, 100], &[FULL, 0, FULL]),
+            digest(&[100, 50, 1], &[0, FULL, FULL]),
+            digest(&[100; 41], &[[0; 20].as_slice(), &[FULL; 21]].concat()),
+            digest(&[100, 100, 100], &[FULL, 16, FULL]),
+        ];
+        assert!(rows == GOLDEN, "{rows:#018x?}");
+    }
+
+    const GOLDEN: [u64; 4] =
+        [0x913d_54c1_c0cb_419e, 0x69b7_b2d1_77f9_60e6, 0x9a81_ca17_d139_376c, 0x1a59_aea2_af1c_7a7a];
 
     proptest! {
         #[test]
         fn every_slot_is_with_the_living_and_nobody_is_over_its_cap(
-            parts in prop::collection::vec((0u8..=100, any::<bool>()), 1..60),
+            parts in prop::collection::vec((0u8..=100, prop_oneof![Just(0), Just(FULL), 0u16..=FULL]), 1..60),
         ) {
             let weights: Vec<u8> = parts.iter().map(|m| m.0).collect();
-            let up: Vec<bool> = parts.iter().map(|m| m.1).collect();
+            let shares: Vec<u16> = parts.iter().map(|m| m.1).collect();
             let members = members(&weights);
             let base = base(&members);
             let length = 1 << log2_length(weights.len());
-            let table = apply(&base, length, &members, &up);
-            let living: u64 = weights.iter().zip(&up).filter(|(_, up)| **up).map(|(w, _)| u64::from(*w)).sum();
+            let table = apply(&base, length, &members, &shares);
+            let takers = Takers::new(&members, &shares);
             prop_assert_eq!(table.len(), length);
-            let mut counts = vec![0i64; weights.len()];
             for &index in &table {
-                if living == 0 {
-                    prop_assert_eq!(index, NOBODY);
-                } else {
-                    prop_assert!(up[usize::from(index)] && weights[usize::from(index)] > 0);
-                    counts[usize::from(index)] += 1;
+                match &takers {
+                    None => prop_assert_eq!(index, NOBODY),
+                    Some(takers) => prop_assert!(takers.lives(index)),
                 }
             }
-            if living > 0 {
-                for (count, &weight) in counts.iter().zip(&weights) {
-                    // Its own share of the base may round up by one on a small table.
-                    prop_assert!(*count <= cap(length as u64, u64::from(weight), living).max(1));
+            if let Some(takers) = takers {
+                for index in 0..weights.len() {
+                    // What it keeps of its own may be more on a small table.
+                    let kept = base.iter().zip(&table).filter(|(base, now)| base == now);
+                    let kept = kept.filter(|(_, now)| usize::from(**now) == index).count() as i64;
+                    prop_assert!(count(&table, index) <= takers.cap(length, index).max(kept).max(1));
                 }
             }
+        }
+
+        #[test]
+        fn slots_of_backends_with_a_full_share_never_move(
+            parts in prop::collection::vec((1u8..=100, prop_oneof![Just(FULL), 0u16..=FULL]), 2..40),
+        ) {
+            let weights: Vec<u8> = parts.iter().map(|m| m.0).collect();
+            let shares: Vec<u16> = parts.iter().map(|m| m.1).collect();
+            let members = members(&weights);
+            let base = base(&members);
+            let table = apply(&base, base.len(), &members, &shares);
+            for (before, after) in base.iter().zip(&table) {
+                if shares[usize::from(*before)] == FULL {
+                    prop_assert_eq!(before, after);
+                }
+            }
+        }
+
+        #[test]
+        fn a_share_that_grows_only_brings_slots_back(
+            parts in prop::collection::vec((1u8..=100, any::<bool>()), 2..40),
+            (less, more) in (0u16..=FULL, 0u16..=FULL).prop_map(|(a, b)| (a.min(b), a.max(b))),
+            who in any::<prop::sample::Index>(),
+        ) {
+            let who = who.index(parts.len());
+            let weights: Vec<u8> = parts.iter().map(|m| m.0).collect();
+            // Somebody else is at full share, others are down.
+            let full = |index: usize| parts[index].1 || index == (who + 1) % parts.len();
+            let shares = |share| -> Vec<u16> {
+                (0..parts.len()).map(|i| if i == who { share } else if full(i) { FULL } else { 0 }).collect()
+            };
+            let members = members(&weights);
+            let base = base(&members);
+            let before = apply(&base, base.len(), &members, &shares(less));
+            let after = apply(&base, base.len(), &members, &shares(more));
+            for (slot, owner) in base.iter().enumerate() {
+                if usize::from(*owner) == who && usize::from(before[slot]) == who {
+                    prop_assert_eq!(usize::from(after[slot]), who);
+                }
+            }
+            if !crowded(&before, &members, &shares(less)) && !crowded(&after, &members, &shares(more)) {
+                for (before, after) in before.iter().zip(&after) {
+                    prop_assert!(before == after || usize::from(*after) == who);
+                }
+            }
+        }
+
+        #[test]
+        fn the_order_of_members_does_not_matter(
+            parts in prop::collection::vec((0u8..=100, prop_oneof![Just(0), Just(FULL), 0u16..=FULL]), 1..40),
+            turn in 0usize..40,
+        ) {
+            let keys = |parts: &[(Member, u16)]| -> Vec<Option<u64>> {
+                let (members, shares): (Vec<Member>, Vec<u16>) = parts.iter().copied().unzip();
+                let length = 1 << log2_length(members.len());
+                let table = apply(&base(&members), length, &members, &shares);
+                table.iter().map(|&index| members.get(usize::from(index)).map(|member| member.key)).collect()
+            };
+            let weights: Vec<u8> = parts.iter().map(|m| m.0).collect();
+            let mut parts: Vec<(Member, u16)> =
+                members(&weights).into_iter().zip(parts.iter().map(|m| m.1)).collect();
+            let ordered = keys(&parts);
+            parts.rotate_left(turn % weights.len());
+            prop_assert_eq!(ordered, keys(&parts));
         }
     }
 }
