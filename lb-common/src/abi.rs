@@ -668,6 +668,8 @@ const _: () = assert!(size_of::<Backend>() == 64);
 impl Backend {
     /// It is not down: a pin to it holds for new flows too. The agent that follows takes its health from here.
     pub const ACCEPTING: u8 = 1;
+    /// Its flows were moved, and its pins taken out.
+    pub const EMPTIED: u8 = 2;
 
     /// Whether it takes new flows. The agent changes it while packets read it.
     #[inline(always)]

@@ -12,7 +12,7 @@ use lb_common::packet::Buffer;
 use lb_common::wire::Mac;
 use lb_userspace::reconcile::desired::desired;
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
-use lb_userspace::reconcile::plan::plan;
+use lb_userspace::reconcile::plan::plan_at_once;
 use proptest::prelude::*;
 use tests::fixtures::{
     self, AWAY, DecapSite, Dice, HEADROOM, INGRESS, Row, Setting, Transport, VIP4, VIP6, check, check_decap,
@@ -277,7 +277,8 @@ fn spread_image(backends: usize, weights: &[u8]) -> Image {
         world.next_hops.insert(backend.address, hop.clone());
     }
     let mut image = Image::empty(&fixtures::capacity(), fixtures::meta(Setting::Everything.load_time()));
-    let ops = plan(&image, &desired(&config, &world), &fixtures::capacity()).expect("within the limits");
+    let ops =
+        plan_at_once(&image, &desired(&config, &world), &fixtures::capacity()).expect("within the limits");
     ops.iter().for_each(|op| image.apply(op));
     image
 }

@@ -13,7 +13,7 @@ use lb_common::packet::Buffer;
 use lb_userspace::bpf::{BALANCER, DECAP, Datapath, DecapProgram, Maps, figures};
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
-use lb_userspace::reconcile::plan::plan;
+use lb_userspace::reconcile::plan::plan_at_once;
 use tests::fixtures::{
     self, DecapSite, Dice, HEADROOM, INGRESS, Row, SEED, Setting, check, check_decap, decap_rows, rows,
     xdp_verdict,
@@ -47,12 +47,15 @@ impl Kernel {
         datapath.maps.set_interface(INGRESS, fixtures::interface()).expect("the interface's row");
         let before = datapath.maps.image().expect("a copy of fresh maps");
         let desired = desired(&setting.config(), &setting.world());
-        for op in plan(&before, &desired, &capacity).expect("the fixtures are within their limits") {
+        for op in plan_at_once(&before, &desired, &capacity).expect("the fixtures are within their limits") {
             datapath.maps.apply(&op).unwrap_or_else(|error| panic!("{op:?}: {}", chain(&error)));
         }
         datapath.complete();
         let image = datapath.maps.image().expect("a copy of the filled maps");
-        assert!(plan(&image, &desired, &capacity).expect("as before").is_empty(), "the maps are as desired");
+        assert!(
+            plan_at_once(&image, &desired, &capacity).expect("as before").is_empty(),
+            "the maps are as desired"
+        );
         Self {
             outcomes: vec![0; Outcome::ALL.len()],
             vips: vec![Traffic::default(); capacity.vips as usize],

@@ -15,24 +15,23 @@ use crate::nexthop::{Link, NextHop};
 use crate::reconcile::desired::{backend_identity, forward_of};
 use crate::reconcile::image::Image;
 
-/// Who holds slots is up until its first verdict.
+/// Who was not down is up until its first verdict.
 pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
-    let holders: HashSet<u16> = live_slots(image).map(|(_, slot)| slot.cur()).collect();
     let ids = ids(image);
-    let rows = holders.iter().filter_map(|&id| image.backends.get(usize::from(id)));
-    let ways: HashSet<Forward> = rows.filter_map(forward_of).collect();
+    let ways: HashSet<Forward> = image.backends.iter().filter_map(forward_of).collect();
     let now = Instant::now();
-    let holds = |pool: &str, forward, address| {
-        ids.get(&backend_identity(pool, forward, address)).is_some_and(|id| holders.contains(id))
+    let accepts = |pool: &str, forward, address| {
+        let id = ids.get(&backend_identity(pool, forward, address));
+        id.is_some_and(|id| image.backends[usize::from(*id)].accepts())
     };
     keys(config)
         .map(|(key, pool, _)| {
             // The file may name another way to a backend than the one it was reached by; its health is the same.
-            let held = ways.iter().any(|&forward| holds(&key.pool, forward, key.address));
+            let up = ways.iter().any(|&forward| accepts(&key.pool, forward, key.address));
             let pool = &config.pools[pool];
-            let held = held || pool.check.kind == CheckKind::None;
+            let up = up || pool.check.kind == CheckKind::None;
             let (rise, fall) = (pool.check.rise, pool.check.fall);
-            let fsm = if held { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
+            let fsm = if up { Fsm::adopted(true, now, rise, fall) } else { Fsm::new(rise, fall) };
             (key, fsm)
         })
         .collect()

@@ -18,7 +18,7 @@ use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
 use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{counter_rows, plan, present_vips};
+use crate::reconcile::plan::{counter_rows, plan_at_once, present_vips};
 
 impl Core {
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
@@ -38,7 +38,7 @@ impl Core {
             self.image = self.datapath.maps.image()?;
             self.index.take();
             // Beside what is in use there may be less room than in empty maps.
-            plan(&self.image, &desired(&config, &World::default()), &capacity)?;
+            plan_at_once(&self.image, &desired(&config, &World::default()), &capacity)?;
         }
         interfaces::refuse_local_vips(&config, resolver).await?;
         let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
@@ -126,6 +126,7 @@ impl Core {
         }
         self.image = image;
         self.index.take();
+        self.begin_tracking()?;
         // Which next hops can be used depends on the interfaces that are attached now.
         self.changed = true;
         self.datapath.retire_others()?;
@@ -136,7 +137,7 @@ impl Core {
     /// Puts tables and counters into new maps. Returns what lies there then.
     fn fill(&self, next: &mut Datapath) -> anyhow::Result<Image> {
         let mut image = next.maps.image()?;
-        for op in plan(&image, &desired(&self.config, &self.world()), next.capacity())? {
+        for op in plan_at_once(&image, &desired(&self.config, &self.world()), next.capacity())? {
             next.maps.apply(&op)?;
             image.apply(&op);
         }

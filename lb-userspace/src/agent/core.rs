@@ -13,6 +13,7 @@ use super::adopt;
 use super::changeover::inherit;
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Transitions};
+use super::tracking::Tracking;
 use super::verify::{self, Verification};
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
@@ -21,7 +22,7 @@ use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{LoadTime, World, desired};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{PlanError, plan};
+use crate::reconcile::plan::{PlanError, plan_at_once};
 use crate::ways::Judge;
 
 /// Names a backend over reloads. An outcome of another address never counts for this one.
@@ -64,6 +65,7 @@ pub struct Core {
     reloads: Reloads,
     /// Whether the tables must be worked out again.
     pub(super) changed: bool,
+    pub(super) tracking: Tracking,
 }
 
 impl Core {
@@ -101,7 +103,9 @@ impl Core {
             started_at: SystemTime::now(),
             reloads: Reloads::none(),
             changed: true,
+            tracking: Tracking::new(Instant::now()),
         };
+        core.begin_tracking()?;
         if core.datapath.adopted {
             info!("maps of an earlier agent taken over; flows stay where they are");
             // Before the tables change: they may need what only this program can.
@@ -240,25 +244,6 @@ impl Core {
         }
     }
 
-    /// Brings the maps in line with what is configured and alive.
-    pub fn reconcile(&mut self) -> Result<(), ReconcileError> {
-        if !self.changed {
-            return Ok(());
-        }
-        let world = self.world();
-        self.say_who_is_empty(&world);
-        let ops = plan(&self.image, &desired(&self.config, &world), self.datapath.capacity())?;
-        if !ops.is_empty() {
-            self.index.take();
-        }
-        for op in &ops {
-            self.datapath.maps.apply(op)?;
-            self.image.apply(op);
-        }
-        self.changed = false;
-        Ok(())
-    }
-
     pub(super) fn world(&self) -> World {
         let (mut world, judge) = (World::default(), self.judge());
         for (key, pool, backend) in keys(&self.config) {
@@ -267,10 +252,11 @@ impl Core {
             world.up.insert((pool, backend), up);
             world.next_hops.insert(key.address, hop);
         }
+        world.old_flows = self.old_flows(Instant::now());
         world
     }
 
-    fn say_who_is_empty(&mut self, world: &World) {
+    pub(super) fn say_who_is_empty(&mut self, world: &World) {
         for (index, pool) in self.config.pools.iter().enumerate() {
             let anyone = (0..pool.backends.len()).any(|backend| {
                 pool.backends[backend].weight > 0 && world.up.get(&(index, backend)) == Some(&true)
@@ -395,5 +381,5 @@ fn name_of(config: &Config, key: &BackendKey) -> String {
 /// Refuses what would not fit before anything is written.
 pub fn preflight(config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
     let empty = Image::empty(capacity, lb_common::abi::Meta::default());
-    plan(&empty, &desired(config, &World::default()), capacity).map(drop)
+    plan_at_once(&empty, &desired(config, &World::default()), capacity).map(drop)
 }

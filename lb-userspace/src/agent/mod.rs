@@ -13,6 +13,7 @@ mod reload;
 pub mod run_dir;
 pub mod snapshot;
 pub mod status;
+mod tracking;
 pub mod verify;
 
 use std::path::PathBuf;
@@ -128,6 +129,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut look_after = every(LOOK_AFTER);
     let mut tell_status = every(TELL_STATUS);
     let mut flushes = every(FLUSH_TRACE);
+    let mut slots = every(tracking::TICK);
     loop {
         tokio::select! {
             Some((key, probe)) = probes.recv() => {
@@ -169,6 +171,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 follower.watch(core.known_next_hops());
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);
+            }
+            _ = slots.tick() => {
+                if let Err(error) = core.look_after_slots() {
+                    error!(error = %format!("{:#}", anyhow::Error::from(error)), "slots on the move are not looked after; trying again");
+                }
+                continue;
             }
             _ = flushes.tick(), if trace.is_some() => {
                 if let Some(trace) = &mut trace {

@@ -4,7 +4,7 @@
 
 mod vips;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::lookup;
 use crate::nexthop::Resolver;
 use crate::reconcile::desired::{World, backend_identity, desired, features, table_identity};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::plan;
+use crate::reconcile::plan::{Leave, Unpinned, plan};
 
 /// One thing that is not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,8 +131,10 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
         return vec![Difference::new("limits", "maps for the file's `limits`", found)];
     }
     let mut differences = constants(config, image);
-    let ops = match plan(image, &desired(config, world), capacity) {
-        Ok(ops) => ops,
+    // What rests is not out of place.
+    let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+    let ops = match plan(image, &desired(config, world), capacity, &leave) {
+        Ok(plan) => plan.ops,
         Err(error) => {
             differences.push(Difference::new("tables", "what the file asks for", error.to_string()));
             return differences;

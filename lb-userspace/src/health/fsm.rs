@@ -71,6 +71,7 @@ pub struct Fsm {
     successes: u32,
     failures: u32,
     last: Option<Last>,
+    hard: bool,
 }
 
 impl Fsm {
@@ -84,6 +85,7 @@ impl Fsm {
             successes: 0,
             failures: 0,
             last: None,
+            hard: false,
         }
     }
 
@@ -117,6 +119,8 @@ impl Fsm {
             Err(failure) => {
                 self.successes = 0;
                 self.failures = self.failures.saturating_add(1);
+                // What was silent may be refused later.
+                self.hard |= self.state == State::Down && failure.is_hard();
                 match self.state {
                     State::Checking | State::Up if self.failures >= self.fall => {
                         self.enter(now, State::Down, failure.is_hard())
@@ -130,7 +134,13 @@ impl Fsm {
     fn enter(&mut self, now: Instant, to: State, hard: bool) -> Option<Transition> {
         let from = std::mem::replace(&mut self.state, to);
         self.since = Some(now);
+        self.hard = hard;
         Some(Transition { from, to, hard })
+    }
+
+    /// Down, by hard evidence (see [`Transition::hard`]).
+    pub fn is_hard(&self) -> bool {
+        self.hard && self.state == State::Down
     }
 
     pub fn state(&self) -> State {

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use lb_common::abi::{Backend, BackendKind, Egress, Features, Meta};
+use lb_common::abi::{Backend, BackendKind, Discipline, Egress, Features, Meta};
 use lb_common::encap::outer_sum;
 use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
@@ -35,6 +36,8 @@ pub struct World {
     pub panic: HashSet<usize>,
     /// For schedulers that go by response times; the most where there is none.
     pub response_weights: HashMap<BackendRef, u8>,
+    /// Backends whose flows do not stay.
+    pub old_flows: HashMap<BackendRef, OldFlows>,
 }
 
 /// Where a slot leads.
@@ -53,6 +56,21 @@ pub struct DesiredBackend {
     /// The row, with a path of zero.
     pub row: Backend,
     pub next_hop: Option<(Mac, Egress)>,
+    /// The set of pools (`pool_set`) with its own.
+    pub pool: [u64; 3],
+    pub old_flows: OldFlows,
+    pub weight: u8,
+}
+
+/// What becomes of the flows that a backend has, once it takes no new ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OldFlows {
+    #[default]
+    Stay,
+    /// It failed: they go where new ones go, if that is somebody.
+    Fail,
+    /// Somebody wants them gone, or their time is over.
+    Move,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,15 +84,12 @@ pub struct DesiredTable {
     pub discipline: Discipline,
     /// Pools whose backends may be in it.
     pub pools: Vec<usize>,
-}
-
-/// What picks the slot of a new flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Discipline {
-    Hash,
-    RoundRobin,
-    Random,
-    Least,
+    /// The same as a set (`pool_set`).
+    pub pool_set: [u64; 3],
+    /// How long a silent flow is protected (T1).
+    pub idle: Duration,
+    /// The protocol's number.
+    pub protocol: u8,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -97,14 +112,19 @@ pub fn desired(config: &Config, world: &World) -> Desired {
                 .get(&backend.address)
                 .filter(|_| usable)
                 .map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
-            let row = backend_row(pool.forward, backend.address, identity);
-            desired.backends.insert(identity, DesiredBackend { row, next_hop });
+            let mut row = backend_row(pool.forward, backend.address, identity);
+            let old_flows = world.old_flows.get(&(index, place)).copied().unwrap_or_default();
+            if world.up.get(&(index, place)) == Some(&true) && old_flows == OldFlows::Stay {
+                row.flags |= Backend::ACCEPTING;
+            }
+            let (pool, weight) = (pool_set([pool.name.as_str()]), backend.weight);
+            desired.backends.insert(identity, DesiredBackend { row, next_hop, pool, old_flows, weight });
         }
         let users: Vec<_> = config.services.iter().filter(|service| service.pool == index).collect();
         for service in users {
             for &protocol in &service.protocols {
                 let identity = table_identity(pool, protocol, service.scheduler);
-                let new = || table(config, world, index, service.scheduler);
+                let new = || table(config, world, index, protocol, service.scheduler);
                 desired.tables.entry(identity).or_insert_with(new);
             }
         }
@@ -235,6 +255,21 @@ pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> 
     fingerprint(2, format!("{}/{}/{scheduler}", pool.name, protocol_number(protocol)).as_bytes()).max(1)
 }
 
+/// Pools as a set of 192 bits, by their names: two may share a bit, which keeps a little more than need be.
+pub fn pool_set<'n>(names: impl IntoIterator<Item = &'n str>) -> [u64; 3] {
+    let mut set = [0; 3];
+    for name in names {
+        let bit = fingerprint(3, name.as_bytes()) % 192;
+        set[(bit / 64) as usize] |= 1 << (bit % 64);
+    }
+    set
+}
+
+/// Whether two sets of pools have one in common.
+pub fn meet(one: [u64; 3], other: [u64; 3]) -> bool {
+    one.iter().zip(other).any(|(one, other)| one & other != 0)
+}
+
 fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
     let kind = kind(forward, address);
     let (words, sum) = match address {
@@ -253,7 +288,6 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
     };
     Backend {
         kind: kind as u8,
-        flags: Backend::ACCEPTING,
         outer_sum: if forward == Forward::L2 { 0 } else { sum },
         port: Be16::new(port),
         overhead: kind.overhead(),
@@ -265,11 +299,20 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
 
 /// A pool's table, with the backends of the pool in use: a Maglev table over what is configured, with what takes flows
 /// laid over it; or turns by weight, with such a table below.
-fn table(config: &Config, world: &World, own: usize, scheduler: Scheduler) -> DesiredTable {
+fn table(
+    config: &Config,
+    world: &World,
+    own: usize,
+    protocol: Protocol,
+    scheduler: Scheduler,
+) -> DesiredTable {
     let pools: Vec<usize> = config.levels_of(own).collect();
     // A fallback changes no lengths.
     let longest = pools.iter().map(|&pool| config.pools[pool].backends.len()).max().unwrap_or(0);
     let log2_length = maglev::log2_length(longest);
+    let pool_set = pool_set(pools.iter().map(|&pool| config.pools[pool].name.as_str()));
+    let idle = config.pools[own].flows.idle_timeout.of(protocol);
+    let protocol = protocol_number(protocol);
     let level = world.levels.get(&own).copied().unwrap_or(own);
     let pool = &config.pools[level];
     let shares = shares(config, world, own, level);
@@ -291,7 +334,16 @@ fn table(config: &Config, world: &World, own: usize, scheduler: Scheduler) -> De
     let by_hash = named(overlay::apply(&base, 1 << log2_length, &members, &shares));
     let discipline = discipline(scheduler);
     if discipline == Discipline::Hash {
-        return DesiredTable { log2_length, cur: by_hash, est: None, discipline, pools };
+        return DesiredTable {
+            log2_length,
+            cur: by_hash,
+            est: None,
+            discipline,
+            pools,
+            pool_set,
+            idle,
+            protocol,
+        };
     }
     let turns = members.iter().zip(&shares).enumerate().map(|(index, (member, &share))| {
         let weight = turn_weight(scheduler, member.weight, || {
@@ -301,7 +353,7 @@ fn table(config: &Config, world: &World, own: usize, scheduler: Scheduler) -> De
     });
     let turns = sequence::build(1 << log2_length, &turns.collect::<Vec<_>>());
     let cur = if turns.is_empty() { vec![nobody; 1 << log2_length] } else { named(turns) };
-    DesiredTable { log2_length, cur, est: Some(by_hash), discipline, pools }
+    DesiredTable { log2_length, cur, est: Some(by_hash), discipline, pools, pool_set, idle, protocol }
 }
 
 /// What each backend of the pool in use takes of its share.

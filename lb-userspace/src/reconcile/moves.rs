@@ -156,6 +156,11 @@ impl Moves {
         finished.collect()
     }
 
+    /// Whether a slot of the table is dirty.
+    pub fn is_moving(&self, number: u16) -> bool {
+        self.tables.get(&number).is_some_and(|table| table.dirty > 0)
+    }
+
     pub fn progress(&self, image: &Image, number: u16, now: Instant) -> Progress {
         let Some(table) = self.tables.get(&number) else { return Progress::default() };
         let first = table.word.first_row() * SLOTS_PER_ROW;

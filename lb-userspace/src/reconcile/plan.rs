@@ -6,16 +6,17 @@
 
 mod vips;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Discipline, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2,
-    SLOTS_PER_ROW, TableState, TableWord,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
+    TableState, TableWord,
 };
 use lb_common::slots::Slot;
 
-use super::desired::{Desired, DesiredTable, Target};
+use super::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target};
 use super::image::Image;
+use super::moves::runs;
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
@@ -44,13 +45,49 @@ pub enum PlanError {
     Egress { limit: u32 },
 }
 
-/// The writes that turn the image into what is desired; empty if it is that already.
-pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
+/// What a plan may count on beside the tables.
+#[derive(Debug, Clone)]
+pub struct Leave {
+    /// Backend ids that no pin names: a whole sweep since no slot did found none.
+    pub unpinned: Unpinned,
+    /// Slots that may be made dirty for no other reason than a better spread. What must move moves anyway.
+    pub moves: usize,
+}
+
+#[derive(Debug, Clone)]
+pub enum Unpinned {
+    /// There are no pins at all, as in maps that nobody used.
+    All,
+    Ids(HashSet<u16>),
+}
+
+impl Leave {
+    /// Nothing holds anything back: for maps that carry no traffic.
+    pub fn all() -> Self {
+        Self { unpinned: Unpinned::All, moves: usize::MAX }
+    }
+}
+
+/// An ordered list of writes, and whether something was left for later.
+#[derive(Debug, Default)]
+pub struct Plan {
+    pub ops: Vec<MapOp>,
+    /// Slots that wait until others have moved.
+    pub waiting: usize,
+}
+
+/// The writes that turn the image into what is desired; none if it is that already, or on its way.
+pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave) -> Result<Plan, PlanError> {
     let mut planner = Planner {
         image,
         desired,
         capacity,
+        leave,
+        moves_left: leave.moves,
+        waiting: 0,
+        named: HashSet::from([BACKEND_NOBODY, BACKEND_PASS]),
         add: Vec::new(),
+        turn: Vec::new(),
         lose: Vec::new(),
         remove: Vec::new(),
         moved: false,
@@ -58,28 +95,41 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<Vec
     let ids = planner.backends()?;
     let tables = planner.tables(&ids)?;
     planner.vips(&tables)?;
-    let Planner { add: mut ops, lose, mut remove, moved, .. } = planner;
+    planner.leaving(&ids);
+    let waiting = planner.waiting;
+    let Planner { add: mut ops, turn, lose, mut remove, moved, .. } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
-    if moved || !lose.is_empty() || !remove.is_empty() {
+    let mut groups = vec![turn, lose, remove];
+    groups.retain(|group| !group.is_empty());
+    if moved && groups.is_empty() {
         ops.push(MapOp::Grace);
     }
-    if !lose.is_empty() && !remove.is_empty() {
-        ops.extend(lose);
+    for group in groups {
         ops.push(MapOp::Grace);
-        ops.extend(remove);
-    } else {
-        ops.extend(lose.into_iter().chain(remove));
+        ops.extend(group);
     }
-    Ok(ops)
+    Ok(Plan { ops, waiting })
+}
+
+/// The writes for maps that carry no traffic, or whose moves nobody waits for.
+pub fn plan_at_once(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
+    plan(image, desired, capacity, &Leave::all()).map(|plan| plan.ops)
 }
 
 struct Planner<'a> {
     image: &'a Image,
     desired: &'a Desired,
     capacity: &'a Capacity,
+    leave: &'a Leave,
+    moves_left: usize,
+    waiting: usize,
+    /// Backend ids that slots name once the plan is carried out.
+    named: HashSet<u16>,
     add: Vec<MapOp>,
+    /// Pins of backends whose flows move: slots leave them first.
+    turn: Vec<MapOp>,
     /// Paths of backends that lost their next hop: slots leave them first.
     lose: Vec<MapOp>,
     /// In the order of the additions; reversed at the end.
@@ -102,7 +152,7 @@ impl Planner<'_> {
         for id in 1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16 {
             let row = &self.image.backends[usize::from(id)];
             let wanted = self.desired.backends.get(&row.identity).filter(|wanted| {
-                let constant = Backend { path: 0, ..*row };
+                let constant = Backend { path: 0, flags: wanted.row.flags, ..*row };
                 constant == wanted.row && !ids.contains_key(&row.identity)
             });
             match wanted {
@@ -113,9 +163,12 @@ impl Planner<'_> {
                         let list = if path == Path::default() { &mut self.lose } else { &mut self.add };
                         list.push(MapOp::SetPath { id, path });
                     }
+                    self.flags(id, row.flags, wanted);
+                    self.weight(id, wanted.weight);
                 }
                 None if *row == Backend::default() => free.push(id),
-                None => self.remove.push(MapOp::WriteBackend { id, backend: Backend::default() }),
+                // Until nothing names it: see `leaving`.
+                None => {}
             }
         }
         let mut free = free.into_iter();
@@ -129,9 +182,61 @@ impl Planner<'_> {
             let backend = Backend { path: path_of(&wanted.next_hop).bits(), ..wanted.row };
             self.add.push(MapOp::ResetBackendTraffic { id });
             self.add.push(MapOp::WriteBackend { id, backend });
+            self.weight(id, wanted.weight);
             ids.insert(*identity, id);
         }
         Ok(ids)
+    }
+
+    fn weight(&mut self, id: u16, weight: u8) {
+        let weight = u64::from(weight);
+        if self.image.load_weights[usize::from(id)] != weight {
+            self.add.push(MapOp::SetLoadWeight { id, weight });
+        }
+    }
+
+    /// Whether a backend takes new flows by its pins, and whether it is to have old ones.
+    fn flags(&mut self, id: u16, flags: u8, wanted: &DesiredBackend) {
+        let goes = wanted.old_flows != OldFlows::Stay;
+        let now = wanted.row.flags & Backend::ACCEPTING | flags & Backend::EMPTIED;
+        if !goes {
+            let now = now & !Backend::EMPTIED;
+            if now != flags {
+                self.add.push(MapOp::SetFlags { id, flags: now });
+            }
+        } else if flags != Backend::EMPTIED {
+            if flags & Backend::ACCEPTING != 0 {
+                self.add.push(MapOp::SetFlags { id, flags: 0 });
+            }
+            self.turn.push(MapOp::DropPins { id });
+            self.turn.push(MapOp::Grace);
+            self.turn.push(MapOp::SetFlags { id, flags: Backend::EMPTIED });
+        }
+    }
+
+    /// Backends that are in no configuration any more go once nothing names them; their ways out with them.
+    fn leaving(&mut self, ids: &HashMap<u64, u16>) {
+        let mut removals = Vec::new();
+        let mut ways: HashSet<u16> = HashSet::new();
+        for id in 1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16 {
+            let row = &self.image.backends[usize::from(id)];
+            if *row == Backend::default() || ids.get(&row.identity) == Some(&id) {
+                continue;
+            }
+            let unpinned = match &self.leave.unpinned {
+                Unpinned::All => true,
+                Unpinned::Ids(ids) => ids.contains(&id),
+            };
+            if unpinned && !self.named.contains(&id) {
+                removals.push(MapOp::WriteBackend { id, backend: Backend::default() });
+            } else {
+                ways.insert(Path::from_bits(row.path).egress());
+            }
+        }
+        self.remove.retain(|op| !matches!(op, MapOp::WriteEgress { row, .. } if ways.contains(row)));
+        // Before the tables and ways out in the order of additions.
+        let egress = self.remove.iter().take_while(|op| matches!(op, MapOp::WriteEgress { .. })).count();
+        self.remove.splice(egress..egress, removals);
     }
 
     /// A row for every different way out.
@@ -186,7 +291,8 @@ impl Planner<'_> {
                 Some(table) => *table,
                 None => {
                     let table = free.next().ok_or(PlanError::Tables { needed, limit })?;
-                    let state = TableState { identity: *identity, ..TableState::default() };
+                    let pools = wanted.pool_set;
+                    let state = TableState { identity: *identity, pools, ..TableState::default() };
                     self.add.push(MapOp::WriteTableState { table, state });
                     tables.insert(*identity, table);
                     table
@@ -197,7 +303,7 @@ impl Planner<'_> {
         Ok(tables)
     }
 
-    /// One table: the slots that differ, or a new place where its length changes.
+    /// One table: the slots that differ, in a longer place where its content outgrew the one it has.
     fn table(
         &mut self,
         table: u16,
@@ -205,30 +311,135 @@ impl Planner<'_> {
         ids: &HashMap<u64, u16>,
         regions: &mut Regions,
     ) -> Result<(), PlanError> {
-        let words = wanted.cur.iter().map(|target| {
-            let id = match target {
-                Target::Nobody => BACKEND_NOBODY,
-                Target::Pass => BACKEND_PASS,
-                Target::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
-            };
-            Slot::clean(id).bits()
-        });
+        let id_of = |target: &Target| match target {
+            Target::Nobody => BACKEND_NOBODY,
+            Target::Pass => BACKEND_PASS,
+            Target::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
+        };
+        let cur: Vec<u16> = wanted.cur.iter().map(id_of).collect();
+        let est: Option<Vec<u16>> = wanted.est.as_ref().map(|est| est.iter().map(id_of).collect());
         let word = TableWord::from_bits(self.image.tables[usize::from(table)]);
-        if word != TableWord::default() && word.log2_length() == wanted.log2_length {
-            let first = word.first_row() * SLOTS_PER_ROW;
-            self.add.extend(differing_runs(self.image, first, words));
+        let discipline = wanted.discipline;
+        if word == TableWord::default() {
+            let words: Vec<u32> = match &est {
+                None => cur.iter().map(|&id| Slot::clean(id).bits()).collect(),
+                Some(est) => {
+                    cur.iter().zip(est).map(|(&cur, &est)| Slot::new(cur, est, true, true).bits()).collect()
+                }
+            };
+            let first_row = self.place(wanted.log2_length, regions)?;
+            self.named.extend(words.iter().flat_map(|&word| names(Slot::from_bits(word))));
+            self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words });
+            let word = TableWord::new(first_row, wanted.log2_length, discipline);
+            self.add.push(MapOp::SetTableWord { table, word });
             return Ok(());
         }
-        let length = 1 << wanted.log2_length;
-        let first_row = regions.take(length / SLOTS_PER_ROW).ok_or(PlanError::Slots { slots: length })?;
-        self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words: words.collect() });
-        self.add.push(MapOp::SetTableWord {
-            table,
-            word: TableWord::new(first_row, wanted.log2_length, Discipline::Hash),
-        });
-        self.moved |= word != TableWord::default();
+        self.pools(table, wanted.pool_set);
+
+        let old_first = word.first_row() * SLOTS_PER_ROW;
+        let grown = wanted.log2_length.saturating_sub(word.log2_length());
+        let length = word.length() << grown;
+        let now: Vec<Slot> = (0..length).map(|index| self.image.slot(old_first + (index >> grown))).collect();
+        let mut first = old_first;
+        if grown > 0 {
+            // Children go on where their parent is; the parent is not changed any more.
+            let log2_length = word.log2_length() + grown;
+            let first_row = self.place(log2_length, regions)?;
+            first = first_row * SLOTS_PER_ROW;
+            let words = now.iter().map(|slot| slot.bits()).collect();
+            self.add.push(MapOp::WriteSlots { first, words });
+            let word = TableWord::new(first_row, log2_length, discipline);
+            self.add.push(MapOp::SetTableWord { table, word });
+            self.add.push(MapOp::Grace);
+            self.moved = true;
+        }
+        let shift = length.ilog2() - wanted.log2_length;
+        let taking: HashSet<u16> = cur.iter().copied().collect();
+        let going = Going::of(self.desired, ids);
+        let mut words = Vec::new();
+        for (index, slot) in (first..).zip(&now) {
+            let content = ((index - first) >> shift) as usize;
+            let mut next = match &est {
+                None => self.turned(*slot, cur[content], &taking),
+                Some(_) => Slot::new(cur[content], slot.est(), true, true),
+            };
+            let goes_to = est.as_ref().map_or(next.cur(), |est| est[content]);
+            if going.leaves(next.est(), goes_to) || (est.is_some() && next.est() == BACKEND_NOBODY) {
+                next = Slot::new(next.cur(), goes_to, est.is_some(), true);
+            }
+            self.named.extend(names(next));
+            if next != *slot {
+                words.push((index, next.bits()));
+            }
+        }
+        self.add.extend(runs(words));
         Ok(())
     }
+
+    /// A slot whose new flows go to `cur` from now on; its old flows stay where they are.
+    fn turned(&mut self, slot: Slot, cur: u16, taking: &HashSet<u16>) -> Slot {
+        if slot.cur() == cur {
+            return slot;
+        }
+        let nobody = slot.cur() == BACKEND_NOBODY;
+        // Who takes no new flows any more is left at once; a better spread has time.
+        if taking.contains(&slot.cur()) && !nobody {
+            if self.moves_left == 0 {
+                self.waiting += 1;
+                return slot;
+            }
+            self.moves_left -= 1;
+        }
+        if slot.est() == cur {
+            // Back where the old flows are: those that went elsewhere meanwhile have pins, new ones need none.
+            Slot::new(cur, cur, false, true)
+        } else if nobody && slot.est() == BACKEND_NOBODY && !slot.dirty() {
+            // Nobody lives here but flows with pins.
+            Slot::new(cur, cur, false, slot.pins())
+        } else {
+            Slot::new(cur, slot.est(), true, slot.pins())
+        }
+    }
+
+    fn place(&mut self, log2_length: u32, regions: &mut Regions) -> Result<u32, PlanError> {
+        let length = 1 << log2_length;
+        regions.take(length / SLOTS_PER_ROW).ok_or(PlanError::Slots { slots: length })
+    }
+
+    /// Pins of a table may be of pools that it had before: until it is at rest, they stay in the set.
+    fn pools(&mut self, table: u16, wanted: [u64; 3]) {
+        let before = self.image.table_states[usize::from(table)].pools;
+        let both = [0, 1, 2].map(|word| before[word] | wanted[word]);
+        if both != before {
+            self.add.push(MapOp::SetPools { table, pools: both });
+        }
+    }
+}
+
+/// Backends whose old flows go.
+struct Going {
+    failed: HashSet<u16>,
+    moved: HashSet<u16>,
+}
+
+impl Going {
+    fn of(desired: &Desired, ids: &HashMap<u64, u16>) -> Self {
+        let with = |old_flows| {
+            let backends = desired.backends.iter().filter(move |(_, b)| b.old_flows == old_flows);
+            backends.filter_map(|(identity, _)| ids.get(identity).copied()).collect()
+        };
+        Self { failed: with(OldFlows::Fail), moved: with(OldFlows::Move) }
+    }
+
+    /// Whether flows on `est` go to `to`. From one that failed, only to one that did not.
+    fn leaves(&self, est: u16, to: u16) -> bool {
+        let better = to != BACKEND_NOBODY && !self.failed.contains(&to) && !self.moved.contains(&to);
+        est != to && (self.failed.contains(&est) && better || self.moved.contains(&est))
+    }
+}
+
+fn names(slot: Slot) -> [u16; 2] {
+    [slot.cur(), slot.est()]
 }
 
 type EgressKey = [u8; 48];
@@ -247,21 +458,6 @@ fn key(egress: &Egress) -> EgressKey {
     let mut key = [0; 48];
     key.chunks_mut(8).zip(words).for_each(|(chunk, word)| chunk.copy_from_slice(&word.to_ne_bytes()));
     key
-}
-
-/// Runs of slots whose words differ from the image's.
-fn differing_runs(image: &Image, first: u32, words: impl Iterator<Item = u32>) -> Vec<MapOp> {
-    let mut runs: Vec<(u32, Vec<u32>)> = Vec::new();
-    for (index, word) in (first..).zip(words) {
-        if image.slot(index).bits() == word {
-            continue;
-        }
-        match runs.last_mut() {
-            Some((start, run)) if *start + run.len() as u32 == index => run.push(word),
-            _ => runs.push((index, vec![word])),
-        }
-    }
-    runs.into_iter().map(|(first, words)| MapOp::WriteSlots { first, words }).collect()
 }
 
 /// Which stretches of the slot map no table takes.

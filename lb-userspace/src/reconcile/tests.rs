@@ -18,11 +18,11 @@ use lb_common::slots::Slot;
 use lb_common::wire;
 use proptest::prelude::*;
 
-use super::desired::{Desired, Discipline, Target, World, backend_identity, desired, features, forward_of};
+use super::desired::{Desired, Target, World, backend_identity, desired, features, forward_of};
 use super::entries::{Counted, DesiredRule, DesiredVip, Lead, entries};
 use super::image::{Image, Traced};
 use super::op::MapOp;
-use super::plan::{PlanError, VipEntry, counter_rows, plan, ports, present_vips};
+use super::plan::{PlanError, VipEntry, counter_rows, plan_at_once, ports, present_vips};
 use crate::capacity::Capacity;
 use crate::config::model::{
     Api, Backend, Check, CheckKind, Config, Flows, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty,
@@ -439,7 +439,13 @@ fn read_back(image: &Image) -> Desired {
         let path = Path::from_bits(row.path);
         let egress = image.egress[usize::from(path.egress())];
         let next_hop = (path != Path::default()).then(|| (path.mac(), egress));
-        let desired = super::desired::DesiredBackend { row: BackendRow { path: 0, ..*row }, next_hop };
+        let desired = super::desired::DesiredBackend {
+            row: BackendRow { path: 0, ..*row },
+            next_hop,
+            pool: [0; 3],
+            old_flows: Default::default(),
+            weight: 100,
+        };
         assert!(read.backends.insert(row.identity, desired).is_none(), "two rows of one backend");
     }
     for (word, state) in image.tables.iter().zip(&image.table_states).filter(|(_, state)| state.identity != 0)
@@ -458,8 +464,11 @@ fn read_back(image: &Image) -> Desired {
             log2_length: word.log2_length(),
             cur: slots.collect(),
             est: None,
-            discipline: Discipline::Hash,
+            discipline: word.discipline(),
             pools: Vec::new(),
+            pool_set: [0; 3],
+            idle: Default::default(),
+            protocol: 0,
         };
         assert!(read.tables.insert(state.identity, table).is_none(), "two tables of one identity");
     }
@@ -663,6 +672,12 @@ impl Readable {
             | MapOp::WriteTableState { .. }
             | MapOp::SetTableWord { .. }
             | MapOp::SetFilterWord { .. }
+            | MapOp::SetClosing { .. }
+            | MapOp::SetPools { .. }
+            | MapOp::ExpectFailed { .. }
+            | MapOp::SetFlags { .. }
+            | MapOp::DropPins { .. }
+            | MapOp::SetLoadWeight { .. }
             | MapOp::Grace => None,
         }
     }
@@ -685,7 +700,7 @@ impl Run {
     /// Goes to the next state, looking at packets after every operation.
     fn step(&mut self, next: Desired, flows: &[u16]) -> Result<(), TestCaseError> {
         let old = std::mem::take(&mut self.state);
-        let ops = match plan(&self.image, &next, &capacity()) {
+        let ops = match plan_at_once(&self.image, &next, &capacity()) {
             Ok(ops) => ops,
             Err(error) => return Err(TestCaseError::fail(format!("refused: {error}"))),
         };
@@ -767,7 +782,11 @@ impl Run {
             }
         }
         prop_assert_eq!(&read_back(&self.image), &next);
-        prop_assert_eq!(plan(&self.image, &next, &capacity()).map(|ops| ops.len()), Ok(0), "planned twice");
+        prop_assert_eq!(
+            plan_at_once(&self.image, &next, &capacity()).map(|ops| ops.len()),
+            Ok(0),
+            "planned twice"
+        );
         self.ids_stay(&ids_before, &next, &ops)?;
         self.nothing_overlaps()?;
         self.state = next;
@@ -1037,11 +1056,11 @@ proptest! {
         for (changes, stop) in &steps {
             changes.iter().for_each(|change| apply(&mut state, change));
             let next = state.desired();
-            let Ok(ops) = plan(&image, &next, &capacity()) else { continue };
+            let Ok(ops) = plan_at_once(&image, &next, &capacity()) else { continue };
             ops[..stop.index(ops.len() + 1)].iter().for_each(|op| image.apply(op));
             // Another state comes before the first was reached, or the same is planned again.
             if stop.index(2) == 0 {
-                let again = plan(&image, &next, &capacity());
+                let again = plan_at_once(&image, &next, &capacity());
                 prop_assert!(again.is_ok(), "{:?}", again);
                 again.unwrap().iter().for_each(|op| image.apply(op));
                 prop_assert_eq!(&read_back(&image), &next);
@@ -1065,7 +1084,7 @@ fn simple(backends: u16) -> State {
 }
 
 fn applied(image: &mut Image, state: &State) -> Vec<MapOp> {
-    let ops = plan(image, &state.desired(), &capacity()).expect("within the limits");
+    let ops = plan_at_once(image, &state.desired(), &capacity()).expect("within the limits");
     ops.iter().for_each(|op| image.apply(op));
     ops
 }
@@ -1170,7 +1189,7 @@ fn a_next_hop_that_goes_takes_the_slots_away_before_the_path() {
     applied(&mut image, &state);
     state.hops.insert(2, None);
     let vip = only_vip(&state);
-    for op in plan(&image, &state.desired(), &capacity()).unwrap() {
+    for op in plan_at_once(&image, &state.desired(), &capacity()).unwrap() {
         image.apply(&op);
         for flow in 0..60 {
             let (outcome, _) = send(&image, &vip, flow);
@@ -1209,7 +1228,7 @@ fn limits_are_refused_before_anything_is_planned() {
     let refused = |limits: Limits, state: &State| {
         let capacity = Capacity::new(&limits);
         let image = Image::empty(&capacity, Meta::default());
-        plan(&image, &state.desired(), &capacity).err()
+        plan_at_once(&image, &state.desired(), &capacity).err()
     };
     assert_eq!(refused(LIMITS, &base), None);
     let mut ports = base.clone();
@@ -1227,12 +1246,12 @@ fn limits_are_refused_before_anything_is_planned() {
     let image = Image::empty(&capacity, Meta::default());
     let mut hops = base.clone();
     hops.hops.insert(2, Some((2, 1500, 1)));
-    let egress = plan(&image, &hops.desired(), &capacity).err();
+    let egress = plan_at_once(&image, &hops.desired(), &capacity).err();
     assert_eq!(egress, Some(PlanError::Egress { limit: 2 }));
     let mut capacity = Capacity::new(&LIMITS);
     capacity.backend_rows = 4;
     let image = Image { backends: vec![BackendRow::default(); 4], ..fresh() };
-    let backends = plan(&image, &base.desired(), &capacity).err();
+    let backends = plan_at_once(&image, &base.desired(), &capacity).err();
     assert_eq!(backends, Some(PlanError::Backends { needed: 3, limit: MOST_BACKENDS }));
 }
 
@@ -1245,7 +1264,7 @@ fn vips_up_to_the_limit_can_be_replaced_by_as_many_others() {
     let mut state = simple(2);
     for (first, count) in [(1u16, 8), (9, 8), (5, 8), (1, 1), (2, 8), (40, 8)] {
         state.services.get_mut(&0).unwrap().ports = (first..first + count).collect();
-        let ops = plan(&image, &state.desired(), &capacity);
+        let ops = plan_at_once(&image, &state.desired(), &capacity);
         let ops = ops.unwrap_or_else(|error| panic!("ports from {first}: {error}"));
         ops.iter().for_each(|op| image.apply(op));
         let rows: Vec<u32> = counter_rows(&present_vips(&image)).into_values().collect();

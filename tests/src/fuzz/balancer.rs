@@ -10,7 +10,7 @@ use lb_userspace::bpf::Datapath;
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::op::MapOp;
-use lb_userspace::reconcile::plan::plan;
+use lb_userspace::reconcile::plan::plan_at_once;
 
 use super::Subject;
 use crate::fixtures::{self, HEADROOM, INGRESS, Setting, xdp_verdict};
@@ -152,7 +152,7 @@ impl Balancer {
         let mut datapath = Datapath::open(dir.fs()?, capacity, variant.load_time())?;
         datapath.maps.set_interface(INGRESS, fixtures::interface())?;
         let desired = desired(&variant.setting.config(), &variant.setting.world());
-        for op in plan(&datapath.maps.image()?, &desired, &capacity)? {
+        for op in plan_at_once(&datapath.maps.image()?, &desired, &capacity)? {
             datapath.maps.apply(&op)?;
         }
         for op in variant.spoils(&datapath.maps.image()?) {

@@ -190,7 +190,7 @@ proptest! {
         for drafts in [drafts, others] {
             let config = valid(&base, drafts);
             let desired = desired(&config, &base.world());
-            let ops = plan(&image, &desired, &capacity());
+            let ops = plan_at_once(&image, &desired, &capacity());
             prop_assert!(ops.is_ok(), "{:?}", ops);
             ops.unwrap().iter().for_each(|op| image.apply(op));
             for address in addresses() {
