@@ -18,7 +18,7 @@ use lb_userspace::config;
 use lb_userspace::config::model::Config;
 use lb_userspace::nexthop::NextHop;
 use lb_userspace::reconcile::desired::{LoadTime, World, desired};
-use lb_userspace::reconcile::plan::plan;
+use lb_userspace::reconcile::plan::plan_at_once;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -149,7 +149,7 @@ impl Stage {
         }
         let mut datapath = Datapath::open(fs, capacity, load_time)?;
         let image = datapath.maps.image()?;
-        for op in plan(&image, &desired(&config, &world(&config)), &capacity)? {
+        for op in plan_at_once(&image, &desired(&config, &world(&config)), &capacity)? {
             datapath.maps.apply(&op)?;
         }
         stage.datapath = Some(datapath);
