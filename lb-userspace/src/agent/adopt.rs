@@ -9,10 +9,10 @@ use lb_common::slots::Slot;
 use lb_common::wire::{Address6, Mac};
 
 use super::core::{BackendKey, NextHops, keys};
-use crate::config::model::{CheckKind, Config, Forward};
+use crate::config::model::{CheckKind, Config, Forward, Service};
 use crate::health::Fsm;
 use crate::nexthop::{Link, NextHop};
-use crate::reconcile::desired::{backend_identity, forward_of};
+use crate::reconcile::desired::{backend_identity, forward_of, table_identity};
 use crate::reconcile::image::Image;
 
 /// Who was not down is up until its first verdict.
@@ -35,6 +35,36 @@ pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
             (key, fsm)
         })
         .collect()
+}
+
+/// Pools whose packets went to a fallback: its place among the pools that may take them. Who holds most of the slots
+/// is in use.
+pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
+    let ids = ids(image);
+    let mut tables: HashMap<u64, HashMap<u16, u32>> = HashMap::new();
+    for (table, slot) in live_slots(image) {
+        let identity = image.table_states[usize::from(table)].identity;
+        *tables.entry(identity).or_default().entry(slot.cur()).or_default() += 1;
+    }
+    let held = |service: &Service, level: usize| -> u32 {
+        let pool = &config.pools[level];
+        let backends = pool.backends.iter();
+        let holders =
+            backends.filter_map(|b| ids.get(&backend_identity(&pool.name, pool.forward, b.address)));
+        let tables = service.protocols.iter().filter_map(|&protocol| {
+            tables.get(&table_identity(config.pool_of(service), protocol, service.scheduler))
+        });
+        let holders: Vec<u16> = holders.copied().collect();
+        tables.flat_map(|held| holders.iter().filter_map(|id| held.get(id))).sum()
+    };
+    let level = |service: &Service| {
+        let levels = config.levels_of(service.pool).enumerate();
+        let (level, slots) =
+            levels.map(|(place, pool)| (place, held(service, pool))).max_by_key(|held| held.1)?;
+        (slots > 0).then_some((service.pool, level))
+    };
+    let fall_back = |service: &&Service| !config.pool_of(service).tiers.fallback.is_empty();
+    config.services.iter().filter(fall_back).filter_map(level).collect()
 }
 
 /// Next hops hold until the kernel says otherwise. `known` are the interfaces that are there, by their index.

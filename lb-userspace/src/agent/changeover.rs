@@ -49,10 +49,12 @@ impl Core {
             self.widen(&config, &wanted, resolver).await?;
         }
 
-        let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone());
+        let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone(), self.steering.clone());
         let known = std::mem::take(&mut self.fsms);
         let previous = std::mem::replace(&mut self.config, Arc::new(config));
         self.fsms = self.carry_over(&previous, known);
+        let is_up = |key: &BackendKey| self.fsms.get(key).is_some_and(Fsm::is_up);
+        self.steering.reload(Instant::now(), &previous, &self.config, is_up);
         self.transitions.retain(|key, _| self.fsms.contains_key(key));
         self.changed = true;
         self.on_first_look(found);
@@ -65,7 +67,7 @@ impl Core {
             self.turn_over(capacity, &wanted, resolver).await
         };
         if let Err(error) = taken {
-            (self.config, self.fsms, self.next_hops) = before;
+            (self.config, self.fsms, self.next_hops, self.steering) = before;
             self.changed = true;
             return Err(error);
         }
@@ -109,7 +111,8 @@ impl Core {
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
         let mut next = self.datapath.renewed(capacity, LoadTime::of(&self.config))?;
-        let image = match self.fill(&mut next) {
+        let world = self.steered_world(Instant::now());
+        let image = match self.fill(&mut next, &world) {
             Ok(image) => image,
             Err(error) => {
                 next.abandon()?;
@@ -135,9 +138,9 @@ impl Core {
     }
 
     /// Puts tables and counters into new maps. Returns what lies there then.
-    fn fill(&self, next: &mut Datapath) -> anyhow::Result<Image> {
+    fn fill(&self, next: &mut Datapath, world: &World) -> anyhow::Result<Image> {
         let mut image = next.maps.image()?;
-        for op in plan_at_once(&image, &desired(&self.config, &self.world()), next.capacity())? {
+        for op in plan_at_once(&image, &desired(&self.config, world), next.capacity())? {
             next.maps.apply(&op)?;
             image.apply(&op);
         }

@@ -12,12 +12,13 @@ use tracing::{info, warn};
 use super::adopt;
 use super::changeover::inherit;
 use super::interfaces::{self, Refused, Wanted, WantedLink};
-use super::snapshot::{BackendState, BackendView, Index, Reloads, Snapshot, Transitions};
+use super::snapshot::{BackendState, BackendView, Index, PoolView, Reloads, Snapshot, Transitions};
+use super::steering::Steering;
 use super::tracking::Tracking;
 use super::verify::{self, Verification};
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Check, CheckKind, Config};
+use crate::config::model::{Check, CheckKind, Config, Pool};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{LoadTime, World, desired};
@@ -60,6 +61,7 @@ pub struct Core {
     /// Pools that have nobody up: said once.
     empty: HashSet<String>,
     pub(super) transitions: HashMap<BackendKey, Transitions>,
+    pub(super) steering: Steering,
     started: Instant,
     started_at: SystemTime,
     reloads: Reloads,
@@ -99,6 +101,7 @@ impl Core {
             next_hops: HashMap::new(),
             empty: HashSet::new(),
             transitions: HashMap::new(),
+            steering: Steering::default(),
             started: Instant::now(),
             started_at: SystemTime::now(),
             reloads: Reloads::none(),
@@ -117,6 +120,7 @@ impl Core {
         };
         let before = before.as_ref().unwrap_or(&core.image);
         let fsms = adopt::health(&core.config, before);
+        core.steering = Steering::new(&core.config, &adopt::levels(&core.config, before));
         let known = |ifindex| wanted.links.iter().map(|wanted| &wanted.link).find(|l| l.ifindex == ifindex);
         let held = |hop| Answer { hop, doubt: None };
         let adopted = adopt::next_hops(&core.config, before, known);
@@ -222,8 +226,11 @@ impl Core {
     pub fn on_probe(&mut self, now: Instant, key: &BackendKey, probe: &Probe) {
         // An outcome of a check that has been ended.
         let Some(fsm) = self.fsms.get_mut(key) else { return };
-        if let Some(transition) = fsm.on_probe(now, probe) {
+        let transition = fsm.on_probe(now, probe);
+        self.changed |= self.steering.on_probe(now, key, probe);
+        if let Some(transition) = transition {
             self.changed = true;
+            self.steering.on_transition(now, key, &transition);
             let transitions = self.transitions.entry(key.clone()).or_default();
             let backend = name_of(&self.config, key);
             let check = fsm.outcome().unwrap_or_default();
@@ -244,7 +251,32 @@ impl Core {
         }
     }
 
-    pub(super) fn world(&self) -> World {
+    /// When something changes that no event announces.
+    pub fn due(&self) -> Option<Instant> {
+        self.steering.due(Instant::now(), &self.config)
+    }
+
+    pub fn on_time(&mut self, now: Instant) {
+        self.changed |= self.steering.due(now, &self.config).is_some_and(|due| due <= now);
+    }
+
+    /// The world with what is made of it now.
+    pub(super) fn steered_world(&mut self, now: Instant) -> World {
+        let mut world = self.bare_world();
+        self.steering.observe(now, &self.config, &world);
+        self.steering.steer(&self.config, &mut world);
+        world
+    }
+
+    /// The same as of the last time.
+    fn world(&self) -> World {
+        let mut world = self.bare_world();
+        self.steering.steer(&self.config, &mut world);
+        world
+    }
+
+    /// Who is up, and by which way.
+    fn bare_world(&self) -> World {
         let (mut world, judge) = (World::default(), self.judge());
         for (key, pool, backend) in keys(&self.config) {
             let Ok(hop) = self.usable_next_hop(&judge, pool, key.address) else { continue };
@@ -316,7 +348,12 @@ impl Core {
         let view = |(key, pool, _): (BackendKey, usize, usize)| {
             let (state, check) = self.state(&judge, &key, pool, now);
             let transitions = self.transitions.get(&key).copied().unwrap_or_default();
-            BackendView { state, check, transitions }
+            let starting = self.steering.share(&key);
+            BackendView { state, check, transitions, starting }
+        };
+        let pool = |pool: &Pool| {
+            let (in_use, panic) = self.steering.in_use(&pool.name);
+            PoolView { in_use: in_use.to_owned(), panic }
         };
         Snapshot {
             config: Arc::clone(&self.config),
@@ -325,6 +362,7 @@ impl Core {
             reloads: self.reloads.clone(),
             uptime: now - self.started,
             started: self.started_at,
+            pools: self.config.pools.iter().map(pool).collect(),
             backends: keys(&self.config).map(view).collect(),
             index: Arc::clone(self.index()),
             counters: Arc::clone(self.datapath.maps.counters()),

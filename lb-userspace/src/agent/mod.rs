@@ -13,6 +13,7 @@ mod reload;
 pub mod run_dir;
 pub mod snapshot;
 pub mod status;
+mod steering;
 mod tracking;
 pub mod verify;
 
@@ -140,6 +141,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 Event::NextHops(answers) => core.on_next_hops(answers),
                 Event::Links(_) => look_after_interfaces(&mut core, &resolver).await,
             },
+            () = until(core.due()) => core.on_time(Instant::now()),
             _ = look_after.tick() => look_after_interfaces(&mut core, &resolver).await,
             () = notify.due() => {
                 notify.alive();
@@ -223,6 +225,14 @@ fn every(period: Duration) -> tokio::time::Interval {
     let mut interval = interval(period);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     interval
+}
+
+/// Never, where nothing is due.
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Handles what else has arrived, so that many events make one plan.

@@ -113,6 +113,16 @@ pub struct BackendView {
     /// Why, in words.
     pub check: String,
     pub transitions: Transitions,
+    /// The share of one that starts, of `overlay::FULL`.
+    pub starting: Option<u16>,
+}
+
+/// Of one pool, in the order of the configuration.
+#[derive(Debug, Clone)]
+pub struct PoolView {
+    /// The name of the pool that takes its packets: its own, or that of a fallback.
+    pub in_use: String,
+    pub panic: bool,
 }
 
 #[derive(Debug)]
@@ -123,6 +133,7 @@ pub struct Snapshot {
     pub reloads: Reloads,
     pub uptime: Duration,
     pub started: SystemTime,
+    pub pools: Vec<PoolView>,
     pub backends: Vec<BackendView>,
     pub index: Arc<Index>,
     pub counters: Arc<Counters>,

@@ -10,10 +10,11 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::core::{BackendKey, keys};
-use super::snapshot::{BackendState, Reload, Snapshot};
+use super::snapshot::{BackendState, PoolView, Reload, Snapshot};
 use crate::bpf::{Attached, MapsError};
-use crate::config::model::{Ports, Vip};
+use crate::config::model::{Pool, Ports, Vip};
 use crate::reconcile::desired::{backend_identity, protocol_number};
+use crate::tables::overlay::FULL;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
@@ -26,6 +27,7 @@ pub struct Status {
     pub last_reload: Option<LastReload>,
     pub interfaces: Vec<InterfaceStatus>,
     pub services: Vec<ServiceStatus>,
+    pub pools: Vec<PoolStatus>,
     pub backends: Vec<BackendStatus>,
     /// Every verdict and drop reason, also those that never happened.
     pub outcomes: Vec<OutcomeStatus>,
@@ -64,6 +66,19 @@ pub struct ServiceStatus {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PoolStatus {
+    pub name: String,
+    /// The pool that takes its packets: itself, or a fallback.
+    pub in_use: String,
+    /// Whether so few backends are up that packets go to all of the pool in use.
+    pub panic: bool,
+    pub backends_up: usize,
+    pub backends: usize,
+    /// Backends that must be up for it to be used, as a number or a percentage.
+    pub min_healthy: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackendStatus {
     pub pool: String,
     pub name: String,
@@ -76,6 +91,8 @@ pub struct BackendStatus {
     pub check: String,
     /// Slots it holds, over all tables.
     pub slots: u64,
+    /// Percent of its share that it gets while it starts.
+    pub starting: Option<f64>,
     pub packets: u64,
     pub bytes: u64,
 }
@@ -138,9 +155,26 @@ impl Snapshot {
             last_reload: self.reloads.last.as_ref().map(last_reload),
             interfaces: self.attached.iter().map(interface).collect(),
             services: self.services()?,
+            pools: self.pools(),
             backends: self.backends()?,
             outcomes: self.outcomes()?,
         })
+    }
+
+    fn pools(&self) -> Vec<PoolStatus> {
+        let counts = self.backends_up();
+        let status = |(index, (pool, view)): (usize, (&Pool, &PoolView))| {
+            let (backends_up, backends) = counts.get(&index).copied().unwrap_or_default();
+            PoolStatus {
+                name: pool.name.clone(),
+                in_use: view.in_use.clone(),
+                panic: view.panic,
+                backends_up,
+                backends,
+                min_healthy: pool.tiers.min_healthy.to_string(),
+            }
+        };
+        self.config.pools.iter().zip(&self.pools).enumerate().map(status).collect()
     }
 
     pub fn backends(&self) -> Result<Vec<BackendStatus>, MapsError> {
@@ -159,6 +193,7 @@ impl Snapshot {
                 state: view.state.as_str().to_owned(),
                 check: view.check.clone(),
                 slots: id.map_or(0, |id| u64::from(self.index.slots(id))),
+                starting: view.starting.map(percent),
                 packets: traffic.packets,
                 bytes: traffic.bytes,
             })
@@ -256,6 +291,11 @@ fn monotonic_ns() -> u64 {
 /// Seconds since 1970.
 pub fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// With one digit behind the point.
+fn percent(share: u16) -> f64 {
+    (f64::from(share) * 1000.0 / f64::from(FULL)).round() / 10.0
 }
 
 fn last_reload(reload: &Reload) -> LastReload {

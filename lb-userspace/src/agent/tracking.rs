@@ -97,7 +97,7 @@ impl Core {
             return Ok(());
         }
         self.read_states();
-        let world = self.world();
+        let world = self.steered_world(now);
         self.say_who_is_empty(&world);
         let wanted = desired(&self.config, &world);
         let leave = Leave { unpinned: Unpinned::Ids(self.tracking.unpinned.clone()), moves: self.pace(now) };

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adopt;
 use super::core::keys;
+use super::steering::Steering;
 use crate::bpf::{Attached, BpfFs, Datapath, Links, Maps, MapsError};
 use crate::capacity::Capacity;
 use crate::config;
@@ -82,6 +83,7 @@ pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec
             world.next_hops.insert(key.address, hop.clone());
         }
     }
+    Steering::new(&config, &adopt::levels(&config, &image)).steer(&config, &mut world);
     let mut differences = tables(&config, &world, &image, &Capacity::new(&config.limits));
     let resolver = Resolver::new().context("netlink is not to be had")?;
     differences.extend(interfaces(&config, &mut Links::new(fs), &resolver).await?);

@@ -81,6 +81,7 @@ fn text(status: &Status, traffic: Traffic<'_>) -> String {
         parts.push(format!("The last reload was refused, the configuration before it is in force:\n{error}"));
     }
     parts.push(tables::services(&status.services, traffic));
+    parts.extend(Some(tables::pools(&status.pools)).filter(|lines| !lines.is_empty()));
     parts.push(tables::backends(&status.backends, traffic));
     parts.push(tables::outcomes(&status.outcomes, traffic));
     parts.join("\n\n")

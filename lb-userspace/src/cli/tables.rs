@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::output;
 use super::rates::Rate;
 use crate::agent::snapshot::BackendState;
-use crate::agent::status::{BackendStatus, OutcomeStatus, ServiceStatus, Status};
+use crate::agent::status::{BackendStatus, OutcomeStatus, PoolStatus, ServiceStatus, Status};
 use crate::config::model::{Ports, Vip};
 
 /// What to show of traffic.
@@ -74,6 +74,25 @@ pub fn services(services: &[ServiceStatus], traffic: Traffic<'_>) -> String {
     output::table(&header, &[5, 6, 7], rows.collect())
 }
 
+/// Pools whose packets do not go to their own backends that are up: a line for each.
+pub fn pools(pools: &[PoolStatus]) -> String {
+    let lines = pools.iter().filter_map(|pool| {
+        let PoolStatus { name, in_use, panic, backends_up, backends, min_healthy } = pool;
+        let falls = || {
+            format!(
+                "pool {name} falls back to {in_use}: {backends_up} of its {backends} backends are up, and {min_healthy} must be"
+            )
+        };
+        let panics = || {
+            format!("pool {name} is in panic: packets go to all backends of {in_use}, also to those that are down")
+        };
+        let lines: Vec<String> =
+            [(in_use != name).then(falls), panic.then(panics)].into_iter().flatten().collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 /// The table, and below it in full what did not fit there of a backend that is not up.
 pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     if backends.is_empty() {
@@ -106,7 +125,10 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
             share,
             packets,
             bytes,
-            backend.check.clone(),
+            match backend.starting {
+                Some(percent) => format!("{}; starting, with {percent} % of its share", backend.check),
+                None => backend.check.clone(),
+            },
         ]
     });
     let [packets, bytes] = traffic.header();
@@ -191,6 +213,7 @@ mod tests {
             last_reload: None,
             interfaces: Vec::new(),
             services: Vec::new(),
+            pools: Vec::new(),
             backends: Vec::new(),
             outcomes,
         }

@@ -62,6 +62,10 @@ impl<K: Eq + Hash> Starts<K> {
         self.began.remove(key);
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.began.is_empty()
+    }
+
     /// Ends the starts of those that are not wanted any more, or over.
     pub fn retain(&mut self, now: Instant, start: impl Fn(&K) -> Option<SlowStart>) {
         self.began.retain(|key, began| start(key).is_some_and(|start| now < *began + start.duration));

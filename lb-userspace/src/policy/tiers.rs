@@ -64,8 +64,8 @@ impl Choice {
         self.level.unwrap_or(0)
     }
 
-    /// Takes in what is up now. Returns whether another level is in use than before.
-    pub fn observe(&mut self, now: Instant, levels: &[Level], tiers: &Tiers) -> bool {
+    /// Takes in what is up now.
+    pub fn observe(&mut self, now: Instant, levels: &[Level], tiers: &Tiers) {
         let ranks: Vec<Rank> = levels.iter().map(|level| rank(*level, tiers)).collect();
         for (since, rank) in self.enough_since.iter_mut().zip(&ranks) {
             *since = if *rank == Rank::Enough { since.or(Some(now)) } else { None };
@@ -85,7 +85,6 @@ impl Choice {
             self.left[level..next].fill(true);
         }
         self.level = Some(next);
-        before.is_some_and(|before| before != next)
     }
 
     fn may_return(&self, now: Instant, level: usize, tiers: &Tiers) -> bool {
@@ -199,14 +198,14 @@ mod tests {
     fn the_end_of_the_hold_is_known_before() {
         let (tiers, t0) = (tiers(AtLeast::Count(1), 0), Instant::now());
         let mut choice = Choice::new(2);
-        choice.observe(t0, &levels(&[4, 4]), &tiers);
-        assert_eq!(choice.due(&tiers), None);
-        assert!(choice.observe(t0, &levels(&[0, 4]), &tiers));
-        assert_eq!(choice.due(&tiers), None);
-        assert!(!choice.observe(t0, &levels(&[1, 4]), &tiers));
-        assert_eq!(choice.due(&tiers), Some(t0 + HOLD));
-        assert!(choice.observe(t0 + HOLD, &levels(&[1, 4]), &tiers));
-        assert_eq!(choice.due(&tiers), None);
+        let mut told = |now, up: &[usize]| {
+            choice.observe(now, &levels(up), &tiers);
+            (choice.level(), choice.due(&tiers))
+        };
+        assert_eq!(told(t0, &[4, 4]), (0, None));
+        assert_eq!(told(t0, &[0, 4]), (1, None));
+        assert_eq!(told(t0, &[1, 4]), (1, Some(t0 + HOLD)));
+        assert_eq!(told(t0 + HOLD, &[1, 4]), (0, None));
     }
 
     #[test]
@@ -244,16 +243,15 @@ mod tests {
             for (wait, up) in steps {
                 now += Duration::from_secs(wait);
                 let levels = levels(&up);
-                let before = choice.level();
-                let moved = choice.observe(now, &levels, &tiers);
-                prop_assert_eq!(moved, choice.level() != before && choice.level.is_some());
+                choice.observe(now, &levels, &tiers);
                 let best = levels.iter().map(|level| rank(*level, &tiers)).max().unwrap_or(Rank::Nobody);
                 prop_assert_eq!(rank(levels[choice.level()], &tiers), best);
                 // What is due is in the future, and then it happens.
                 if let Some(at) = choice.due(&tiers) {
                     prop_assert!(at > now);
                     let mut later = choice.clone();
-                    prop_assert!(later.observe(at, &levels, &tiers));
+                    later.observe(at, &levels, &tiers);
+                    prop_assert!(later.level() < choice.level());
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use lb_common::abi::{PortKey, VipTarget};
 
 use super::desired::{protocol_number, table_identity};
-use crate::config::model::{Config, Fragments, Ports, Scheduler, Unmapped, Vip};
+use crate::config::model::{Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Unmapped, Vip};
 
 /// An address and a `PortKey`.
 pub type VipKey = (IpAddr, u32);
@@ -21,7 +21,7 @@ pub type Counted = (Vip, Ports, u8);
 pub struct Lead {
     /// The identity of its table.
     pub table: u64,
-    /// `VipTarget::SOURCE_HASH`, or 0.
+    /// `VipTarget::SOURCE_HASH` with what it cuts off, or 0.
     pub flags: u16,
     pub counted: Counted,
 }
@@ -78,18 +78,10 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
     let mut marks: BTreeMap<Vip, Own> = BTreeMap::new();
     for service in &config.services {
         let pool = config.pool_of(service);
-        let flags = match service.scheduler {
-            Scheduler::SourceHash => VipTarget::SOURCE_HASH,
-            Scheduler::Maglev
-            | Scheduler::RoundRobin
-            | Scheduler::WeightedRoundRobin
-            | Scheduler::Random
-            | Scheduler::LeastConnections
-            | Scheduler::LeastResponseTime => 0,
-        };
         let identity = |&protocol| table_identity(pool, protocol, service.scheduler);
         let tables: Vec<u64> = service.protocols.iter().map(identity).collect();
         for &vip in &service.vips {
+            let flags = flags(service, vip);
             let own = marks.entry(vip).or_default();
             own.unmapped = own.unmapped.or(service.unmapped);
             for (&protocol, &table) in service.protocols.iter().zip(&tables) {
@@ -117,6 +109,23 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
     }
     entries.extend(merged(&marks));
     entries
+}
+
+/// How packets to a VIP of a service are hashed.
+fn flags(service: &Service, vip: Vip) -> u16 {
+    match service.scheduler {
+        Scheduler::SourceHash => {
+            let SourcePrefix { v4, v6 } = service.source_prefix;
+            let cut = if vip.is_ipv4() { 32u8.saturating_sub(v4) } else { 128u8.saturating_sub(v6) };
+            VipTarget::SOURCE_HASH | VipTarget::prefix_cut(cut)
+        }
+        Scheduler::Maglev
+        | Scheduler::RoundRobin
+        | Scheduler::WeightedRoundRobin
+        | Scheduler::Random
+        | Scheduler::LeastConnections
+        | Scheduler::LeastResponseTime => 0,
+    }
 }
 
 /// The entry of every VIP, with what it inherits from the prefixes that it lies in: the packet path looks at one entry.
