@@ -57,6 +57,7 @@ pub mod outcome;
 pub mod packet;
 pub mod parse;
 pub mod pins;
+pub mod quic;
 pub mod slots;
 pub mod tables;
 pub mod vips;
