@@ -25,6 +25,7 @@ pub mod map {
     pub const BACKENDS: &str = "XLB_BACKENDS";
     pub const EGRESS: &str = "XLB_EGRESS";
     pub const INTERFACES: &str = "XLB_INTERFACES";
+    pub const SERVERS: &str = "XLB_SERVERS";
     pub const OUTCOMES: &str = "XLB_OUTCOMES";
     pub const VIP_TRAFFIC: &str = "XLB_VIP_TRAFFIC";
     pub const BACKEND_TRAFFIC: &str = "XLB_BE_TRAFFIC";
@@ -95,6 +96,8 @@ impl Features {
     pub const SOURCE_HASH: Self = Self(1 << 12);
     /// Echo requests to VIPs are answered.
     pub const ECHO: Self = Self(1 << 13);
+    /// Some service goes by QUIC connection IDs.
+    pub const QUIC: Self = Self(1 << 15);
     pub const ALL: &[(Self, &str)] = &[
         (Self::IPV4, "ipv4"),
         (Self::IPV6, "ipv6"),
@@ -110,6 +113,7 @@ impl Features {
         (Self::PREFIXES, "prefixes"),
         (Self::SOURCE_HASH, "source_hash"),
         (Self::ECHO, "echo"),
+        (Self::QUIC, "quic"),
     ];
 
     #[inline(always)]
@@ -320,8 +324,8 @@ impl VipTarget {
     pub const UNMAPPED_REJECT: u16 = 1 << 2;
     /// Of a service: bits 3-9 are the bits that `SOURCE_HASH` cuts off the client's address.
     const PREFIX_CUT: u16 = 3;
-    /// Of a service: packets name their backend by QUIC connection IDs; bits 11-13 are the config id.
-    pub const QUIC: u16 = 1 << 10;
+    /// Of a service: bits 10-13 are the bytes of the server IDs in its QUIC connection IDs; 0 where it does not look into them.
+    const SERVER_ID_SHIFT: u32 = 10;
     const SERVICE: u16 = 1 << 14;
     const ADDRESS: u16 = 1 << 15;
     /// No entry.
@@ -372,6 +376,17 @@ impl VipTarget {
 
     pub const fn flags(self) -> u16 {
         (self.0 >> 16) as u16
+    }
+
+    /// Flags of a service whose server IDs have so many bytes (`quic::LONGEST_SERVER_ID` at the most).
+    pub const fn server_ids_of(bytes: u8) -> u16 {
+        ((bytes & 0xf) as u16) << Self::SERVER_ID_SHIFT
+    }
+
+    /// Bytes of the service's server IDs; 0 where it has none.
+    #[inline(always)]
+    pub const fn server_id_bytes(self) -> u32 {
+        (self.0 >> (16 + Self::SERVER_ID_SHIFT)) as u32 & 0xf
     }
 
     /// The row of the counters.
@@ -917,6 +932,7 @@ mod user {
             $(unsafe impl aya::Pod for $name {})*
         };
     }
+    pod!(crate::quic::ServerKey);
     pod!(super::Bench, super::Meta, super::Constants, super::Decap, super::Interface, super::Traffic);
 }
 
@@ -979,10 +995,14 @@ mod tests {
         assert_eq!((target.table(), target.vip()), (0xabcd, 0xdead_beef));
         assert!(target.has(VipTarget::UNMAPPED_REJECT) && !target.has(VipTarget::UNMAPPED_PASS));
         for bits in [0, 8, 32, 127] {
-            let flags = VipTarget::prefix_cut(bits) | VipTarget::SOURCE_HASH | VipTarget::QUIC;
-            let target = VipTarget::service(7, flags, 9);
-            assert_eq!((target.cut(), target.table(), target.vip()), (u32::from(bits), 7, 9));
-            assert!(target.is_service() && target.has(VipTarget::QUIC));
+            for bytes in 0..=15 {
+                let source = VipTarget::prefix_cut(bits) | VipTarget::SOURCE_HASH;
+                let target = VipTarget::service(7, source | VipTarget::server_ids_of(bytes), 9);
+                assert_eq!((target.cut(), target.server_id_bytes()), (u32::from(bits), u32::from(bytes)));
+                assert_eq!((target.table(), target.vip()), (7, 9));
+                assert!(target.is_service() && target.has(VipTarget::SOURCE_HASH));
+                assert!(!target.has(VipTarget::UNMAPPED_PASS) && !target.has(VipTarget::UNMAPPED_REJECT));
+            }
         }
         let lengths = PrefixLengths::from_bits(0x08_18_20);
         assert_eq!([0, 1, 2, 3].map(|i| lengths.get(i)), [32, 24, 8, 0]);

@@ -25,6 +25,7 @@
 //! | `XLB_BACKENDS` | id -> [`abi::Backend`] | kind 0: nobody | the old next hop or the new one; the rest is constant |
 //! | `XLB_EGRESS` | row -> [`abi::Egress`] | interface 0: unresolved | rows in use are constant |
 //! | `XLB_INTERFACES` | interface index -> [`abi::Interface`] | not attached | the old or the new value |
+//! | `XLB_SERVERS` | [`quic::ServerKey`] -> backend id | no such server | the old backend or the new one |
 //! | `XLB_OUTCOMES` | outcome -> packets, per CPU | | |
 //! | `XLB_VIP_TRAFFIC` | VIP -> [`abi::Traffic`], per CPU | | |
 //! | `XLB_BE_TRAFFIC` | backend id -> [`abi::Traffic`], per CPU | | |

@@ -150,6 +150,14 @@ outcomes! {
             "";
         42 DropUnpinned Drop "drop_unpinned" "its slot was being closed, and there was no room for a pin (lasts milliseconds; TCP sends again)"
             "Many: the pins are full. Raise `limits.pins`.";
+        43 ForwardQuicTransmit Transmit "forward_quic_transmit" "a QUIC packet, sent to the backend that its connection ID names through the interface it came from (`quic`)"
+            "";
+        44 ForwardQuicRedirect Redirect "forward_quic_redirect" "a QUIC packet, sent to the backend that its connection ID names through another interface (`quic`)"
+            "";
+        45 ForwardQuicStrayTransmit Transmit "forward_quic_stray_transmit" "a QUIC packet of an established connection whose connection ID names no backend that is up, balanced by its addresses, through the interface it came from (`quic`)"
+            "If there are many, the servers do not put their `server_id` and the service's `config_id` into connection IDs, or backends have died.";
+        46 ForwardQuicStrayRedirect Redirect "forward_quic_stray_redirect" "a QUIC packet of an established connection whose connection ID names no backend that is up, balanced by its addresses, through another interface (`quic`)"
+            "As for `forward_quic_stray_transmit`.";
     }
 }
 

@@ -1,20 +1,28 @@
 //! Which server a QUIC connection ID names: QUIC-LB (draft-ietf-quic-load-balancers-21), the form without encryption.
-//! Knows no maps and no backends.
 //!
 //! A connection ID that a server gives out says at the beginning whose it is: three bits of configuration ID, five of
-//! length or noise (not looked at, section 3.3 of the draft leaves them to the server), then the server ID, then a
-//! nonce. So a packet reaches its server whatever address it comes from. A connection ID that a client made up in its
-//! first packets is noise and stands in long headers only: those are not looked into.
+//! length or noise (the servers' affair, section 3.3), then the server ID, then a nonce. So a packet reaches its server
+//! whatever address it comes from.
+//!
+//! Packets with short headers go by that. Those with long headers open a connection, from one address, and go by that:
+//! the first of their connection IDs is the client's choice, and nobody is to aim at one backend.
 
-use crate::wire::QuicShort;
+use crate::abi::{BackendKind, VipTarget};
+use crate::classify::{Flow, Role};
+use crate::outcome::Outcome;
+use crate::packet::Packet;
+use crate::parse::Transport;
+use crate::slots::Steered;
+use crate::tables::Tables;
+use crate::wire::{ConnectionId, Header, QuicLong, QuicShort, Udp};
 
 /// Bytes of a server ID: 1 to 15, so that a nonce of four fits behind it (section 5.3: they sum to 19 at the most).
 pub const LONGEST_SERVER_ID: usize = 15;
+/// Entries of `XLB_SERVERS` that may be wanted. Its rows are twice as many: those that go are in it while others come.
+pub const MOST_SERVERS: u32 = 1 << 14;
+pub const SERVER_ROWS: u32 = 2 * MOST_SERVERS;
 /// Says "routable by nobody" (section 3.2), and is no configuration's.
 pub const UNROUTABLE: u8 = 7;
-/// Bytes that must lie behind the UDP header.
-pub const LEAST_PAYLOAD: usize = size_of::<QuicShort>();
-
 /// Key of `XLB_SERVERS`: a server ID under a configuration ID, for the backends of one table.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
@@ -40,14 +48,14 @@ impl ServerKey {
         })
     }
 
-    /// The key of what the header names, if it is a routable one; server IDs are `length` (1 to 15) bytes long.
+    /// The key of what a connection ID names, if it may be routable; server IDs are `length` (1 to 15) bytes long.
     #[inline(always)]
-    pub const fn of(header: &QuicShort, table: u16, length: u32) -> Option<Self> {
-        let config_id = header.first_octet >> 5;
-        if !header.is_short() || config_id == UNROUTABLE {
+    pub const fn of(connection_id: &ConnectionId, table: u16, length: u32) -> Option<Self> {
+        let config_id = connection_id.first_octet >> 5;
+        if config_id == UNROUTABLE {
             return None;
         }
-        let id = [header.low & mask(length), header.high & mask(length.saturating_sub(8))];
+        let id = [connection_id.low & mask(length), connection_id.high & mask(length.saturating_sub(8))];
         Some(Self { id, place: place(table, length, config_id) })
     }
 
@@ -83,12 +91,100 @@ const fn mask(bytes: u32) -> u64 {
 
 const _: () = assert!(size_of::<ServerKey>() == 24);
 
+/// What a packet says of its server.
+#[derive(Clone, Copy)]
+pub enum Named<'t> {
+    /// Nothing: its service does not go by connection IDs, or it has a long header, or it is none of QUIC.
+    Unasked,
+    /// It is of an established connection, but of nobody's who may get it.
+    Stranger,
+    Server(Steered<'t>),
+}
+
+impl Named<'_> {
+    /// What became of the packet, for the counters: `sent` says which way it went.
+    #[inline(always)]
+    pub const fn outcome(&self, sent: Outcome) -> Outcome {
+        match (self, matches!(sent, Outcome::ForwardTransmit)) {
+            (Self::Unasked, _) => sent,
+            (Self::Server(_), true) => Outcome::ForwardQuicTransmit,
+            (Self::Server(_), false) => Outcome::ForwardQuicRedirect,
+            (Self::Stranger, true) => Outcome::ForwardQuicStrayTransmit,
+            (Self::Stranger, false) => Outcome::ForwardQuicStrayRedirect,
+        }
+    }
+}
+
+/// The backend that a packet names. Who names none is balanced like any other.
+#[inline(always)]
+pub fn server<'t, P: Packet, T: Tables, A>(
+    packet: &P,
+    tables: &'t T,
+    flow: &Flow<A>,
+    transport: &Transport,
+) -> Named<'t> {
+    match header::<P, A, QuicShort>(packet, flow, transport) {
+        Some(short) if short.is_short() => match alive(tables, flow.target, &short.destination) {
+            Some(to) => Named::Server(to),
+            None => Named::Stranger,
+        },
+        _ => Named::Unasked,
+    }
+}
+
+/// Whether a packet opens a connection. A client also answers its server in an Initial packet: that names the server,
+/// and the connection is there.
+#[inline(always)]
+pub fn begins<P: Packet, T: Tables, A>(
+    packet: &P,
+    tables: &T,
+    flow: &Flow<A>,
+    transport: &Transport,
+) -> bool {
+    match header::<P, A, QuicLong>(packet, flow, transport) {
+        Some(long) if long.is_initial() => {
+            let routable = long.destination_length as u32 > flow.target.server_id_bytes();
+            !routable || alive(tables, flow.target, &long.destination).is_none()
+        }
+        _ => false,
+    }
+}
+
+/// What a whole packet to a service that goes by connection IDs has behind its UDP header.
+#[inline(always)]
+fn header<'p, P: Packet, A, H: Header>(
+    packet: &'p P,
+    flow: &Flow<A>,
+    transport: &Transport,
+) -> Option<&'p H> {
+    let asked = flow.target.server_id_bytes() != 0 && matches!(flow.role, Role::Packet);
+    if !asked || transport.length < size_of::<Udp>() + H::LEN {
+        return None;
+    }
+    packet.header::<H>(transport.offset + size_of::<Udp>())
+}
+
+/// The backend that a connection ID names, if it may get anything. One that is drained may: connections live on it.
+#[inline(always)]
+fn alive<'t, T: Tables>(
+    tables: &'t T,
+    target: VipTarget,
+    connection_id: &ConnectionId,
+) -> Option<Steered<'t>> {
+    let key = ServerKey::of(connection_id, target.table(), target.server_id_bytes())?;
+    let id = tables.server(&key)?;
+    let backend = tables.backend(id)?;
+    let real = backend.kind > BackendKind::Pass as u8 && backend.accepts();
+    if real { Some(Steered { id, backend }) } else { None }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
     use super::*;
-    use crate::packet::{Buffer, Packet};
-    use crate::wire::QuicLong;
+    use crate::packet::Buffer;
+    use crate::parse::Shape;
+    use crate::wire::PROTO_UDP;
     use std::vec::Vec;
 
     const TABLE: u16 = 0xabcd;
@@ -102,10 +198,23 @@ mod tests {
         packet
     }
 
+    fn service(length: usize) -> Flow<u32> {
+        let target = VipTarget::service(TABLE, VipTarget::server_ids_of(length as u8), 0);
+        Flow { client: 1, vip: 2, ports: 3, protocol: PROTO_UDP, target, role: Role::Packet }
+    }
+
+    /// Behind a UDP header at the beginning.
+    fn transport(payload: &[u8]) -> Transport {
+        Transport { offset: 0, protocol: PROTO_UDP, length: 8 + payload.len(), shape: Shape::Whole }
+    }
+
+    /// What a packet names.
     fn key(packet: &[u8], length: usize) -> Option<ServerKey> {
-        let mut bytes = packet.to_vec();
+        let mut bytes = [&[0; 8], packet].concat();
         let buffer = Buffer::new(&mut bytes, 0, 1);
-        ServerKey::of(buffer.header::<QuicShort>(0)?, TABLE, length as u32)
+        let header = header::<_, _, QuicShort>(&buffer, &service(length), &transport(packet))?;
+        let key = ServerKey::of(&header.destination, TABLE, length as u32);
+        key.filter(|_| header.is_short())
     }
 
     fn is_initial(packet: &[u8]) -> bool {
@@ -167,10 +276,10 @@ mod tests {
     #[test]
     fn a_cut_packet_names_nobody() {
         let whole = short(&hex("07c4605e4504cc4f"));
-        for length in 0..LEAST_PAYLOAD {
+        for length in 0..18 {
             assert_eq!(key(&whole[..length], 3), None, "{length} bytes");
         }
-        for length in LEAST_PAYLOAD..=whole.len() {
+        for length in 18..=whole.len() {
             assert_eq!(key(&whole[..length], 3), ServerKey::new(TABLE, 0, &hex("c4605e")), "{length} bytes");
         }
     }
@@ -196,6 +305,23 @@ mod tests {
     }
 
     #[test]
+    fn nothing_but_whole_packets_to_services_that_go_by_them_is_looked_into() {
+        let packet = short(&hex("07c4605e4504cc4f"));
+        let mut bytes = [&[0; 8], packet.as_slice()].concat();
+        let buffer = Buffer::new(&mut bytes, 0, 1);
+        let looked = |flow: &Flow<u32>, transport: &Transport| {
+            header::<_, _, QuicShort>(&buffer, flow, transport).is_some()
+        };
+        assert!(looked(&service(3), &transport(&packet)));
+        assert!(!looked(&service(0), &transport(&packet)));
+        for role in [Role::FirstFragment, Role::LaterFragment, Role::Error] {
+            assert!(!looked(&Flow { role, ..service(3) }, &transport(&packet)));
+        }
+        // What the IP header does not promise is padding.
+        assert!(!looked(&service(3), &transport(&packet[..17])));
+    }
+
+    #[test]
     fn configuration_7_says_that_nobody_is_named() {
         for first_octet in 0xe0..=0xff {
             let mut packet = short(&hex("07c4605e4504cc4f"));
@@ -210,7 +336,7 @@ mod tests {
     #[test]
     fn initial_packets_of_both_versions_are_known() {
         for form in 0..=0xffu8 {
-            let packet = |version: [u8; 4]| [&[form][..], &version].concat();
+            let packet = |version: [u8; 4]| [&[form][..], &version, &[8], &[0x55; 17]].concat();
             let long = form & 0x80 != 0;
             let kind = form >> 4 & 3;
             assert_eq!(is_initial(&packet([0, 0, 0, 1])), long && kind == 0, "version 1, {form:#x}");
@@ -222,7 +348,7 @@ mod tests {
             for other in [[0; 4], [0xff, 0, 0, 29], [1, 0, 0, 0], [0x0a, 0x0a, 0x0a, 0x0a]] {
                 assert!(!is_initial(&packet(other)), "{other:?}, {form:#x}");
             }
-            for cut in 0..5 {
+            for cut in 0..23 {
                 assert!(!is_initial(&packet([0, 0, 0, 1])[..cut]));
             }
         }

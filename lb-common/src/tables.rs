@@ -8,6 +8,7 @@ use crate::allowance::Limited;
 use crate::flow::FlowHash;
 use crate::outcome::Outcome;
 use crate::pins::{self, Asked, PinEvent, Proposal, Verdict};
+use crate::quic::ServerKey;
 use crate::slots::Slot;
 
 /// The tables of the balancer. `None` means "no such row": sizes of maps contradict each other.
@@ -34,6 +35,8 @@ pub trait Tables: Sized {
     fn backend(&self, id: u16) -> Option<&Backend>;
     fn egress(&self, row: u16) -> Option<&Egress>;
     fn interface(&self, ifindex: u32) -> Option<&Interface>;
+    /// The id of the backend that a QUIC connection ID names.
+    fn server(&self, key: &ServerKey) -> Option<u16>;
 
     /// `pins::decide`, and two parts of it: in the kernel, functions of their own.
     fn decide(&self, table: TableWord, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
@@ -128,6 +131,9 @@ pub mod tests {
             None
         }
         fn interface(&self, _: u32) -> Option<&Interface> {
+            None
+        }
+        fn server(&self, _: &ServerKey) -> Option<u16> {
             None
         }
         fn admit(&self, _: Limited) -> bool {

@@ -12,8 +12,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use lb_common::abi::{Backend, BackendKind, Features, Path, VipTarget};
 use lb_common::forward::{IP, forward};
-use lb_common::outcome::Action;
+use lb_common::outcome::{Action, Outcome};
 use lb_common::packet::{Buffer, Packet};
+use lb_common::quic::{LONGEST_SERVER_ID, ServerKey};
 use lb_common::tables::Tables;
 use lb_common::wire::{Address6, EtherType, Ethernet};
 use lb_common::{classify, parse, vlan};
@@ -53,6 +54,8 @@ pub struct Explanation {
     pub slot: Option<u32>,
     /// `clean`, or how the slot is on the move.
     pub slot_state: Option<String>,
+    /// What a QUIC packet's connection ID says, where its service goes by that.
+    pub server: Option<NamedServer>,
     pub backend_id: Option<u16>,
     pub pool: Option<String>,
     pub backend: Option<String>,
@@ -69,6 +72,32 @@ pub struct Explanation {
     pub client_mtu: Option<u32>,
     /// The frame as it leaves, if it does: to the backend, or back as an answer.
     pub sent: Option<Seen>,
+}
+
+/// Whom a connection ID names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedServer {
+    pub config_id: u8,
+    /// In hex.
+    pub server_id: String,
+    /// `taken`; `unknown`: no backend has it; `down`: its backend may not get anything.
+    pub state: String,
+}
+
+impl NamedServer {
+    fn of(key: &ServerKey, id: Option<u16>, outcome: Outcome) -> Self {
+        let state = match (id, outcome) {
+            (None, _) => "unknown",
+            (_, Outcome::ForwardQuicStrayTransmit | Outcome::ForwardQuicStrayRedirect) => "down",
+            _ => "taken",
+        };
+        Self { config_id: key.config_id(), server_id: server_id(key), state: state.to_owned() }
+    }
+}
+
+/// A server ID in hex.
+pub fn server_id(key: &ServerKey) -> String {
+    key.bytes()[..key.length().min(LONGEST_SERVER_ID)].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Explanation {
@@ -114,6 +143,7 @@ pub fn explain(image: &Image, given: &Given, ingress: u32) -> Explanation {
         table_length: trail.table.map(|(_, word)| word.length()),
         slot: trail.slot.map(|(slot, _)| slot),
         slot_state: trail.slot.map(|(_, slot)| slot_state(slot)),
+        server: trail.server.map(|(key, id)| NamedServer::of(&key, id, outcome)),
         backend_id: met,
         pool: None,
         backend: None,

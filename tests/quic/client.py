@@ -1,5 +1,5 @@
 """QUIC connections that send a numbered line every now and then, and tell what became of each. SIGUSR1: all of them go
-on from another port, with another connection ID. SIGTERM: the report, a line of JSON for each, and the end."""
+on from another port, and another address if there is one, with another connection ID. SIGTERM: the report, a line of JSON for each, and the end."""
 
 import argparse
 import asyncio
@@ -17,10 +17,10 @@ PATIENCE_SECONDS = 8
 
 
 class Connection:
-    def __init__(self, server):
-        self.server = server
+    def __init__(self, server, addresses):
+        self.server, self.addresses = server, addresses
         self.protocol = self.reader = self.writer = self.transport = None
-        self.ports, self.servers = [], []
+        self.ends, self.servers = [], []
         self.sent = self.answered = 0
         self.error = None
         self.ending = False
@@ -30,25 +30,28 @@ class Connection:
             alpn_protocols=["xlb"], is_client=True, idle_timeout=60, verify_mode=ssl.CERT_NONE
         )
         self.protocol = QuicConnectionProtocol(QuicConnection(configuration=configuration))
-        await self.rebind()
+        await self.move_on()
         self.protocol.connect(self.server)
         await asyncio.wait_for(self.protocol.wait_connected(), HANDSHAKE_SECONDS)
         self.reader, self.writer = await self.protocol.create_stream()
 
-    async def rebind(self):
+    async def move_on(self):
         """Puts the connection on a socket of its own; aioquic has no word for it."""
         before = self.transport
-        family = "::" if ":" in self.server[0] else "0.0.0.0"
+        address = self.addresses[len(self.ends) % len(self.addresses)]
         loop = asyncio.get_running_loop()
-        self.transport, _ = await loop.create_datagram_endpoint(lambda: self.protocol, local_addr=(family, 0))
-        self.ports.append(self.transport.get_extra_info("sockname")[1])
+        self.transport, _ = await loop.create_datagram_endpoint(lambda: self.protocol, local_addr=(address, 0))
+        self.ends.append(self.transport.get_extra_info("sockname")[:2])
         if before is not None:
             self.protocol.change_connection_id()
             before.close()
 
     async def talk(self, every):
         try:
-            while not self.ending:
+            # One more exchange after the end was asked for: it shows where the last move led.
+            last = False
+            while not last:
+                last = self.ending
                 self.sent += 1
                 self.writer.write(f"{self.sent}\n".encode())
                 line = await self.reader.readline()
@@ -68,7 +71,7 @@ class Connection:
         print(
             json.dumps(
                 {
-                    "ports": self.ports,
+                    "ends": self.ends,
                     "servers": self.servers,
                     "sent": self.sent,
                     "answered": self.answered,
@@ -83,15 +86,16 @@ async def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", required=True)
     parser.add_argument("--port", type=int, default=443)
+    parser.add_argument("--from", dest="addresses", action="append", required=True, help="an address of this host")
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--every", type=float, default=0.2, help="seconds between an answer and the next line")
     arguments = parser.parse_args()
 
     loop = asyncio.get_running_loop()
-    end, rebind = asyncio.Event(), asyncio.Event()
+    end, move = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, end.set)
-    loop.add_signal_handler(signal.SIGUSR1, rebind.set)
-    connections = [Connection((arguments.server, arguments.port)) for _ in range(arguments.connections)]
+    loop.add_signal_handler(signal.SIGUSR1, move.set)
+    connections = [Connection((arguments.server, arguments.port), arguments.addresses) for _ in range(arguments.connections)]
     for connection in connections:
         await connection.open()
     talks = [asyncio.ensure_future(connection.talk(arguments.every)) for connection in connections]
@@ -99,14 +103,14 @@ async def main():
 
     waiting = asyncio.ensure_future(end.wait())
     while not end.is_set():
-        rebinding = asyncio.ensure_future(rebind.wait())
-        await asyncio.wait([waiting, rebinding], return_when=asyncio.FIRST_COMPLETED)
-        rebinding.cancel()
-        if rebind.is_set():
-            rebind.clear()
+        moving = asyncio.ensure_future(move.wait())
+        await asyncio.wait([waiting, moving], return_when=asyncio.FIRST_COMPLETED)
+        moving.cancel()
+        if move.is_set():
+            move.clear()
             for connection in connections:
-                await connection.rebind()
-            print("rebound", flush=True)
+                await connection.move_on()
+            print("moved", flush=True)
     for connection in connections:
         connection.ending = True
     _, silent = await asyncio.wait(talks, timeout=PATIENCE_SECONDS)

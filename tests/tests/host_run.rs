@@ -149,6 +149,25 @@ fn a_client_meets_one_backend_of_a_service_that_hashes_by_source_whatever_it_sen
     assert!(clients.collect::<std::collections::HashSet<_>>().len() > 1);
 }
 
+#[test]
+fn a_quic_connection_meets_its_server_wherever_its_packets_come_from() {
+    let image = fixtures::image(Setting::Quic);
+    let mut hashed = std::collections::HashSet::new();
+    for (server, frames) in fixtures::quic_flows() {
+        for frame in frames {
+            let met = run(&image, &frame).trail;
+            let row = met.backend.map(|(id, _)| image.backends[usize::from(id)]);
+            assert_eq!(row.as_ref().and_then(lb_userspace::lookup::address), Some(server));
+            assert!(met.slot.is_none(), "no slot is looked at");
+            // With the bit of a long header set, the same packet goes by its addresses.
+            let mut long = frame.clone();
+            long[42] |= 0x80;
+            hashed.insert((server, run(&image, &long).trail.met));
+        }
+    }
+    assert!(hashed.len() > fixtures::quic_flows().len(), "the addresses would have led elsewhere");
+}
+
 /// All checksums that an echo request can have, its identifier being what it is for.
 #[test]
 fn an_echo_reply_has_the_right_checksum_in_all_65536_cases() {

@@ -24,7 +24,7 @@ pub use icmp::Icmp;
 pub use ipv4::{IPV4_DONT_FRAGMENT, Ipv4};
 pub use ipv6::{Address6, Extension, Ipv6};
 pub use neighbour::Neighbour;
-pub use quic::{QuicLong, QuicShort};
+pub use quic::{ConnectionId, QuicLong, QuicShort};
 pub use transport::{Ports, TcpFlags};
 pub use udp::Udp;
 pub use vlan::{Tagged, TaggedTwice};

@@ -3,20 +3,28 @@
 
 use super::{Be32, header};
 
-/// A short header (RFC 8999, section 5.2) with the beginning of its destination connection ID, of which only the
-/// server that gave it out knows the length.
-///
-/// Where the connection ID is routable there are at least four bytes behind its server ID (the nonce), and in versions
-/// 1 and 2 twenty more (RFC 9001, section 5.4.2): 18 are there.
+/// The beginning of a destination connection ID that is routable: behind its server ID there are at least four bytes,
+/// the nonce, so that this much is there whatever its length.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-pub struct QuicShort {
-    pub form: u8,
-    /// The first octet of the connection ID.
+pub struct ConnectionId {
     pub first_octet: u8,
     /// What follows it, in wire order.
     pub low: u64,
     pub high: u64,
+}
+
+header!(ConnectionId, 17);
+
+const LONG: u8 = 0x80;
+
+/// A short header (RFC 8999, section 5.2). Only the server that gave the connection ID out knows how long it is. In
+/// versions 1 and 2 twenty more bytes follow (RFC 9001, section 5.4.2).
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub struct QuicShort {
+    pub form: u8,
+    pub destination: ConnectionId,
 }
 
 header!(QuicShort, 18);
@@ -25,34 +33,36 @@ impl QuicShort {
     /// Whether it is one: the rest holds only then.
     #[inline(always)]
     pub const fn is_short(&self) -> bool {
-        self.form & QuicLong::FORM == 0
+        self.form & LONG == 0
     }
 }
 
-/// How a long header begins (RFC 8999, section 5.1).
+/// A long header (RFC 8999, section 5.1). A datagram with an Initial packet of a client has 1200 bytes and more (RFC
+/// 9000, section 14.1).
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
 pub struct QuicLong {
     pub form: u8,
     pub version: Be32,
+    /// Bytes of the destination connection ID, of which more or fewer than those of the next field may be there.
+    pub destination_length: u8,
+    pub destination: ConnectionId,
 }
 
-header!(QuicLong, 5);
+header!(QuicLong, 23);
 
 impl QuicLong {
-    const FORM: u8 = 0x80;
     const TYPE: u8 = 0x30;
 
     pub const VERSION_1: u32 = 1;
     pub const VERSION_2: u32 = 0x6b33_43cf;
 
-    /// Whether a client opens a connection with it. The bit that versions 1 and 2 fix is not looked at: a client may
-    /// clear it (RFC 9287).
+    /// Whether a client begins a connection with such packets. The bit that versions 1 and 2 fix is not looked at: a
+    /// client may clear it (RFC 9287).
     #[inline(always)]
     pub const fn is_initial(&self) -> bool {
-        let kind = self.form & (Self::FORM | Self::TYPE);
+        let kind = self.form & (LONG | Self::TYPE);
         let version = self.version.get();
-        (version == Self::VERSION_1 && kind == Self::FORM)
-            || (version == Self::VERSION_2 && kind == Self::FORM | 0x10)
+        (version == Self::VERSION_1 && kind == LONG) || (version == Self::VERSION_2 && kind == LONG | 0x10)
     }
 }

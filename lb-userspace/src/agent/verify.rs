@@ -2,6 +2,7 @@
 //!
 //! The plan that would bring the tables in line is carried out on a copy of them; what then differs is the answer.
 
+mod servers;
 mod vips;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -148,6 +149,7 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
     let before = differences.len();
     backends(&intended, image, &names, &mut differences);
     slots(&intended, image, &names, &mut differences);
+    servers::compare(&intended, image, &names, &mut differences);
     vips::compare(&intended, image, &names, config, &mut differences);
     if !ops.is_empty() && differences.len() == before {
         let found = format!("{} rows that lead no packet astray", ops.len());

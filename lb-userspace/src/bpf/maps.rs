@@ -1,6 +1,6 @@
 //! The balancer's maps: sizes, adoption of pinned ones, and the only place that writes them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsFd;
@@ -14,6 +14,8 @@ use lb_common::abi::{
     PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, RuleRow, SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6,
     VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
 };
+
+use lb_common::quic::{SERVER_ROWS, ServerKey};
 
 use super::bpffs::BpfFs;
 use super::counters::Counters;
@@ -61,6 +63,8 @@ pub type RowPairs = Vec<(u32, u32)>;
 
 /// Of arrays that the agent has in its memory (kernel uapi).
 const BPF_F_MMAPABLE: u32 = 1 << 10;
+/// Of hash maps that take memory element by element (kernel uapi).
+const BPF_F_NO_PREALLOC: u32 = 1;
 
 /// Words of `TableState`, and a byte of `Backend`.
 const STATE_FAILED: usize = offset_of!(TableState, failed) / 8;
@@ -85,6 +89,7 @@ pub struct Maps {
     pins: Arc<Rows<PinRow>>,
     loads: Rows<LoadRow>,
     interfaces: BpfHashMap<MapData, u32, Interface>,
+    servers: BpfHashMap<MapData, ServerKey, u32>,
     counters: Arc<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
     vip_traffic: PerCpuArray<MapData, Traffic>,
@@ -94,7 +99,7 @@ pub struct Maps {
 }
 
 /// Maps that the program pins, in the order of `Maps`.
-const PINNED: [&str; 18] = [
+const PINNED: [&str; 19] = [
     map::META,
     map::VIP_WORDS,
     map::VIP_FILTER,
@@ -107,6 +112,7 @@ const PINNED: [&str; 18] = [
     map::BACKENDS,
     map::EGRESS,
     map::INTERFACES,
+    map::SERVERS,
     map::OUTCOMES,
     map::VIP_TRAFFIC,
     map::BACKEND_TRAFFIC,
@@ -116,7 +122,7 @@ const PINNED: [&str; 18] = [
 ];
 
 impl Maps {
-    pub const PINNED: [&str; 18] = PINNED;
+    pub const PINNED: [&str; 19] = PINNED;
 
     /// What the newest complete set of pinned maps says of itself; nothing where there is none.
     pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
@@ -145,7 +151,9 @@ impl Maps {
             compare(generation, map.name, kind, [map.rows, 4, map.value_bytes, flags])?;
         }
         let value = size_of::<Interface>() as u32;
-        compare(generation, map::INTERFACES, MapType::Hash, [MOST_INTERFACES, 4, value, 0])
+        compare(generation, map::INTERFACES, MapType::Hash, [MOST_INTERFACES, 4, value, 0])?;
+        let key = size_of::<ServerKey>() as u32;
+        compare(generation, map::SERVERS, MapType::Hash, [SERVER_ROWS, key, 4, BPF_F_NO_PREALLOC])
     }
 
     /// Takes the maps out of a loaded object that has pinned them.
@@ -184,7 +192,7 @@ impl Maps {
         let rows: HashMap<_, _> = capacity.rows().into_iter().map(|map| (map.name, map.rows)).collect();
         let (outcomes, vips, backends) =
             (source(map::OUTCOMES)?, source(map::VIP_TRAFFIC)?, source(map::BACKEND_TRAFFIC)?);
-        let hash = |map: Map, name| BpfHashMap::try_from(map).map_err(|error| MapsError::Map(name, error));
+        let of = |name| move |error| MapsError::Map(name, error);
         let handle = |name| {
             let data = MapData::from_pin(generation.map(name));
             Ok((name, data.map_err(|error| MapsError::Map(name, error))?))
@@ -204,7 +212,8 @@ impl Maps {
             egress: rows_of(source(map::EGRESS)?, map::EGRESS, rows[map::EGRESS])?,
             pins: Arc::new(rows_of(source(map::PINS)?, map::PINS, rows[map::PINS])?),
             loads: rows_of(source(map::LOADS)?, map::LOADS, rows[map::LOADS])?,
-            interfaces: hash(source(map::INTERFACES)?, map::INTERFACES)?,
+            interfaces: BpfHashMap::try_from(source(map::INTERFACES)?).map_err(of(map::INTERFACES))?,
+            servers: BpfHashMap::try_from(source(map::SERVERS)?).map_err(of(map::SERVERS))?,
             counters: Arc::new(Counters::of(&outcomes, &vips, &backends)?),
             outcomes: per_cpu(outcomes, map::OUTCOMES)?,
             vip_traffic: per_cpu(vips, map::VIP_TRAFFIC)?,
@@ -275,12 +284,18 @@ impl Maps {
             load_weights: (0..self.loads.len()).map(|id| self.loads.load_word(id, 1)).collect(),
             pins: self.pins(),
             interfaces: self.interfaces()?,
+            servers: self.servers()?,
         })
     }
 
     pub fn interfaces(&self) -> Result<HashMap<u32, Interface>, MapsError> {
         let rows = self.interfaces.iter().collect::<Result<_, _>>();
         rows.map_err(|error| MapsError::Map(map::INTERFACES, error))
+    }
+
+    fn servers(&self) -> Result<BTreeMap<ServerKey, u16>, MapsError> {
+        let rows = self.servers.iter().map(|row| row.map(|(key, id)| (key, id as u16)));
+        rows.collect::<Result<_, _>>().map_err(|error| MapsError::Map(map::SERVERS, error))
     }
 
     /// A view of the pins.
@@ -299,8 +314,8 @@ impl Maps {
         self.loads.store_word(usize::from(id), 0, active);
     }
 
-    /// Carries out one operation; false where the rest of its sequence must not be. Only the resets of counters can
-    /// fail.
+    /// Carries out one operation; false where the rest of its sequence must not be. Only the resets of counters and entries of
+    /// servers can fail.
     pub fn apply(&mut self, op: &MapOp) -> Result<bool, MapsError> {
         fail_point!("apply");
         match op {
@@ -344,6 +359,14 @@ impl Maps {
             MapOp::SetFilterWord { index, bits } => self.vip_filter.store_word(*index as usize, 0, *bits),
             MapOp::SetVipWord4 { word } => self.vip_words.store_word(VIP_WORD_V4 as usize, 0, word.bits()),
             MapOp::SetVipWord6 { word } => self.vip_words.store_word(VIP_WORD_V6 as usize, 0, word.bits()),
+            MapOp::SetServer { key, id } => {
+                let set = self.servers.insert(key, u32::from(*id), 0);
+                set.map_err(|error| MapsError::Map(map::SERVERS, error))?;
+            }
+            MapOp::RemoveServer { key } => match self.servers.remove(key) {
+                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => {}
+                Err(error) => return Err(MapsError::Map(map::SERVERS, error)),
+            },
             MapOp::Grace => grace(),
         }
         Ok(true)

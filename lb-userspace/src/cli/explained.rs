@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::output;
-use crate::lookup::Explanation;
+use crate::lookup::{Explanation, NamedServer};
 
 /// Every step of one.
 pub fn whole(told: &Explanation) -> String {
@@ -12,6 +12,14 @@ pub fn whole(told: &Explanation) -> String {
     say("frame", frame(told));
     if let Some(service) = &told.service {
         say("service", service.clone());
+    }
+    if let Some(NamedServer { config_id, server_id, state }) = &told.server {
+        let state = match state.as_str() {
+            "unknown" => ", which no backend has: balanced by addresses",
+            "down" => ", whose backend is down: balanced by addresses",
+            _ => "",
+        };
+        say("server", format!("ID {server_id} of configuration {config_id}{state}"));
     }
     if let (Some(slot), Some(length), Some(table)) = (told.slot, told.table_length, told.table) {
         let state = told.slot_state.as_deref().unwrap_or("");

@@ -11,6 +11,7 @@ use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
 
 use super::entries::{DesiredVip, VipKey, entries};
+use super::servers::{ServerName, servers};
 use crate::config::model::{
     Backend as ConfiguredBackend, Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler,
 };
@@ -97,11 +98,13 @@ pub struct Desired {
     pub backends: BTreeMap<u64, DesiredBackend>,
     pub tables: BTreeMap<u64, DesiredTable>,
     pub vips: BTreeMap<VipKey, DesiredVip>,
+    /// The identity of the backend that a connection ID of QUIC names.
+    pub servers: BTreeMap<ServerName, u64>,
 }
 
 /// The maps as they should be.
 pub fn desired(config: &Config, world: &World) -> Desired {
-    let mut desired = Desired { vips: entries(config), ..Desired::default() };
+    let mut desired = Desired { vips: entries(config), servers: servers(config), ..Desired::default() };
     for (index, pool) in config.pools.iter().enumerate() {
         for (place, backend) in pool.backends.iter().enumerate() {
             let identity = backend_identity(&pool.name, pool.forward, backend.address);
@@ -184,6 +187,9 @@ pub fn features(config: &Config) -> Features {
         }
         if service.scheduler == Scheduler::SourceHash {
             features = features.with(Features::SOURCE_HASH);
+        }
+        if service.quic.is_some() {
+            features = features.with(Features::QUIC);
         }
         for pool in config.levels_of(service.pool).map(|pool| &config.pools[pool]) {
             for backend in &pool.backends {

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use lb_common::abi::{PortKey, VipTarget};
 
 use super::desired::{protocol_number, table_identity};
+use super::servers::server_id_bytes;
 use crate::config::model::{Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Unmapped, Vip};
 
 /// An address and a `PortKey`.
@@ -21,7 +22,7 @@ pub type Counted = (Vip, Ports, u8);
 pub struct Lead {
     /// The identity of its table.
     pub table: u64,
-    /// `VipTarget::SOURCE_HASH` with what it cuts off, or 0.
+    /// `VipTarget::SOURCE_HASH` with what it cuts off, or 0; and what `VipTarget::server_ids_of` says.
     pub flags: u16,
     pub counted: Counted,
 }
@@ -78,10 +79,11 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
     let mut marks: BTreeMap<Vip, Own> = BTreeMap::new();
     for service in &config.services {
         let pool = config.pool_of(service);
+        let server_ids = VipTarget::server_ids_of(server_id_bytes(config, service));
         let identity = |&protocol| table_identity(pool, protocol, service.scheduler);
         let tables: Vec<u64> = service.protocols.iter().map(identity).collect();
         for &vip in &service.vips {
-            let flags = flags(service, vip);
+            let flags = flags(service, vip) | server_ids;
             let own = marks.entry(vip).or_default();
             own.unmapped = own.unmapped.or(service.unmapped);
             for (&protocol, &table) in service.protocols.iter().zip(&tables) {

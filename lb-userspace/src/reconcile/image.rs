@@ -2,7 +2,7 @@
 //! that a packet meets. Tests, `xlb lookup` and the plan all work on it.
 
 use std::cell::{OnceCell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
 use lb_common::abi::{
@@ -15,6 +15,7 @@ use lb_common::allowance::Limited;
 use lb_common::flow;
 use lb_common::outcome::Outcome;
 use lb_common::pins::PinEvent;
+use lb_common::quic::ServerKey;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 
@@ -43,6 +44,7 @@ pub struct Image {
     /// Not a copy: they change with every packet.
     pub pins: Pins,
     pub interfaces: HashMap<u32, Interface>,
+    pub servers: BTreeMap<ServerKey, u16>,
 }
 
 impl Image {
@@ -66,6 +68,7 @@ impl Image {
             load_weights: vec![0; capacity.backend_rows as usize],
             pins: Pins::default(),
             interfaces: HashMap::new(),
+            servers: BTreeMap::new(),
         }
     }
 
@@ -146,6 +149,8 @@ impl Image {
                 self.vip_words[PREFIX_LENGTHS_V6 as usize] = lengths.bits();
             }
             MapOp::SetFilterWord { index, bits } => self.vip_filter[*index as usize] = *bits,
+            MapOp::SetServer { key, id } => _ = self.servers.insert(*key, *id),
+            MapOp::RemoveServer { key } => _ = self.servers.remove(key),
             MapOp::SetClosing { table, closing } => self.table_states[usize::from(*table)].closing = *closing,
             MapOp::SetPools { table, pools } => self.table_states[usize::from(*table)].pools = *pools,
             MapOp::SetFlags { id, flags } => self.backends[usize::from(*id)].flags = *flags,
@@ -170,6 +175,8 @@ pub struct Trail {
     pub table: Option<(u16, TableWord)>,
     pub slot: Option<(u32, Slot)>,
     pub met: Option<u16>,
+    /// What a QUIC connection ID says, and whom it names.
+    pub server: Option<(ServerKey, Option<u16>)>,
 }
 
 /// An image as the packet path sees it, writing down the way.
@@ -256,6 +263,12 @@ impl Tables for Traced<'_> {
 
     fn interface(&self, ifindex: u32) -> Option<&Interface> {
         self.image.interfaces.get(&ifindex)
+    }
+
+    fn server(&self, key: &ServerKey) -> Option<u16> {
+        let id = self.image.servers.get(key).copied();
+        self.trail.borrow_mut().server = Some((*key, id));
+        id
     }
 
     fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {

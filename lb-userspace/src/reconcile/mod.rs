@@ -11,6 +11,7 @@ pub mod moves;
 pub mod op;
 pub mod pins;
 pub mod plan;
+pub mod servers;
 pub mod sweep;
 
 #[cfg(test)]

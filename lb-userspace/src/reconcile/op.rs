@@ -3,6 +3,7 @@
 use lb_common::abi::{
     Backend, Egress, Path, PrefixLengths, RuleRow, TableState, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
 };
+use lb_common::quic::ServerKey;
 
 /// Operations are carried out in order. Each leaves the tables in a state that is right for every
 /// packet, so a sequence may break off anywhere.
@@ -102,6 +103,15 @@ pub enum MapOp {
     },
     SetPrefixLengths6 {
         lengths: PrefixLengths,
+    },
+    /// Whom a QUIC connection ID names. What it takes the place of is free once every packet that read it is done:
+    /// a grace stands before the next of these.
+    SetServer {
+        key: ServerKey,
+        id: u16,
+    },
+    RemoveServer {
+        key: ServerKey,
     },
     /// Waits until no packet is still at work with what it read before.
     Grace,

@@ -4,6 +4,7 @@
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
 //! packet can reach any more. A next hop that is lost is a removal.
 
+mod servers;
 mod vips;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -41,6 +42,10 @@ pub enum PlanError {
     Slots { slots: u32 },
     #[error("{needed} backends, with those just removed, are more than there are ids ({limit})")]
     Backends { needed: usize, limit: u32 },
+    #[error(
+        "{needed} server IDs of QUIC (one for each backend of each table) are more than the {limit} that fit; use fewer tables"
+    )]
+    Servers { needed: usize, limit: u32 },
     #[error("more than {limit} different ways out of the host (interface, MTU, source address)")]
     Egress { limit: u32 },
 }
@@ -94,8 +99,10 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     };
     let ids = planner.backends()?;
     let tables = planner.tables(&ids)?;
+    let gone = planner.servers(&ids, &tables)?;
     planner.vips(&tables)?;
     planner.leaving(&ids);
+    planner.add.extend(gone);
     let waiting = planner.waiting;
     let Planner { add: mut ops, turn, lose, mut remove, moved, .. } = planner;
     remove.reverse();
@@ -134,7 +141,7 @@ struct Planner<'a> {
     lose: Vec<MapOp>,
     /// In the order of the additions; reversed at the end.
     remove: Vec<MapOp>,
-    /// Whether a table leaves its place.
+    /// Whether a table leaves its place, or an entry of a server.
     moved: bool,
 }
 

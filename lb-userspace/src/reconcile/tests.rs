@@ -678,6 +678,8 @@ impl Readable {
             | MapOp::SetFlags { .. }
             | MapOp::DropPins { .. }
             | MapOp::SetLoadWeight { .. }
+            | MapOp::SetServer { .. }
+            | MapOp::RemoveServer { .. }
             | MapOp::Grace => None,
         }
     }

@@ -28,6 +28,7 @@ mod echo;
 mod host;
 mod http;
 mod process;
+mod quic;
 mod raw;
 mod remains;
 mod servers;
@@ -53,6 +54,7 @@ pub use self::http::{
     HttpLoad, Request, Response, RunningLoad, backends, failures, http_get, http_get_within, http_load,
 };
 pub use self::process::Process;
+pub use self::quic::{QuicClients, QuicConnection, quic_server};
 pub use self::raw::{IcmpSocket, Options, http_get_with_options};
 pub use self::remains::{kept, remove_kept, sweep};
 pub use self::servers::{

@@ -3,7 +3,7 @@
 
 use core::sync::atomic::AtomicU64;
 
-use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
@@ -18,6 +18,7 @@ use lb_common::atomic;
 use lb_common::flow::FlowHash;
 use lb_common::outcome::Outcome;
 use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
+use lb_common::quic::{SERVER_ROWS, ServerKey};
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 
@@ -45,6 +46,9 @@ static BACKENDS: Array<Backend> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 static EGRESS: Array<Egress> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_INTERFACES")]
 static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(MOST_INTERFACES, 0);
+// Takes memory for what is in it only: few configurations have any.
+#[map(name = "XLB_SERVERS")]
+static SERVERS: HashMap<ServerKey, u32> = HashMap::with_max_entries(SERVER_ROWS, BPF_F_NO_PREALLOC);
 #[map(name = "XLB_OUTCOMES")]
 static OUTCOMES: PerCpuArray<u64> = PerCpuArray::with_max_entries(OUTCOME_ROWS, 0);
 #[map(name = "XLB_VIP_TRAFFIC")]
@@ -191,6 +195,12 @@ impl Tables for KernelTables {
     fn interface(&self, ifindex: u32) -> Option<&Interface> {
         // SAFETY: rows are replaced whole, and elements of a preallocated hash map stay mapped.
         unsafe { INTERFACES.get(ifindex) }
+    }
+
+    #[inline(always)]
+    fn server(&self, key: &ServerKey) -> Option<u16> {
+        // SAFETY: copied out at once. The agent waits for a grace between what frees an element and what takes one.
+        unsafe { SERVERS.get(key) }.map(|id| load(id) as u16)
     }
 
     #[inline(always)]
