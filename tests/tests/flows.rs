@@ -1,12 +1,13 @@
 //! The instruments that other tests rely on: connections, datagrams and downloads notice what is done to them.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tests::lab::{
-    self, Connections, DatagramFlows, DatagramServer, Download, EchoServer, Host, Lab, SlowServer, wait_for,
+    self, Capture, Connections, DatagramFlows, DatagramServer, Download, EchoServer, Host, Kind, Lab,
+    LiveConnections, LiveLoad, NamingServer, SlowServer, SynFlood, Tally, Visits, wait_for,
 };
 use tests::stage::PATIENCE;
 
@@ -93,5 +94,72 @@ fn a_download_tells_of_a_gap_and_of_an_early_end() -> Result<()> {
     drop(slow);
     let told = download.finish(PATIENCE).expect_err("half a file is enough").to_string();
     ensure!(told.contains("curl"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn live_connections_tell_of_stalls_and_losses_and_come_anew() -> Result<()> {
+    let Some((_lab, client, server)) = client_and_server("live")? else { return Ok(()) };
+    let naming = NamingServer::start(&server, 7000)?;
+    let address = SocketAddr::new(SERVER, 7000);
+    let gap = Duration::from_millis(20)..Duration::from_millis(200);
+    let load = LiveLoad { connections: 100, sources: vec![CLIENT], server: address, gap };
+    let live = LiveConnections::open(&client, load)?;
+    let quiet = Instant::now();
+    live.wait_until_all_answer(quiet, PATIENCE)?;
+    ensure!(live.alive().iter().all(|(_, server)| server == "web1"));
+
+    server.set_link("eth0", false)?;
+    sleep(lab::STALL + OUTAGE);
+    server.set_link("eth0", true)?;
+    live.wait_until_all_answer(Instant::now(), PATIENCE)?;
+    let tally = Tally::since(quiet, &live.incidents(), &[]);
+    ensure!(tally.stalls >= 90 && tally.broken() == 0, "{tally}");
+
+    drop(naming);
+    wait_for("every loss is noticed", PATIENCE, || live.alive().is_empty())?;
+    let tally = Tally::since(quiet, &live.incidents(), &[]);
+    ensure!(tally.broken() >= 100, "{tally}");
+    let _naming = NamingServer::start(&server, 7000)?;
+    wait_for("all are there again", PATIENCE, || live.alive().len() == 100)?;
+    ensure!(live.incidents().iter().any(|incident| matches!(incident.kind, Kind::Unopened(_))));
+    Ok(())
+}
+
+#[test]
+fn visits_tell_who_served_them_and_when_nobody_did() -> Result<()> {
+    let Some((_lab, client, server)) = client_and_server("visits")? else { return Ok(()) };
+    let naming = NamingServer::start(&server, 7000)?;
+    let begin = Instant::now();
+    let every = Duration::from_millis(10);
+    let visits = Visits::start(&client, &[CLIENT], SocketAddr::new(SERVER, 7000), every, 400)?;
+    let counts = || {
+        let all = visits.between(begin, Instant::now());
+        let (shares, failed) = Visits::shares(&all);
+        (shares.get("web1").copied().unwrap_or(0), failed.len())
+    };
+    wait_for("visits are served", PATIENCE, || counts().0 >= 100)?;
+    ensure!(counts().1 == 0, "{:?}", counts());
+    drop(naming);
+    wait_for("all visits are over", PATIENCE, || counts().0 + counts().1 == 400)?;
+    ensure!(counts().1 > 100, "{:?}", counts());
+    Ok(())
+}
+
+#[test]
+fn a_flood_is_of_its_rate_and_ends() -> Result<()> {
+    let Some((_lab, client, server)) = client_and_server("flood")? else { return Ok(()) };
+    let capture = Capture::at_host(&server)?;
+    let to = SocketAddrV4::new(Ipv4Addr::new(10, 1, 0, 11), 7000);
+    let begin = Instant::now();
+    let flood = SynFlood::start(&client, to, 2000, Duration::from_secs(1))?;
+    wait_for("SYNs", PATIENCE, || flood.sent() > 0)?;
+    sleep(Duration::from_secs(1).saturating_sub(begin.elapsed()));
+    let sent = flood.stop()?;
+    ensure!((200..=2200).contains(&sent), "{sent}");
+    capture.end()?;
+    capture.has_no_bad_checksum()?;
+    let seen = capture.fields("ip.src == 198.18.0.0/15 && tcp.flags == 2", &["frame.number"])?;
+    ensure!(seen.len() as u64 == sent, "{} of {sent} arrived", seen.len());
     Ok(())
 }

@@ -25,14 +25,18 @@ mod command;
 mod datagrams;
 mod download;
 mod echo;
+mod flood;
 mod host;
 mod http;
+mod incidents;
+mod live;
 mod process;
 mod quic;
 mod raw;
 mod remains;
 mod servers;
 mod stalls;
+mod visits;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -49,10 +53,13 @@ pub use self::capture::Capture;
 pub use self::datagrams::{DatagramFlows, DatagramServer, Flow};
 pub use self::download::{Download, SlowServer};
 pub use self::echo::{Connection, Connections, EchoServer};
+pub use self::flood::SynFlood;
 pub use self::host::{Host, Interface};
 pub use self::http::{
     HttpLoad, Request, Response, RunningLoad, backends, failures, http_get, http_get_within, http_load,
 };
+pub use self::incidents::{Death, Incident, Kind, LONG_STALL, Tally};
+pub use self::live::{LiveConnections, LiveLoad, NamingServer, STALL};
 pub use self::process::Process;
 pub use self::quic::{QuicClients, QuicConnection, quic_server};
 pub use self::raw::{IcmpSocket, Options, http_get_with_options};
@@ -61,6 +68,7 @@ pub use self::servers::{
     Nginx, NginxServer, Transport, backend_dsr, dns, dns_long, dns_who, iperf3_server, iperf3_server_at,
     nginx,
 };
+pub use self::visits::{Visit, Visits};
 
 /// The MTU of every link, in bytes: a packet of 1500 with an outer IPv6 and UDP header fits.
 pub const MTU: u16 = 1600;
