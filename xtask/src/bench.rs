@@ -20,9 +20,12 @@ use lb_userspace::nexthop::NextHop;
 use lb_userspace::reconcile::desired::{LoadTime, World, desired};
 use lb_userspace::reconcile::plan::plan_at_once;
 
+use crate::flows::{self, Flows};
+
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Every mode, both families, from one flow to a million
+    /// Nanoseconds a packet takes in the kernel, against a floor of the same run: every mode, both families, from one
+    /// flow to a million (needs root)
     Packet {
         /// How often each case is timed
         #[arg(long, default_value_t = 60)]
@@ -31,10 +34,18 @@ pub enum Bench {
         #[arg(long, default_value_t = 100_000)]
         packets: u32,
     },
+    /// What changes of a pool break, over ways to choose a backend, with and without memory (simulated)
+    Flows(Flows),
 }
 
 pub fn run(bench: Bench) -> Result<()> {
-    let Bench::Packet { rounds, packets } = bench;
+    match bench {
+        Bench::Packet { rounds, packets } => packet(rounds, packets),
+        Bench::Flows(arguments) => flows::run(&arguments),
+    }
+}
+
+fn packet(rounds: u32, packets: u32) -> Result<()> {
     pin_to_one_cpu()?;
     println!(
         "{:44} {:>9} {:>9} {:>9} {:>9} {:>9}",

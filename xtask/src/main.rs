@@ -2,6 +2,7 @@
 
 mod bench;
 mod docs;
+mod flows;
 mod fuzz;
 mod lint;
 mod program;
@@ -42,7 +43,7 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Nanoseconds a packet takes in the kernel, against a floor of the same run (needs root)
+    /// Nanoseconds a packet takes, flows that a change breaks
     Bench {
         #[command(subcommand)]
         bench: bench::Bench,

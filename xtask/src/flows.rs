@@ -1,0 +1,183 @@
+//! What changes of a pool break: the same flows and the same changes over ways to choose a backend, with and without
+//! memory. In user space alone, and the same for the same seed.
+
+mod model;
+mod steering;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+
+use self::model::{Event, Flow, Model, Moment};
+use self::steering::{Lru, Maglev, Packet, State, Steering};
+
+#[derive(Args)]
+pub struct Flows {
+    /// Flows that begin in the simulated hour
+    #[arg(long, default_value_t = 200_000)]
+    flows: u32,
+    /// Changes of the pool: backends added, removed, drained, dead, healed, of another weight
+    #[arg(long, default_value_t = 60)]
+    changes: u32,
+    /// Entries of the connection table of those that track every flow, over all CPUs
+    #[arg(long, default_value_t = 100_000)]
+    lru: usize,
+    /// CPUs with a receive queue each
+    #[arg(long, default_value_t = 8)]
+    cpus: u32,
+    /// How often in the hour the receive queues are dealt anew, as another number of them does
+    #[arg(long, default_value_t = 2)]
+    deals: u32,
+    /// Spoofed SYNs a second
+    #[arg(long, default_value_t = 0)]
+    syns: u32,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+pub fn run(arguments: &Flows) -> Result<()> {
+    let begun = Instant::now();
+    let mut ways: Vec<Way> = steerings(arguments).into_iter().map(Way::new).collect();
+    let mut model = Model::new(arguments);
+    for way in &mut ways {
+        way.steering.change(Duration::ZERO, &model.pool);
+    }
+    let mut packets = 0_u64;
+    let mut now = Duration::ZERO;
+    while let Some((at, event)) = model.next() {
+        now = at;
+        match event {
+            Event::Packet { flow, moment } => {
+                packets += 1;
+                let packet = Packet { hash: flow.hash, begins: moment == Moment::First, cpu: flow.cpu };
+                for way in &mut ways {
+                    way.meets(now, &flow, packet, moment);
+                }
+            }
+            Event::Syn { hash, cpu } => {
+                packets += 1;
+                for way in &mut ways {
+                    way.choose(now, Packet { hash, begins: true, cpu });
+                }
+            }
+            Event::Changed { died } => {
+                for way in &mut ways {
+                    way.steering.change(now, &model.pool);
+                    way.lose(died);
+                }
+            }
+            Event::Tick => ways.iter_mut().for_each(|way| way.tick(now)),
+        }
+    }
+    println!(
+        "{} flows, {packets} packets, {} changes in {:.0} minutes (seed {}): {}",
+        arguments.flows,
+        arguments.changes,
+        now.as_secs_f64() / 60.0,
+        arguments.seed,
+        model.changes_made()
+    );
+    println!("At most {} flows were open at a time.\n", model.most_open());
+    show(&ways);
+    println!("\n{LEGEND}\nTook {:.1} s.", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+const LEGEND: &str = "\
+broken:   flows that a packet of theirs left for another backend while their own lived
+looked:   packets that needed more than the table, of all
+state:    bytes of what is known of flows: at the end, at most, and what is set aside for it
+Connection tables are exact LRUs (the kernel's are not) of 120 bytes an entry; an entry of a backend that died is void.";
+
+fn steerings(arguments: &Flows) -> Vec<Box<dyn Steering>> {
+    vec![
+        Box::new(Maglev::default()),
+        Box::new(Lru::shared(arguments.lru)),
+        Box::new(Lru::per_cpu(arguments.lru, arguments.cpus)),
+    ]
+}
+
+/// A way to choose backends, and what it did to flows.
+struct Way {
+    steering: Box<dyn Steering>,
+    /// Where each flow is, by its number.
+    homes: Vec<Home>,
+    /// A flow that broke sends no more: each way meets its own.
+    packets: u64,
+    broken: u64,
+    most_bytes: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Home {
+    /// It has none yet, or none any more: it ended, broke, or its backend died.
+    None,
+    At(u16),
+}
+
+impl Way {
+    fn new(steering: Box<dyn Steering>) -> Self {
+        Self { steering, homes: Vec::new(), packets: 0, broken: 0, most_bytes: 0 }
+    }
+
+    fn meets(&mut self, now: Duration, flow: &Flow, packet: Packet, moment: Moment) {
+        let number = flow.number as usize;
+        if self.homes.len() <= number {
+            self.homes.resize(number + 1, Home::None);
+        }
+        if moment != Moment::First && self.homes[number] == Home::None {
+            return;
+        }
+        let to = self.choose(now, packet);
+        let home = &mut self.homes[number];
+        match *home {
+            Home::None => *home = Home::At(to),
+            Home::At(backend) if backend != to => {
+                self.broken += 1;
+                *home = Home::None;
+            }
+            Home::At(_) => {}
+        }
+        if moment == Moment::Last {
+            *home = Home::None;
+        }
+    }
+
+    fn choose(&mut self, now: Duration, packet: Packet) -> u16 {
+        self.packets += 1;
+        self.steering.packet(now, packet)
+    }
+
+    /// Flows of a backend that died are nobody's fault.
+    fn lose(&mut self, died: Option<u16>) {
+        let Some(died) = died else { return };
+        for home in &mut self.homes {
+            if *home == Home::At(died) {
+                *home = Home::None;
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Duration) {
+        self.steering.tick(now);
+        self.most_bytes = self.most_bytes.max(self.steering.state().bytes);
+    }
+}
+
+fn show(ways: &[Way]) {
+    println!(
+        "{:44} {:>9} {:>9} {:>13} {:>13} {:>13}",
+        "", "broken", "looked", "state", "at most", "set aside"
+    );
+    for way in ways {
+        let State { bytes, reserved, looked } = way.steering.state();
+        println!(
+            "{:44} {:9} {:8.2}% {bytes:13} {:13} {reserved:13}",
+            way.steering.name(),
+            way.broken,
+            looked as f64 * 100.0 / way.packets as f64,
+            way.most_bytes
+        );
+    }
+}
