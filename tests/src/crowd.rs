@@ -17,6 +17,8 @@ const PORT: u16 = 7000;
 
 /// The protected idle time of the pool.
 pub const IDLE: Duration = Duration::from_secs(6);
+/// The pool's own lines.
+pub const POOL: &str = "";
 
 /// A connection is silent for that long at most, and a moment on a loaded machine: less than [`IDLE`].
 const GAP: std::ops::Range<Duration> = Duration::from_millis(500)..Duration::from_millis(4000);
@@ -64,9 +66,15 @@ struct Look {
 }
 
 impl Crowd {
-    /// So many backends, all in the pool, so many connections, and a first look at them while nothing happens. Nothing
-    /// where skipping was asked for.
-    pub fn gather(name: &str, backends: usize, connections: usize, pool: &str) -> Result<Option<Self>> {
+    /// So many backends, all in the pool, so many connections, and a first look at them while nothing happens; `top` and
+    /// `pool` are lines of the configuration. Nothing where skipping was asked for.
+    pub fn gather(
+        name: &str,
+        backends: usize,
+        connections: usize,
+        top: &str,
+        pool: &str,
+    ) -> Result<Option<Self>> {
         if !lab::available()? {
             return Ok(None);
         }
@@ -82,6 +90,7 @@ impl Crowd {
         let servers = servers.collect::<Result<Vec<_>>>()?;
         let config = Config {
             health: CHECKS.to_owned(),
+            top: top.to_owned(),
             pool: pool.to_owned(),
             services: vec![stage::service("crowd", &[VIP4], &PORT.to_string(), "tcp")],
             ..stage.config()
@@ -194,6 +203,12 @@ impl Crowd {
             tally: Tally::since(self.begin, &self.live.incidents(), &self.deaths),
             visits: self.visits.between(self.begin, now),
         }
+    }
+
+    /// Waits until slots that moved are at rest: a flow that moved with them has no memory to lean on.
+    pub fn settles(&self) -> Result<()> {
+        sleep(IDLE * 2);
+        Ok(())
     }
 
     /// Says where it stands, for a person who looks on.

@@ -38,15 +38,36 @@ pub struct Flows {
 
 pub fn run(arguments: &Flows) -> Result<()> {
     let begun = Instant::now();
-    let mut ways: Vec<Way> = steerings(arguments).into_iter().map(Way::new).collect();
+    let Simulated { ways, packets, model } = simulate(arguments, steerings(arguments));
+    println!(
+        "{} flows, {packets} packets, {} changes in an hour (seed {}): {}",
+        arguments.flows,
+        arguments.changes,
+        arguments.seed,
+        model.changes_made()
+    );
+    println!("At most {} flows were open at a time.\n", model.most_open());
+    show(&ways);
+    println!("\n{LEGEND}\nTook {:.1} s.", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// How it ended.
+struct Simulated {
+    ways: Vec<Way>,
+    packets: u64,
+    model: Model,
+}
+
+/// All ways meet the same packets and the same changes.
+fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
+    let mut ways: Vec<Way> = steerings.into_iter().map(Way::new).collect();
     let mut model = Model::new(arguments);
     for way in &mut ways {
         way.steering.change(Duration::ZERO, &model.pool);
     }
-    let mut packets = 0_u64;
-    let mut now = Duration::ZERO;
-    while let Some((at, event)) = model.next() {
-        now = at;
+    let mut packets = 0;
+    while let Some((now, event)) = model.next() {
         match event {
             Event::Packet { flow, moment } => {
                 packets += 1;
@@ -70,18 +91,7 @@ pub fn run(arguments: &Flows) -> Result<()> {
             Event::Tick => ways.iter_mut().for_each(|way| way.tick(now)),
         }
     }
-    println!(
-        "{} flows, {packets} packets, {} changes in {:.0} minutes (seed {}): {}",
-        arguments.flows,
-        arguments.changes,
-        now.as_secs_f64() / 60.0,
-        arguments.seed,
-        model.changes_made()
-    );
-    println!("At most {} flows were open at a time.\n", model.most_open());
-    show(&ways);
-    println!("\n{LEGEND}\nTook {:.1} s.", begun.elapsed().as_secs_f64());
-    Ok(())
+    Simulated { ways, packets, model }
 }
 
 const LEGEND: &str = "\
@@ -179,5 +189,45 @@ fn show(ways: &[Way]) {
             looked as f64 * 100.0 / way.packets as f64,
             way.most_bytes
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: Flows =
+        Flows { flows: 5000, changes: 40, lru: 100_000, cpus: 4, deals: 2, syns: 0, seed: 7 };
+
+    fn broken(arguments: &Flows) -> Vec<u64> {
+        let simulated = simulate(arguments, steerings(arguments));
+        simulated.ways.iter().map(|way| way.broken).collect()
+    }
+
+    #[test]
+    fn the_same_seed_breaks_the_same_flows() {
+        assert_eq!(broken(&SMALL), broken(&SMALL));
+        assert_ne!(broken(&SMALL)[0], broken(&Flows { seed: 8, ..SMALL })[0]);
+    }
+
+    #[test]
+    fn a_table_alone_breaks_flows_and_a_connection_table_with_room_does_not() {
+        let [maglev, shared, ..] = broken(&SMALL)[..] else { panic!("which ways?") };
+        assert!(maglev > 100, "{maglev}");
+        assert_eq!(shared, 0);
+    }
+
+    #[test]
+    fn without_changes_nothing_breaks() {
+        assert!(broken(&Flows { changes: 0, deals: 0, ..SMALL }).iter().all(|broken| *broken == 0));
+    }
+
+    #[test]
+    fn a_connection_table_that_floods_fill_forgets_flows() {
+        let [_, quiet, ..] = broken(&Flows { lru: 2000, ..SMALL })[..] else { panic!("which ways?") };
+        let [_, flooded, ..] = broken(&Flows { lru: 2000, syns: 100, ..SMALL })[..] else {
+            panic!("which ways?")
+        };
+        assert!(flooded > quiet, "{flooded} and {quiet}");
     }
 }

@@ -36,7 +36,7 @@ pub trait Steering {
 
 /// The slot of a hash in a table whose length is a power of two.
 fn slot(table: &[u16], hash: u64) -> u16 {
-    let index = (hash >> 32) * table.len() as u64 >> 32;
+    let index = ((hash >> 32) * table.len() as u64) >> 32;
     table[index as usize]
 }
 
