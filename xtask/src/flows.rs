@@ -1,7 +1,9 @@
 //! What changes of a pool break: the same flows and the same changes over ways to choose a backend, with and without
 //! memory. In user space alone, and the same for the same seed.
 
+mod memory;
 mod model;
+mod slots;
 mod steering;
 
 use std::time::{Duration, Instant};
@@ -10,6 +12,7 @@ use anyhow::Result;
 use clap::Args;
 
 use self::model::{Event, Flow, Model, Moment};
+use self::slots::Slots;
 use self::steering::{Lru, Maglev, Packet, State, Steering};
 
 #[derive(Args)]
@@ -29,6 +32,9 @@ pub struct Flows {
     /// How often in the hour the receive queues are dealt anew, as another number of them does
     #[arg(long, default_value_t = 2)]
     deals: u32,
+    /// Room for pins
+    #[arg(long, default_value_t = 100_000)]
+    pins: usize,
     /// Spoofed SYNs a second
     #[arg(long, default_value_t = 0)]
     syns: u32,
@@ -105,6 +111,7 @@ fn steerings(arguments: &Flows) -> Vec<Box<dyn Steering>> {
         Box::new(Maglev::default()),
         Box::new(Lru::shared(arguments.lru)),
         Box::new(Lru::per_cpu(arguments.lru, arguments.cpus)),
+        Box::new(Slots::new(arguments.pins)),
     ]
 }
 
@@ -197,7 +204,7 @@ mod tests {
     use super::*;
 
     const SMALL: Flows =
-        Flows { flows: 5000, changes: 40, lru: 100_000, cpus: 4, deals: 2, syns: 0, seed: 7 };
+        Flows { flows: 5000, changes: 40, lru: 100_000, cpus: 4, deals: 2, pins: 100_000, syns: 0, seed: 7 };
 
     fn broken(arguments: &Flows) -> Vec<u64> {
         let simulated = simulate(arguments, steerings(arguments));

@@ -106,11 +106,16 @@ impl Pool {
         let members: Vec<Member> = places.iter().map(member).collect();
         let takes = |&place: &usize| self.backends[place].up && !self.backends[place].drained;
         let takes: Vec<bool> = places.iter().map(takes).collect();
-        let log2 = maglev::log2_length(MOST);
+        let log2 = log2_length();
         let base = maglev::build(log2, &members);
         let table = overlay::apply(&base, 1 << log2, &members, &takes);
         table.into_iter().map(|index| places[usize::from(index)] as u16).collect()
     }
+}
+
+/// Tables have room for every backend that comes: none of them grows.
+pub fn log2_length() -> u32 {
+    maglev::log2_length(MOST)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
