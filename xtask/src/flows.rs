@@ -34,7 +34,7 @@ pub struct Flows {
     deals: u32,
     /// Room for pins
     #[arg(long, default_value_t = 100_000)]
-    pins: usize,
+    pins: u32,
     /// Spoofed SYNs a second
     #[arg(long, default_value_t = 0)]
     syns: u32,
@@ -77,7 +77,8 @@ fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
         match event {
             Event::Packet { flow, moment } => {
                 packets += 1;
-                let packet = Packet { hash: flow.hash, begins: moment == Moment::First, cpu: flow.cpu };
+                let (begins, ends) = (moment == Moment::First, moment == Moment::Last);
+                let packet = Packet { hash: flow.hash, begins, ends, cpu: flow.cpu };
                 for way in &mut ways {
                     way.meets(now, &flow, packet, moment);
                 }
@@ -85,7 +86,7 @@ fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
             Event::Syn { hash, cpu } => {
                 packets += 1;
                 for way in &mut ways {
-                    way.choose(now, Packet { hash, begins: true, cpu });
+                    way.choose(now, Packet { hash, begins: true, ends: false, cpu });
                 }
             }
             Event::Changed { died } => {
@@ -101,9 +102,10 @@ fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
 }
 
 const LEGEND: &str = "\
-broken:   flows that a packet of theirs left for another backend while their own lived
-looked:   packets that needed more than the table, of all
-state:    bytes of what is known of flows: at the end, at most, and what is set aside for it
+broken: flows of which a packet went to another backend while their own lived
+after silence: of these, flows that had been silent for longer than the 15 minutes that xlb protects
+looked: packets that needed more than the table, of all
+state: bytes of what is known of flows, at the end and at most; set aside: what there is room for
 Connection tables are exact LRUs (the kernel's are not) of 120 bytes an entry; an entry of a backend that died is void.";
 
 fn steerings(arguments: &Flows) -> Vec<Box<dyn Steering>> {
@@ -123,6 +125,8 @@ struct Way {
     /// A flow that broke sends no more: each way meets its own.
     packets: u64,
     broken: u64,
+    /// Of these, after they had been silent for longer than xlb protects.
+    after_silence: u64,
     most_bytes: u64,
 }
 
@@ -135,7 +139,7 @@ enum Home {
 
 impl Way {
     fn new(steering: Box<dyn Steering>) -> Self {
-        Self { steering, homes: Vec::new(), packets: 0, broken: 0, most_bytes: 0 }
+        Self { steering, homes: Vec::new(), packets: 0, broken: 0, after_silence: 0, most_bytes: 0 }
     }
 
     fn meets(&mut self, now: Duration, flow: &Flow, packet: Packet, moment: Moment) {
@@ -152,6 +156,7 @@ impl Way {
             Home::None => *home = Home::At(to),
             Home::At(backend) if backend != to => {
                 self.broken += 1;
+                self.after_silence += u64::from(flow.silent > slots::PROTECTED);
                 *home = Home::None;
             }
             Home::At(_) => {}
@@ -184,15 +189,16 @@ impl Way {
 
 fn show(ways: &[Way]) {
     println!(
-        "{:44} {:>9} {:>9} {:>13} {:>13} {:>13}",
-        "", "broken", "looked", "state", "at most", "set aside"
+        "{:38} {:>7} {:>13} {:>8} {:>11} {:>11} {:>11}",
+        "", "broken", "after silence", "looked", "state", "at most", "set aside"
     );
     for way in ways {
         let State { bytes, reserved, looked } = way.steering.state();
         println!(
-            "{:44} {:9} {:8.2}% {bytes:13} {:13} {reserved:13}",
+            "{:38} {:7} {:13} {:7.2}% {bytes:11} {:11} {reserved:11}",
             way.steering.name(),
             way.broken,
+            way.after_silence,
             looked as f64 * 100.0 / way.packets as f64,
             way.most_bytes
         );
@@ -222,6 +228,16 @@ mod tests {
         let [maglev, shared, ..] = broken(&SMALL)[..] else { panic!("which ways?") };
         assert!(maglev > 100, "{maglev}");
         assert_eq!(shared, 0);
+    }
+
+    #[test]
+    fn slots_break_no_flow_that_speaks_in_time_and_look_at_fewer_packets() {
+        for (seed, syns) in [(1, 0), (2, 0), (3, 20), (4, 20)] {
+            let arguments = Flows { seed, syns, pins: 2048, ..SMALL };
+            let Simulated { ways, .. } = simulate(&arguments, vec![Box::new(Slots::new(arguments.pins))]);
+            assert_eq!(ways[0].broken, ways[0].after_silence, "seed {seed}, {syns} SYNs a second");
+            assert!(ways[0].steering.state().looked < ways[0].packets);
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, Backend, Discipline, Egress, Features, Interface, Load, PINS_PER_BUCKET, Pin, PinBucket,
-    PortRule, PrefixLengths, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_NOBODY, Backend, Discipline, Egress, Features, Interface, Load, Meta, PinBucket, PortRule,
+    PrefixLengths, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::allowance::Limited;
 use lb_common::flow::FlowHash;
@@ -14,15 +14,18 @@ use lb_common::outcome::Outcome;
 use lb_common::pins::{self, Asked, PinEvent, Says};
 use lb_common::slots::{self, Slot};
 use lb_common::tables::Tables;
+use lb_userspace::capacity::{Capacity, RESERVED_SLOT_ROWS};
+use lb_userspace::config::model::Limits;
+use lb_userspace::reconcile::image::Image;
+use lb_userspace::reconcile::op::MapOp;
 
 /// The number of the one table.
-const TABLE: u16 = 0;
+pub const TABLE: u16 = 0;
 
 pub struct Memory {
-    pub slots: Vec<Slot>,
-    pub backends: Vec<Backend>,
+    /// Everything but pins.
+    pub image: Image,
     buckets: Vec<PinBucket>,
-    word: TableWord,
     pub now_ns: u64,
     failed: Cell<u64>,
     events: [Cell<u64>; PinEvent::ALL.len()],
@@ -30,13 +33,15 @@ pub struct Memory {
 
 impl Memory {
     /// Slots that lead to nobody, and room for pins, rounded up to a power of two.
-    pub fn new(log2_length: u32, pins: usize) -> Self {
-        let buckets = pins.div_ceil(PINS_PER_BUCKET).next_power_of_two();
+    pub fn new(log2_length: u32, pins: u32) -> Self {
+        let slots = 1 << log2_length.max(SHORTEST_TABLE_LOG2);
+        let capacity = Capacity::new(&Limits { vips: 1, backends: 1, slots, pins });
+        let mut image = Image::empty(&capacity, Meta::default());
+        let word = TableWord::new(RESERVED_SLOT_ROWS, log2_length, Discipline::Hash);
+        image.apply(&MapOp::SetTableWord { table: TABLE, word });
         Self {
-            slots: vec![Slot::clean(BACKEND_NOBODY); 1 << log2_length],
-            backends: Vec::new(),
-            buckets: (0..buckets).map(|_| PinBucket::default()).collect(),
-            word: TableWord::new(0, log2_length, Discipline::Hash),
+            image,
+            buckets: (0..capacity.pin_buckets).map(|_| PinBucket::default()).collect(),
             now_ns: 0,
             failed: Cell::default(),
             events: Default::default(),
@@ -57,31 +62,34 @@ impl Memory {
         self.events[event as usize].get()
     }
 
-    /// Pins that could not be made.
-    pub fn failed(&self) -> u64 {
-        self.failed.get()
-    }
-
     pub fn reserved(&self) -> u64 {
         (self.buckets.len() * size_of::<PinBucket>()) as u64
     }
 
-    /// The slot that a pin belongs to.
-    pub fn slot_of(&self, pin: Pin) -> usize {
-        self.word.slot(pin.tag()) as usize
+    /// What the agent reads of the maps before it judges.
+    pub fn refresh(&mut self) {
+        self.image.table_states[usize::from(TABLE)].failed = self.failed.get();
     }
 
-    /// Shows all pins and takes away those that `gone` picks. Returns how many these were.
-    pub fn sweep(&self, mut gone: impl FnMut(Pin) -> bool) -> u64 {
-        let mut swept = 0;
-        for place in self.buckets.iter().flat_map(|bucket| &bucket.0) {
-            let pin = Pin::from_bits(place.load(Ordering::Relaxed));
-            if !pin.is_free() && gone(pin) {
-                AtomicU64::store(place, 0, Ordering::Relaxed);
-                swept += 1;
+    /// Carries operations out, in order. No packet comes in between: a grace is over at once.
+    pub fn apply(&mut self, ops: &[MapOp]) {
+        for op in ops {
+            match op {
+                MapOp::ExpectFailed { failed, .. } if *failed != self.failed.get() => return,
+                op => self.image.apply(op),
             }
         }
-        swept
+    }
+
+    /// Lets somebody work on all pins, as the agent does on the map.
+    pub fn with_pins<T>(&mut self, work: impl FnOnce(&[AtomicU64]) -> T) -> T {
+        let words = || self.buckets.iter().flat_map(|bucket| &bucket.0);
+        let copy: Vec<AtomicU64> = words().map(|word| AtomicU64::new(word.load(Ordering::Relaxed))).collect();
+        let result = work(&copy);
+        for (word, copy) in words().zip(copy) {
+            word.store(copy.into_inner(), Ordering::Relaxed);
+        }
+        result
     }
 }
 
@@ -117,13 +125,13 @@ impl Tables for Memory {
         None
     }
     fn table_word(&self, _: u16) -> Option<TableWord> {
-        Some(self.word)
+        self.image.tables.get(usize::from(TABLE)).map(|&bits| TableWord::from_bits(bits))
     }
-    fn slot(&self, _: u32, index: u32) -> Option<Slot> {
-        self.slots.get(index as usize).copied()
+    fn slot(&self, first_row: u32, index: u32) -> Option<Slot> {
+        Some(self.image.slot(first_row * SLOTS_PER_ROW + index))
     }
     fn backend(&self, id: u16) -> Option<&Backend> {
-        self.backends.get(usize::from(id))
+        self.image.backends.get(usize::from(id))
     }
     fn egress(&self, _: u16) -> Option<&Egress> {
         None

@@ -15,7 +15,7 @@ use super::Flows;
 
 /// Flows begin in this time.
 const LENGTH: Duration = Duration::from_secs(3600);
-const TICK: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_secs(5);
 
 const SEED: u64 = 0x5f1d_0c3a_9be2_4771;
 
@@ -25,6 +25,9 @@ const FEWEST: usize = 12;
 const MOST: usize = 36;
 /// Dead ones at a time.
 const MOST_DEAD: usize = 3;
+
+/// From a SYN to what follows it.
+const ROUND_TRIP: Duration = Duration::from_millis(50);
 
 /// How flows live: of a thousand, mean life, mean gap between packets.
 ///
@@ -51,6 +54,8 @@ pub struct Flow {
     pub hash: u64,
     /// Whose receive queue it comes in on just now.
     pub cpu: u32,
+    /// Since its last packet.
+    pub silent: Duration,
 }
 
 pub enum Event {
@@ -104,11 +109,14 @@ impl Pool {
             Member::new(SEED, IpAddr::from(address), weight)
         };
         let members: Vec<Member> = places.iter().map(member).collect();
-        let takes = |&place: &usize| self.backends[place].up && !self.backends[place].drained;
-        let takes: Vec<bool> = places.iter().map(takes).collect();
+        let share = |&place: &usize| match &self.backends[place] {
+            Backend { up: true, drained: false, .. } => overlay::FULL,
+            _ => 0,
+        };
+        let shares: Vec<u16> = places.iter().map(share).collect();
         let log2 = log2_length();
         let base = maglev::build(log2, &members);
-        let table = overlay::apply(&base, 1 << log2, &members, &takes);
+        let table = overlay::apply(&base, 1 << log2, &members, &shares);
         table.into_iter().map(|index| places[usize::from(index)] as u16).collect()
     }
 }
@@ -158,6 +166,8 @@ struct Open {
     hash: u64,
     gap: Duration,
     end: Duration,
+    /// When it spoke last.
+    spoke: Duration,
 }
 
 pub struct Model {
@@ -263,21 +273,24 @@ impl Model {
         self.plan(now + next, Due::Arrival);
         let (life, gap) = kind(&mut self.random);
         let end = now + exponential(&mut self.random, life);
-        let flow = Open { hash: self.random.u64(..), gap, end };
+        let flow = Open { hash: self.random.u64(..), gap, end, spoke: now };
         let number = self.free.pop().unwrap_or(self.open.len() as u32);
-        let event = Event::Packet { flow: self.flow(number, flow.hash), moment: Moment::First };
+        let event =
+            Event::Packet { flow: self.flow(number, flow.hash, Duration::ZERO), moment: Moment::First };
         if number as usize == self.open.len() {
             self.open.push(flow);
         } else {
             self.open[number as usize] = flow;
         }
         self.most_open = self.most_open.max(self.open.len() - self.free.len());
-        self.plan_packet(now, number);
+        // The client's part of the handshake, and its first question.
+        self.plan(now + ROUND_TRIP, Due::Packet(number));
         event
     }
 
     fn speak(&mut self, now: Duration, number: u32) -> Event {
-        let Open { hash, end, .. } = self.open[number as usize];
+        let Open { hash, end, spoke, .. } = self.open[number as usize];
+        self.open[number as usize].spoke = now;
         let moment = if now >= end {
             self.free.push(number);
             Moment::Last
@@ -285,7 +298,7 @@ impl Model {
             self.plan_packet(now, number);
             Moment::Middle
         };
-        Event::Packet { flow: self.flow(number, hash), moment }
+        Event::Packet { flow: self.flow(number, hash, now - spoke), moment }
     }
 
     /// The next packet of a flow; its last one comes at its end.
@@ -295,8 +308,8 @@ impl Model {
         self.plan((now + gap).min(end), Due::Packet(number));
     }
 
-    fn flow(&self, number: u32, hash: u64) -> Flow {
-        Flow { number, hash, cpu: self.cpu(hash) }
+    fn flow(&self, number: u32, hash: u64, silent: Duration) -> Flow {
+        Flow { number, hash, cpu: self.cpu(hash), silent }
     }
 
     fn cpu(&self, hash: u64) -> u32 {

@@ -13,6 +13,8 @@ pub struct Packet {
     pub hash: u64,
     /// A SYN.
     pub begins: bool,
+    /// A FIN.
+    pub ends: bool,
     pub cpu: u32,
 }
 
@@ -28,7 +30,7 @@ pub trait Steering {
     fn name(&self) -> String;
     /// The pool is another from now on.
     fn change(&mut self, now: Duration, pool: &Pool);
-    /// Once a second.
+    /// Every few seconds.
     fn tick(&mut self, _now: Duration) {}
     fn packet(&mut self, now: Duration, packet: Packet) -> u16;
     fn state(&self) -> State;
