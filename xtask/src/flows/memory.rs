@@ -12,6 +12,7 @@ use lb_common::allowance::Limited;
 use lb_common::flow::FlowHash;
 use lb_common::outcome::Outcome;
 use lb_common::pins::{self, Asked, PinEvent, Says};
+use lb_common::quic::ServerKey;
 use lb_common::slots::{self, Slot};
 use lb_common::tables::Tables;
 use lb_userspace::capacity::{Capacity, RESERVED_SLOT_ROWS};
@@ -157,6 +158,10 @@ impl Tables for Memory {
     fn random(&self) -> u32 {
         0
     }
+    fn server(&self, _: &ServerKey) -> Option<u16> {
+        None
+    }
+
     fn load(&self, _: u16) -> Option<&Load> {
         None
     }
