@@ -30,8 +30,8 @@ const BUCKETS_A_TICK: usize = 8192;
 const CYCLE: Duration = Duration::from_secs(1);
 
 /// Slots that move for no other reason than a better spread, in a second: a part of all, and at the least.
-const PACE_PART: usize = 16;
-const PACE_LEAST: usize = 1024;
+const PACE_PART: usize = 8;
+const PACE_LEAST: usize = 1 << 14;
 const PACE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -49,6 +49,8 @@ pub struct Tracking {
     /// What the tables are on their way to.
     pub(super) desired: Desired,
     paced: Instant,
+    /// Slots that may still move in this second.
+    moves_left: usize,
     /// Slots that wait for their turn to move.
     pub(super) waiting: usize,
     failed: u64,
@@ -66,6 +68,7 @@ impl Tracking {
             unpinned: HashSet::new(),
             desired: Desired::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
+            moves_left: 0,
             waiting: 0,
             failed: 0,
         }
@@ -100,12 +103,15 @@ impl Core {
         let world = self.steered_world(now);
         self.say_who_is_empty(&world);
         let wanted = desired(&self.config, &world);
-        let leave = Leave { unpinned: Unpinned::Ids(self.tracking.unpinned.clone()), moves: self.pace(now) };
+        self.pace(now);
+        let unpinned = Unpinned::Ids(self.tracking.unpinned.clone());
+        let leave = Leave { unpinned, moves: self.tracking.moves_left };
         let plan = plan(&self.image, &wanted, self.datapath.capacity(), &leave)?;
         if !plan.ops.is_empty() {
             self.index.take();
         }
         self.tracking.waiting = plan.waiting;
+        self.tracking.moves_left -= plan.moves;
         self.tracking.desired = wanted;
         self.carry_out(&plan.ops)?;
         self.tracking.moves.observe(&self.image, Instant::now());
@@ -113,18 +119,19 @@ impl Core {
         Ok(())
     }
 
-    /// How many slots may move now for a better spread alone.
-    fn pace(&mut self, now: Instant) -> usize {
+    /// Says how many slots may move in this second for a better spread alone: none while pins fail, or are half full.
+    fn pace(&mut self, now: Instant) {
         let failed = self.image.table_states.iter().map(|state| state.failed).fold(0, u64::wrapping_add);
         let failing = std::mem::replace(&mut self.tracking.failed, failed) != failed;
         let room = self.image.pins.words().len() as u64;
-        if now < self.tracking.paced + PACE || failing || self.tracking.found.pins * 2 > room {
-            return 0;
+        if failing || self.tracking.found.pins * 2 > room {
+            self.tracking.moves_left = 0;
+        } else if now >= self.tracking.paced + PACE {
+            self.tracking.paced = now;
+            let words = self.image.tables.iter().map(|&bits| TableWord::from_bits(bits));
+            let slots: usize = words.filter(|word| word.bits() != 0).map(|word| word.length() as usize).sum();
+            self.tracking.moves_left = (slots / PACE_PART).max(PACE_LEAST);
         }
-        self.tracking.paced = now;
-        let words = self.image.tables.iter().map(|&bits| TableWord::from_bits(bits));
-        let slots: usize = words.filter(|word| word.bits() != 0).map(|word| word.length() as usize).sum();
-        (slots / PACE_PART).max(PACE_LEAST)
     }
 
     /// What packets write into tables' states, as it is now.

@@ -79,6 +79,8 @@ pub struct Plan {
     pub ops: Vec<MapOp>,
     /// Slots that wait until others have moved.
     pub waiting: usize,
+    /// Slots that move for a better spread, of those that may.
+    pub moves: usize,
 }
 
 /// The writes that turn the image into what is desired; none if it is that already, or on its way.
@@ -103,7 +105,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     planner.vips(&tables)?;
     planner.leaving(&ids);
     planner.add.extend(gone);
-    let waiting = planner.waiting;
+    let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
     let Planner { add: mut ops, turn, lose, mut remove, moved, .. } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
@@ -117,7 +119,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting })
+    Ok(Plan { ops, waiting, moves })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
