@@ -253,11 +253,11 @@ impl Core {
 
     /// When something changes that no event announces.
     pub fn due(&self) -> Option<Instant> {
-        self.steering.due(Instant::now(), &self.config)
+        self.steering.due(&self.config)
     }
 
     pub fn on_time(&mut self, now: Instant) {
-        self.changed |= self.steering.due(now, &self.config).is_some_and(|due| due <= now);
+        self.changed |= self.steering.due(&self.config).is_some_and(|due| due <= now);
     }
 
     /// The world with what is made of it now.

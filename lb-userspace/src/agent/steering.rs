@@ -26,6 +26,7 @@ pub struct Steering {
     times: HashMap<String, ResponseTimes<IpAddr>>,
     /// Shares of those that start, as of the last look.
     shares: HashMap<BackendKey, u16>,
+    looked: Option<Instant>,
 }
 
 /// A pool and those that may take its place.
@@ -123,13 +124,14 @@ impl Steering {
         times.due(now).is_some_and(|due| due <= now)
     }
 
-    /// When a change is due that no event announces.
-    pub fn due(&self, now: Instant, config: &Config) -> Option<Instant> {
+    /// When something changes that no event announces, from the last look on.
+    pub fn due(&self, config: &Config) -> Option<Instant> {
         let tiers = config
             .pools
             .iter()
             .filter_map(|pool| self.tiers.get(&pool.name).and_then(|tier| tier.choice.due(&pool.tiers)));
-        tiers.chain(self.starts.due(now, |key| slow_start(config, key))).min()
+        let starts = self.looked.and_then(|looked| self.starts.due(looked, |key| slow_start(config, key)));
+        tiers.chain(starts).min()
     }
 
     /// Takes in who is up now.
@@ -141,6 +143,7 @@ impl Steering {
                 tier.observe(now, pool, &levels);
             }
         }
+        self.looked = Some(now);
         self.starts.retain(now, |key| slow_start(config, key));
         let share = |(key, pool, _): (BackendKey, usize, usize)| {
             let share = self.starts.share(&key, config.pools[pool].slow_start?, now)?;

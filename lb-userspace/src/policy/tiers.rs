@@ -24,12 +24,18 @@ enum Rank {
     Enough,
 }
 
-fn rank(level: Level, tiers: &Tiers) -> Rank {
+/// Of the level at a place. A fallback that has fewer backends than are asked for needs all that it has.
+fn rank(place: usize, level: Level, tiers: &Tiers) -> Rank {
+    let most = if place == 0 { usize::MAX } else { level.all };
     match level.up {
         0 => Rank::Nobody,
-        up if up < tiers.min_healthy.of(level.all) => Rank::TooFew,
+        up if up < tiers.min_healthy.of(level.all).min(most) => Rank::TooFew,
         _ => Rank::Enough,
     }
+}
+
+fn ranks(levels: &[Level], tiers: &Tiers) -> Vec<Rank> {
+    levels.iter().enumerate().map(|(place, level)| rank(place, *level, tiers)).collect()
 }
 
 /// Whether so few of a level are up that its health is not to be believed.
@@ -66,7 +72,7 @@ impl Choice {
 
     /// Takes in what is up now.
     pub fn observe(&mut self, now: Instant, levels: &[Level], tiers: &Tiers) {
-        let ranks: Vec<Rank> = levels.iter().map(|level| rank(*level, tiers)).collect();
+        let ranks = ranks(levels, tiers);
         for (since, rank) in self.enough_since.iter_mut().zip(&ranks) {
             *since = if *rank == Rank::Enough { since.or(Some(now)) } else { None };
         }
@@ -224,9 +230,17 @@ mod tests {
     }
 
     #[test]
+    fn a_small_fallback_needs_all_its_backends_and_no_more() {
+        let tiers = tiers(AtLeast::Count(3), 0);
+        let rank = |place, up, all| rank(place, Level { up, all }, &tiers);
+        assert_eq!((rank(1, 2, 2), rank(1, 1, 2)), (Rank::Enough, Rank::TooFew));
+        assert_eq!((rank(0, 2, 2), rank(0, 0, 0), rank(1, 0, 0)), (Rank::TooFew, Rank::Nobody, Rank::Nobody));
+    }
+
+    #[test]
     fn a_percentage_of_backends_is_rounded_up() {
         let tiers = tiers(AtLeast::Percent(50), 0);
-        let enough = |up, all| rank(Level { up, all }, &tiers) == Rank::Enough;
+        let enough = |up, all| rank(0, Level { up, all }, &tiers) == Rank::Enough;
         assert!(
             enough(2, 4) && !enough(1, 4) && enough(2, 3) && !enough(1, 3) && enough(1, 1) && !enough(0, 0)
         );
@@ -244,8 +258,8 @@ mod tests {
                 now += Duration::from_secs(wait);
                 let levels = levels(&up);
                 choice.observe(now, &levels, &tiers);
-                let best = levels.iter().map(|level| rank(*level, &tiers)).max().unwrap_or(Rank::Nobody);
-                prop_assert_eq!(rank(levels[choice.level()], &tiers), best);
+                let ranks = ranks(&levels, &tiers);
+                prop_assert_eq!(ranks.get(choice.level()), ranks.iter().max());
                 // What is due is in the future, and then it happens.
                 if let Some(at) = choice.due(&tiers) {
                     prop_assert!(at > now);

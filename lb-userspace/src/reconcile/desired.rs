@@ -432,3 +432,6 @@ fn egress(hop: &NextHop, outer: &OuterSource) -> Egress {
         spare: [0; 2],
     }
 }
+
+#[cfg(test)]
+mod tests;
