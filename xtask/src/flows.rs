@@ -44,7 +44,7 @@ pub struct Flows {
 
 pub fn run(arguments: &Flows) -> Result<()> {
     let begun = Instant::now();
-    let Simulated { ways, packets, model } = simulate(arguments, steerings(arguments));
+    let Simulated { ways, packets, model } = simulate(arguments, steerings(arguments))?;
     println!(
         "{} flows, {packets} packets, {} changes in an hour (seed {}): {}",
         arguments.flows,
@@ -66,11 +66,11 @@ struct Simulated {
 }
 
 /// All ways meet the same packets and the same changes.
-fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
+fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Result<Simulated> {
     let mut ways: Vec<Way> = steerings.into_iter().map(Way::new).collect();
     let mut model = Model::new(arguments);
     for way in &mut ways {
-        way.steering.change(Duration::ZERO, &model.pool);
+        way.steering.change(Duration::ZERO, &model.pool)?;
     }
     let mut packets = 0;
     while let Some((now, event)) = model.next() {
@@ -91,14 +91,14 @@ fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Simulated {
             }
             Event::Changed { died } => {
                 for way in &mut ways {
-                    way.steering.change(now, &model.pool);
+                    way.steering.change(now, &model.pool)?;
                     way.lose(died);
                 }
             }
             Event::Tick => ways.iter_mut().for_each(|way| way.tick(now)),
         }
     }
-    Simulated { ways, packets, model }
+    Ok(Simulated { ways, packets, model })
 }
 
 const LEGEND: &str = "\
@@ -213,7 +213,7 @@ mod tests {
         Flows { flows: 5000, changes: 40, lru: 100_000, cpus: 4, deals: 2, pins: 100_000, syns: 0, seed: 7 };
 
     fn broken(arguments: &Flows) -> Vec<u64> {
-        let simulated = simulate(arguments, steerings(arguments));
+        let simulated = simulate(arguments, steerings(arguments)).unwrap();
         simulated.ways.iter().map(|way| way.broken).collect()
     }
 
@@ -234,7 +234,8 @@ mod tests {
     fn slots_break_no_flow_that_speaks_in_time_and_look_at_fewer_packets() {
         for (seed, syns) in [(1, 0), (2, 0), (3, 20), (4, 20)] {
             let arguments = Flows { seed, syns, pins: 2048, ..SMALL };
-            let Simulated { ways, .. } = simulate(&arguments, vec![Box::new(Slots::new(arguments.pins))]);
+            let Simulated { ways, .. } =
+                simulate(&arguments, vec![Box::new(Slots::new(arguments.pins))]).unwrap();
             assert_eq!(ways[0].broken, ways[0].after_silence, "seed {seed}, {syns} SYNs a second");
             assert!(ways[0].steering.state().looked < ways[0].packets);
         }

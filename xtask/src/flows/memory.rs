@@ -5,8 +5,8 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, Backend, Discipline, Egress, Features, Interface, Load, Meta, PinBucket, PortRule,
-    PrefixLengths, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_NOBODY, Backend, Egress, Features, Interface, Load, Meta, PinBucket, PortRule, PrefixLengths,
+    SLOTS_PER_ROW, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::allowance::Limited;
 use lb_common::flow::FlowHash;
@@ -15,15 +15,17 @@ use lb_common::pins::{self, Asked, PinEvent, Says};
 use lb_common::quic::ServerKey;
 use lb_common::slots::{self, Slot};
 use lb_common::tables::Tables;
-use lb_userspace::capacity::{Capacity, RESERVED_SLOT_ROWS};
+use lb_userspace::capacity::Capacity;
 use lb_userspace::config::model::Limits;
 use lb_userspace::reconcile::image::Image;
 use lb_userspace::reconcile::op::MapOp;
+use lb_userspace::reconcile::sweep::drop_pins;
 
 /// The number of the one table.
 pub const TABLE: u16 = 0;
 
 pub struct Memory {
+    pub capacity: Capacity,
     /// Everything but pins.
     pub image: Image,
     buckets: Vec<PinBucket>,
@@ -33,15 +35,12 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Slots that lead to nobody, and room for pins, rounded up to a power of two.
-    pub fn new(log2_length: u32, pins: u32) -> Self {
-        let slots = 1 << log2_length.max(SHORTEST_TABLE_LOG2);
+    /// Nobody, room for so many slots, and for pins, rounded up to a power of two.
+    pub fn new(slots: u32, pins: u32) -> Self {
         let capacity = Capacity::new(&Limits { vips: 1, backends: 1, slots, pins });
-        let mut image = Image::empty(&capacity, Meta::default());
-        let word = TableWord::new(RESERVED_SLOT_ROWS, log2_length, Discipline::Hash);
-        image.apply(&MapOp::SetTableWord { table: TABLE, word });
         Self {
-            image,
+            capacity,
+            image: Image::empty(&capacity, Meta::default()),
             buckets: (0..capacity.pin_buckets).map(|_| PinBucket::default()).collect(),
             now_ns: 0,
             failed: Cell::default(),
@@ -77,6 +76,9 @@ impl Memory {
         for op in ops {
             match op {
                 MapOp::ExpectFailed { failed, .. } if *failed != self.failed.get() => return,
+                MapOp::DropPins { id } => {
+                    self.with_pins(|pins| drop_pins(pins, *id));
+                }
                 op => self.image.apply(op),
             }
         }

@@ -1,17 +1,18 @@
 //! xlb's way: slots that remember flows only while they are on the move. The packet path's own rule over memory that the
 //! agent's own engine changes.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_NOBODY, Backend, Pin, SLOTS_PER_ROW};
+use anyhow::Result;
+use lb_common::abi::{Backend, BackendKind, Discipline, Pin};
 use lb_common::flow::FlowHash;
 use lb_common::pins::{PinEvent, Says};
-use lb_common::slots::Slot;
-use lb_common::wire::TcpFlags;
-use lb_userspace::capacity::RESERVED_SLOT_ROWS;
+use lb_common::wire::{PROTO_TCP, TcpFlags};
+use lb_userspace::reconcile::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target};
 use lb_userspace::reconcile::moves::{Course, Moves, runs};
-use lb_userspace::reconcile::op::MapOp;
-use lb_userspace::reconcile::sweep::{Rules, Sweeper, drop_pins};
+use lb_userspace::reconcile::plan::{Leave, Unpinned, plan};
+use lb_userspace::reconcile::sweep::{Rules, Sweeper};
 
 use super::memory::{Memory, TABLE};
 use super::model::{self, Pool};
@@ -22,8 +23,6 @@ pub const PROTECTED: Duration = Duration::from_secs(15 * 60);
 
 /// All pins are looked at this often.
 const SWEEP: Duration = Duration::from_secs(30);
-
-const FIRST: u32 = RESERVED_SLOT_ROWS * SLOTS_PER_ROW;
 
 pub struct Slots {
     memory: Memory,
@@ -37,30 +36,12 @@ impl Slots {
     pub fn new(pins: u32) -> Self {
         let begin = Instant::now();
         Self {
-            memory: Memory::new(model::log2_length(), pins),
+            memory: Memory::new(1 << model::log2_length(), pins),
             begin,
             moves: Moves::new(begin),
             swept: Duration::ZERO,
             pins: 0,
         }
-    }
-
-    /// The words of slots that are not as they should be.
-    fn changed(&self, change: impl Fn(usize, Slot) -> Slot) -> Vec<MapOp> {
-        let slots =
-            (0..1 << model::log2_length()).map(|slot| (slot, self.memory.image.slot(FIRST + slot as u32)));
-        let words = slots.map(|(slot, word)| (FIRST + slot as u32, word, change(slot, word)));
-        runs(words.filter(|(_, old, new)| old != new).map(|(index, _, new)| (index, new.bits())))
-    }
-
-    /// Old flows of a backend that died leave at once.
-    fn leave_the_dead(&mut self, id: u16) {
-        let left = self.changed(|_, slot| match slot.est() {
-            est if est == id => Slot::new(slot.cur(), slot.cur(), false, true),
-            _ => slot,
-        });
-        self.memory.apply(&left);
-        self.memory.with_pins(|pins| drop_pins(pins, id));
     }
 
     fn sweep(&mut self, now: Duration) {
@@ -75,19 +56,39 @@ impl Slots {
     }
 }
 
-/// The id of a backend of the pool.
-const fn id(place: u16) -> u16 {
-    place + 1
+/// How a backend is known to the plan; 0 is nobody.
+fn identity(place: u16) -> u64 {
+    u64::from(place) + 1
 }
 
-/// A slot that should have another `cur`.
-fn turned(slot: Slot, cur: u16) -> Slot {
-    match slot.est() {
-        _ if slot.cur() == cur => slot,
-        BACKEND_NOBODY => Slot::clean(cur),
-        est if est == cur => Slot::new(cur, est, false, true),
-        est => Slot::new(cur, est, true, slot.pins()),
+/// What should lie in the maps for a pool.
+fn desired(pool: &Pool) -> Desired {
+    const POOL: [u64; 3] = [1, 0, 0];
+    let mut desired = Desired::default();
+    for (place, backend) in (0..).zip(&pool.backends).filter(|(_, backend)| backend.configured) {
+        let row = Backend {
+            kind: BackendKind::Ipip4 as u8,
+            flags: u8::from(backend.up) * Backend::ACCEPTING,
+            identity: identity(place),
+            ..Backend::default()
+        };
+        // A failed check alone would leave them there for a while; this one is dead.
+        let old_flows = if backend.up { OldFlows::Stay } else { OldFlows::Fail };
+        let wanted = DesiredBackend { row, next_hop: None, pool: POOL, old_flows, weight: backend.weight };
+        desired.backends.insert(identity(place), wanted);
     }
+    let table = DesiredTable {
+        log2_length: model::log2_length(),
+        cur: pool.table().into_iter().map(|place| Target::Backend(identity(place))).collect(),
+        est: None,
+        discipline: Discipline::Hash,
+        pools: vec![0],
+        pool_set: POOL,
+        idle: PROTECTED,
+        protocol: PROTO_TCP,
+    };
+    desired.tables.insert(1, table);
+    desired
 }
 
 impl Steering for Slots {
@@ -95,20 +96,14 @@ impl Steering for Slots {
         "xlb: pins while a slot moves".to_owned()
     }
 
-    fn change(&mut self, now: Duration, pool: &Pool) {
-        let table = pool.table();
-        let ops = self.changed(|slot, word| turned(word, id(table[slot])));
-        self.memory.apply(&ops);
-        for (place, backend) in (0..).zip(&pool.backends) {
-            let flags = u8::from(backend.up) * Backend::ACCEPTING;
-            let died = self.memory.image.backends[usize::from(id(place))].flags != 0 && flags == 0;
-            self.memory.apply(&[MapOp::SetFlags { id: id(place), flags }]);
-            if died {
-                self.leave_the_dead(id(place));
-            }
-        }
+    /// All at once: an agent that spreads a change over seconds breaks no fewer flows.
+    fn change(&mut self, now: Duration, pool: &Pool) -> Result<()> {
         self.memory.refresh();
+        let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+        let plan = plan(&self.memory.image, &desired(pool), &self.memory.capacity, &leave)?;
+        self.memory.apply(&plan.ops);
         self.moves.observe(&self.memory.image, self.begin + now);
+        Ok(())
     }
 
     fn tick(&mut self, now: Duration) {
@@ -135,7 +130,9 @@ impl Steering for Slots {
             _ => TcpFlags::ACK,
         };
         let says = Says::tcp(TcpFlags { data_offset: 5 << 4, flags });
-        self.memory.steer(FlowHash::from_bits(packet.hash), says) - 1
+        let id = self.memory.steer(FlowHash::from_bits(packet.hash), says);
+        // Ids begin at 1 as well, but are the plan's to give.
+        (self.memory.image.backends[usize::from(id)].identity - 1) as u16
     }
 
     /// Of pins, what the last sweep found.

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use anyhow::Result;
 use lru::LruCache;
 
 use super::model::Pool;
@@ -29,7 +30,7 @@ pub struct State {
 pub trait Steering {
     fn name(&self) -> String;
     /// The pool is another from now on.
-    fn change(&mut self, now: Duration, pool: &Pool);
+    fn change(&mut self, now: Duration, pool: &Pool) -> Result<()>;
     /// Every few seconds.
     fn tick(&mut self, _now: Duration) {}
     fn packet(&mut self, now: Duration, packet: Packet) -> u16;
@@ -53,8 +54,9 @@ impl Steering for Maglev {
         "Maglev, no state".to_owned()
     }
 
-    fn change(&mut self, _: Duration, pool: &Pool) {
+    fn change(&mut self, _: Duration, pool: &Pool) -> Result<()> {
         self.table = pool.table();
+        Ok(())
     }
 
     fn packet(&mut self, _: Duration, packet: Packet) -> u16 {
@@ -99,9 +101,10 @@ impl Steering for Lru {
         }
     }
 
-    fn change(&mut self, _: Duration, pool: &Pool) {
+    fn change(&mut self, _: Duration, pool: &Pool) -> Result<()> {
         self.table = pool.table();
         self.alive = pool.backends.iter().map(|backend| backend.up).collect();
+        Ok(())
     }
 
     /// A SYN goes by the table, as in Katran; it would not find its flow anyway.
