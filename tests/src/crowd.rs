@@ -7,9 +7,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use lb_common::abi::{SLOTS_PER_ROW, TableWord};
+use lb_userspace::reconcile::image::Image;
 
 use crate::balancer::Balancer;
-use crate::lab::{self, wait_for};
+use crate::lab::{self, VISIT_PATIENCE, wait_for};
 use crate::lab::{Death, Host, Lab, LiveConnections, LiveLoad, NamingServer, SynFlood, Tally, Visit, Visits};
 use crate::stage::{self, Config, PATIENCE, Stage, VIP4};
 
@@ -18,7 +20,7 @@ const PORT: u16 = 7000;
 /// The protected idle time of the pool.
 pub const IDLE: Duration = Duration::from_secs(6);
 /// The pool's own lines.
-pub const POOL: &str = "";
+pub const POOL: &str = "    idle_timeout: {tcp: 6s}\n";
 
 /// A connection is silent for that long at most, and a moment on a loaded machine: less than [`IDLE`].
 const GAP: std::ops::Range<Duration> = Duration::from_millis(500)..Duration::from_millis(4000);
@@ -35,6 +37,12 @@ const CONTROL: Duration = Duration::from_secs(10);
 
 /// Stalls that the machine makes now and then, of a thousand connections: those that the control run missed.
 const STALLS_OF_A_THOUSAND: usize = 5;
+
+/// So long nobody may be turned away.
+const WHILE: Duration = Duration::from_secs(2);
+
+/// The idle time, what the agent waits beyond it, and a loaded machine.
+const SETTLES: Duration = Duration::from_secs(40);
 
 /// Refused or silent: down after two seconds. A moment's pause of a loaded machine is not enough.
 const CHECKS: &str = "{type: tcp, port: 7000, interval: 500ms, timeout: 500ms, rise: 1, fall: 4}";
@@ -205,10 +213,30 @@ impl Crowd {
         }
     }
 
-    /// Waits until slots that moved are at rest: a flow that moved with them has no memory to lean on.
+    /// Waits until no slot waits for its old flows any more: those that live are pinned then, and silent ones would move.
     pub fn settles(&self) -> Result<()> {
-        sleep(IDLE * 2);
-        Ok(())
+        let dirty = || self.balancer.tables().map(|tables| dirty_slots(&tables));
+        wait_for("the old flows of every slot are pinned", SETTLES, || dirty().is_ok_and(|dirty| dirty == 0))
+            .with_context(|| format!("{:?} slots are dirty", dirty()))
+    }
+
+    /// Waits until all new clients of a while were served. Those that came before, since the last death, met the dead.
+    pub fn wait_until_all_are_served(&mut self, within: Duration) -> Result<()> {
+        let mut from = Instant::now();
+        let waited = wait_for("all new clients are served", within + WHILE + VISIT_PATIENCE, || {
+            // Later ones may not be over.
+            let over = Instant::now().checked_sub(VISIT_PATIENCE).unwrap_or(from);
+            let visits = self.visits.between(from, over);
+            let turned_away = visits.iter().filter(|visit| visit.server.is_err());
+            if let Some(last) = turned_away.map(|visit| visit.start).max() {
+                from = last + Duration::from_nanos(1);
+            }
+            over > from + WHILE
+        });
+        if let Some(death) = self.deaths.last_mut() {
+            death.end = from;
+        }
+        waited.with_context(|| self.look().to_string())
     }
 
     /// Says where it stands, for a person who looks on.
@@ -266,6 +294,15 @@ impl std::fmt::Display for Look {
             failed.len()
         )
     }
+}
+
+fn dirty_slots(tables: &Image) -> usize {
+    let words = tables.tables.iter().map(|&bits| TableWord::from_bits(bits)).filter(|word| word.bits() != 0);
+    let slots = words.flat_map(|word| {
+        let first = word.first_row() * SLOTS_PER_ROW;
+        first..first + word.length()
+    });
+    slots.filter(|&index| tables.slot(index).dirty()).count()
 }
 
 fn vip() -> SocketAddrV4 {

@@ -68,7 +68,7 @@ pub use self::servers::{
     Nginx, NginxServer, Transport, backend_dsr, dns, dns_long, dns_who, iperf3_server, iperf3_server_at,
     nginx,
 };
-pub use self::visits::{Visit, Visits};
+pub use self::visits::{VISIT_PATIENCE, Visit, Visits};
 
 /// The MTU of every link, in bytes: a packet of 1500 with an outer IPv6 and UDP header fits.
 pub const MTU: u16 = 1600;

@@ -14,7 +14,7 @@ use super::live::{Loop, ask, connect};
 use super::lock_ignoring_poison;
 
 /// A visit that takes longer has failed: time for two SYNs that are lost.
-const PATIENCE: Duration = Duration::from_secs(4);
+pub const VISIT_PATIENCE: Duration = Duration::from_secs(4);
 
 /// One short connection.
 #[derive(Clone, Debug)]
@@ -80,9 +80,9 @@ async fn visit_on(
                 let mut stream = connect(source, server).await?;
                 ask(&mut stream, u64::MAX, number as u64).await
             };
-            let server = match timeout(PATIENCE, visited).await {
+            let server = match timeout(VISIT_PATIENCE, visited).await {
                 Ok(answer) => answer.map_err(|error| error.to_string()),
-                Err(_) => Err(format!("no answer within {PATIENCE:?}")),
+                Err(_) => Err(format!("no answer within {VISIT_PATIENCE:?}")),
             };
             lock_ignoring_poison(&done).push(Visit { start, took: start.elapsed(), server });
         });
