@@ -168,6 +168,26 @@ fn a_quic_connection_meets_its_server_wherever_its_packets_come_from() {
     assert!(hashed.len() > fixtures::quic_flows().len(), "the addresses would have led elsewhere");
 }
 
+#[test]
+fn who_is_down_or_gone_gets_no_packets_of_his_quic_connections() {
+    let image = fixtures::image(Setting::Quic);
+    let strays = [Outcome::ForwardQuicStrayTransmit, Outcome::ForwardQuicStrayRedirect];
+    for (server, frames) in fixtures::quic_flows() {
+        let is_it = |row: &Backend| lb_userspace::lookup::address(row) == Some(server);
+        let mut down = image.clone();
+        down.backends.iter_mut().filter(|row| is_it(row)).for_each(|row| row.flags &= !Backend::ACCEPTING);
+        let mut gone = image.clone();
+        gone.servers.retain(|_, id| !is_it(&gone.backends[usize::from(*id)]));
+        for image in [down, gone] {
+            for frame in &frames {
+                let run = run(&image, frame);
+                assert!(strays.contains(&run.outcome), "{run:?}");
+                assert!(run.trail.slot.is_some(), "its slot decides");
+            }
+        }
+    }
+}
+
 /// All checksums that an echo request can have, its identifier being what it is for.
 #[test]
 fn an_echo_reply_has_the_right_checksum_in_all_65536_cases() {

@@ -85,6 +85,8 @@ struct Scene {
     forward: &'static str,
     v6: bool,
     udp: bool,
+    /// Connection IDs of QUIC name the backends.
+    quic: bool,
     /// Addressed to no VIP.
     stray: bool,
     features: Loaded,
@@ -109,6 +111,7 @@ fn scenes() -> Vec<Scene> {
         forward: "ipip",
         v6: false,
         udp: false,
+        quic: false,
         stray: false,
         features: Loaded::Needed,
         flows: FLOWS,
@@ -118,6 +121,8 @@ fn scenes() -> Vec<Scene> {
         Scene { ..scene },
         Scene { name: "IPv4 UDP, ipip", udp: true, ..scene },
         Scene { name: "IPv6 TCP, ipip", v6: true, ..scene },
+        Scene { name: "IPv4 QUIC, ipip, by connection ID", udp: true, quic: true, ..scene },
+        Scene { name: "IPv6 QUIC, ipip, by connection ID", udp: true, quic: true, v6: true, ..scene },
         Scene { name: "IPv4 TCP, gue", forward: "gue", ..scene },
         Scene { name: "IPv4 UDP, gue", forward: "gue", udp: true, ..scene },
         Scene { name: "IPv6 TCP, gue", forward: "gue", v6: true, ..scene },
@@ -223,10 +228,15 @@ fn configuration(scene: &Scene) -> Result<Config> {
         write!(yaml, "  p{service}: {{forward: {}, backends: [", scene.forward)?;
         for backend in 0..10 {
             let number = service * 10 + backend;
-            if scene.v6 {
-                write!(yaml, "\"fd00:1::{:x}:{:x}\", ", number >> 16, number & 0xffff)?;
+            let address = if scene.v6 {
+                format!("fd00:1::{:x}:{:x}", number >> 16, number & 0xffff)
             } else {
-                write!(yaml, "{}, ", Ipv4Addr::from(0x0a01_0000 + number))?;
+                Ipv4Addr::from(0x0a01_0000 + number).to_string()
+            };
+            if scene.quic {
+                write!(yaml, "{{address: \"{address}\", server_id: \"{backend:04x}\"}}, ")?;
+            } else {
+                write!(yaml, "\"{address}\", ")?;
             }
         }
         yaml += "]}\n";
@@ -234,9 +244,10 @@ fn configuration(scene: &Scene) -> Result<Config> {
     yaml += "services:\n";
     for service in 0..scene.services {
         let vip = vip(scene, service);
+        let protocol = if scene.quic { "udp, quic: {config_id: 0}" } else { "[tcp, udp]" };
         writeln!(
             yaml,
-            "  - {{name: s{service}, vip: \"{vip}\", ports: 80, protocol: [tcp, udp], pool: p{service}}}"
+            "  - {{name: s{service}, vip: \"{vip}\", ports: 80, protocol: {protocol}, pool: p{service}}}"
         )?;
     }
     Ok(config::parse("bench", &yaml).map_err(|problems| anyhow!("{problems}"))?.config)
@@ -280,6 +291,7 @@ fn frames(scene: &Scene, flows: u32) -> Result<Packets> {
     // Offsets of the last four bytes of the addresses.
     let (source_offset, destination_offset) = if scene.v6 { (34, 50) } else { (26, 30) };
     let headers = 14 + if scene.v6 { 40 } else { 20 } + if scene.udp { 8 } else { 20 };
+    // Zeros are the short header of a packet of QUIC that names the first backend.
     let payload = vec![0; FRAME_BYTES - headers];
     let mut bytes = Vec::new();
     if scene.udp {
