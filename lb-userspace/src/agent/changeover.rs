@@ -9,6 +9,7 @@ use anyhow::Context;
 use tracing::{info, warn};
 
 use super::adopt::ids;
+use super::commands::Held;
 use super::core::{BackendKey, Core, NextHops, keys, preflight};
 use super::interfaces::{self, Wanted};
 use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
@@ -25,11 +26,12 @@ impl Core {
     /// whose health was not known.
     pub async fn reload(
         &mut self,
-        config: Config,
+        file: Config,
         first: &[(BackendKey, Probe)],
         found: NextHops,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
+        let (Held { overrides, config }, ended) = self.with_file(&file);
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
         preflight(&config, &capacity)?;
@@ -50,8 +52,10 @@ impl Core {
         }
 
         let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone(), self.steering.clone());
+        let before = (before, self.file.clone(), self.overrides.clone());
         let known = std::mem::take(&mut self.fsms);
         let previous = std::mem::replace(&mut self.config, Arc::new(config));
+        (self.file, self.overrides) = (Arc::new(file), overrides);
         self.fsms = self.carry_over(&previous, known);
         let is_up = |key: &BackendKey| self.fsms.get(key).is_some_and(Fsm::is_up);
         self.steering.reload(Instant::now(), &previous, &self.config, is_up);
@@ -67,11 +71,15 @@ impl Core {
             self.turn_over(capacity, &wanted, resolver).await
         };
         if let Err(error) = taken {
-            (self.config, self.fsms, self.next_hops, self.steering) = before;
+            ((self.config, self.fsms, self.next_hops, self.steering), self.file, self.overrides) = before;
             self.changed = true;
             return Err(error);
         }
         self.start_checks();
+        self.file_in_effect(&ended);
+        if let Err(error) = self.let_leavers_go() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
+        }
         // The configuration is in force: what is left of the one before does no harm, and goes with the next reload.
         if let Err(error) = self.detach_others(&wanted) {
             warn!(error = %format!("{error:#}"), "interfaces that are no longer configured stay attached");

@@ -11,23 +11,27 @@ use tracing::{info, warn};
 
 use super::adopt;
 use super::changeover::inherit;
+use super::commands::{Held, tell};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
-use super::snapshot::{BackendState, BackendView, Index, PoolView, Reloads, Snapshot, Transitions};
+use super::overrides::{Cause, Overrides, Store, uptime};
+use super::snapshot::{
+    BackendState, BackendView, Index, PoolView, Reloads, Remaining, Snapshot, Transitions,
+};
 use super::steering::Steering;
 use super::tracking::Tracking;
 use super::verify::{self, Verification};
-use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, MapsError, Trace};
+use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, Maps, MapsError, Trace};
 use crate::capacity::Capacity;
 use crate::config::model::{Check, CheckKind, Config, Pool};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{LoadTime, World, desired};
+use crate::reconcile::desired::{LoadTime, World, backend_identity, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan_at_once};
 use crate::ways::Judge;
 
 /// Names a backend over reloads. An outcome of another address never counts for this one.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendKey {
     pub pool: String,
     pub address: IpAddr,
@@ -46,7 +50,15 @@ pub enum ReconcileError {
 
 pub struct Core {
     path: PathBuf,
+    /// As it was read.
+    pub(super) file: Arc<Config>,
+    /// The one in effect: the file, what was said beside it, and what is still leaving it. All places of pools and
+    /// backends are places in it.
     pub(super) config: Arc<Config>,
+    pub(super) overrides: Overrides,
+    pub(super) store: Store,
+    /// Backends whose drain is complete: said once.
+    pub(super) drained: HashSet<BackendKey>,
     pub(super) datapath: Datapath,
     /// What has been applied. Always equal to the maps.
     pub(super) image: Image,
@@ -75,22 +87,31 @@ impl Core {
     /// as it found them, for [`Self::begin`].
     pub async fn start(
         path: &std::path::Path,
-        config: Config,
+        file: Config,
+        store: Store,
         fs: BpfFs,
         resolver: &Resolver,
         checker: Checker<BackendKey>,
     ) -> anyhow::Result<(Self, Wanted)> {
-        let capacity = Capacity::new(&config.limits);
-        preflight(&config, &capacity)?;
-        interfaces::refuse_local_vips(&config, resolver).await?;
+        let capacity = Capacity::new(&file.limits);
+        preflight(&file, &capacity)?;
+        interfaces::refuse_local_vips(&file, resolver).await?;
         let mut links = Links::new(fs.clone());
-        let wanted = Wanted::look_up(&config, &mut links, resolver).await?;
-        let datapath = Datapath::open(fs, capacity, LoadTime::of(&config))?;
+        let wanted = Wanted::look_up(&file, &mut links, resolver).await?;
+        let (held, ended) = Held::recovered(&store.recover(), &file);
+        tell(&ended);
+        let datapath = Datapath::open(fs, capacity, LoadTime::of(&held.config))?;
         let image = datapath.maps.image()?;
+        let earlier = datapath.predecessor.as_ref().map(Maps::image).transpose()?;
+        let Held { overrides, config } = held.only_with_rows(earlier.as_ref().unwrap_or(&image), &file);
         let mut core = Self {
             path: path.to_owned(),
             fsms: HashMap::new(),
+            file: Arc::new(file),
             config: Arc::new(config),
+            overrides,
+            store,
+            drained: HashSet::new(),
             datapath,
             image,
             index: OnceLock::new(),
@@ -114,11 +135,7 @@ impl Core {
             // Before the tables change: they may need what only this program can.
             core.attach(&wanted)?;
         }
-        let before = match &core.datapath.predecessor {
-            Some(maps) => Some(maps.image()?),
-            None => None,
-        };
-        let before = before.as_ref().unwrap_or(&core.image);
+        let before = earlier.as_ref().unwrap_or(&core.image);
         let fsms = adopt::health(&core.config, before);
         core.steering = Steering::new(&core.config, &adopt::levels(&core.config, before));
         let known = |ifindex| wanted.links.iter().map(|wanted| &wanted.link).find(|l| l.ifindex == ifindex);
@@ -136,6 +153,7 @@ impl Core {
         let before = before.map(|maps| Ok::<_, MapsError>((maps.image()?, maps))).transpose()?;
         let (neighbours, addresses) = backends(before.as_ref().map_or(&self.image, |(image, _)| image));
         self.reconcile().context("the first tables cannot be written")?;
+        self.let_leavers_go()?;
         if !self.datapath.adopted {
             if let Some((image, maps)) = &before {
                 inherit(&mut self.datapath, maps, image, &self.image)?;
@@ -152,8 +170,14 @@ impl Core {
         self.detach_others(wanted)
     }
 
+    /// The one in effect.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The configuration as it was read.
+    pub fn file(&self) -> &Config {
+        &self.file
     }
 
     pub fn config_path(&self) -> &std::path::Path {
@@ -269,7 +293,7 @@ impl Core {
     }
 
     /// The same as of the last time.
-    fn world(&self) -> World {
+    pub(super) fn world(&self) -> World {
         let mut world = self.bare_world();
         self.steering.steer(&self.config, &mut world);
         world
@@ -279,6 +303,9 @@ impl Core {
     fn bare_world(&self) -> World {
         let (mut world, judge) = (World::default(), self.judge());
         for (key, pool, backend) in keys(&self.config) {
+            if self.overrides.exit(&key).is_some() {
+                world.shares.insert((pool, backend), 0);
+            }
             let Ok(hop) = self.usable_next_hop(&judge, pool, key.address) else { continue };
             let up = self.fsms.get(&key).is_some_and(Fsm::is_up);
             world.up.insert((pool, backend), up);
@@ -289,9 +316,12 @@ impl Core {
     }
 
     pub(super) fn say_who_is_empty(&mut self, world: &World) {
-        for (index, pool) in self.config.pools.iter().enumerate() {
+        // Nobody waits for a pool that has left.
+        for (index, pool) in self.config.pools.iter().enumerate().take(self.file.pools.len()) {
             let anyone = (0..pool.backends.len()).any(|backend| {
-                pool.backends[backend].weight > 0 && world.up.get(&(index, backend)) == Some(&true)
+                pool.backends[backend].weight > 0
+                    && world.shares.get(&(index, backend)) != Some(&0)
+                    && world.up.get(&(index, backend)) == Some(&true)
             });
             if anyone {
                 if self.empty.remove(&pool.name) {
@@ -320,9 +350,11 @@ impl Core {
 
     /// One line on what is served by whom.
     pub fn summary(&self) -> String {
-        let (backends, judge) = (keys(&self.config), self.judge());
+        let judge = self.judge();
+        let backends = keys(&self.config).filter(|(key, ..)| !self.overrides.is_leaving(key));
         let up = |(key, pool, _): &(BackendKey, usize, usize)| {
             self.fsms.get(key).is_some_and(Fsm::is_up)
+                && self.overrides.exit(key).is_none()
                 && self.usable_next_hop(&judge, *pool, key.address).is_ok()
         };
         let (all, up) =
@@ -345,18 +377,14 @@ impl Core {
 
     pub fn snapshot(&self, now: Instant) -> Snapshot {
         let judge = self.judge();
-        let view = |(key, pool, _): (BackendKey, usize, usize)| {
-            let (state, check) = self.state(&judge, &key, pool, now);
-            let transitions = self.transitions.get(&key).copied().unwrap_or_default();
-            let starting = self.steering.share(&key);
-            BackendView { state, check, transitions, starting }
-        };
+        let view = |(key, pool, _): (BackendKey, usize, usize)| self.view(&judge, &key, pool, now);
         let pool = |pool: &Pool| {
             let (in_use, panic) = self.steering.in_use(&pool.name);
             PoolView { in_use: in_use.to_owned(), panic }
         };
         Snapshot {
             config: Arc::clone(&self.config),
+            at: uptime(),
             path: self.path.clone(),
             attached: self.attached.clone(),
             reloads: self.reloads.clone(),
@@ -371,6 +399,41 @@ impl Core {
 
     pub(super) fn index(&self) -> &Arc<Index> {
         self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
+    }
+
+    fn view(&self, judge: &Judge<'_>, key: &BackendKey, pool: usize, now: Instant) -> BackendView {
+        let (health, check) = self.state(judge, key, pool, now);
+        let exit = self.overrides.exit(key);
+        let state = match exit.map(|exit| exit.cause) {
+            None => health,
+            Some(Cause::Drain | Cause::Removed) => BackendState::Draining,
+            Some(Cause::Disable) => BackendState::Disabled,
+        };
+        let said = self.overrides.of(key);
+        BackendView {
+            state,
+            health,
+            // Otherwise the state has a column of its own.
+            check: if exit.is_some() { format!("{} {check}", health.as_str()) } else { check },
+            transitions: self.transitions.get(key).copied().unwrap_or_default(),
+            exit: exit.cloned(),
+            file_weight: said.filter(|said| said.weight.is_some()).map(|said| said.entry.weight),
+            starting: self.steering.share(key),
+            remaining: self.remaining_of(&self.config.pools[pool], key.address),
+        }
+    }
+
+    /// What still names a backend.
+    pub(super) fn remaining_of(&self, pool: &Pool, address: IpAddr) -> Remaining {
+        let identity = backend_identity(&pool.name, pool.forward, address);
+        self.index().ids.get(&identity).map_or_else(Remaining::default, |id| self.remaining(*id))
+    }
+
+    /// What still names an id.
+    pub fn remaining(&self, id: u16) -> Remaining {
+        let (slots_new, slots_old) = self.index().slots(id);
+        let pins = u64::from(self.tracking.found.of(id).active);
+        Remaining { pins, slots_new, slots_old }
     }
 
     fn state(

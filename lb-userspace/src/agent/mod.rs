@@ -4,11 +4,14 @@
 
 mod adopt;
 mod changeover;
+mod commands;
 mod core;
+pub mod diff;
 mod interfaces;
 mod lookup;
 mod next_hops;
 mod notify;
+mod overrides;
 mod reload;
 pub mod run_dir;
 pub mod snapshot;
@@ -37,11 +40,14 @@ use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::Explanation;
 use crate::nexthop::{Event, Follower, Resolver};
 
+pub use self::commands::{Action, Command, CommandError, Done, Timeout};
 use self::core::{BackendKey, Core};
 pub use self::core::{keys, preflight};
+use self::diff::Comparison;
 use self::interfaces::Wanted;
 pub use self::lookup::Question;
 use self::notify::Notify;
+use self::overrides::Store;
 use self::reload::Reloader;
 pub use self::reload::{Refused, Summary};
 use self::snapshot::Snapshot;
@@ -58,6 +64,9 @@ const FIRST_PROBE: Duration = Duration::from_secs(1);
 
 /// Interfaces and pins are looked after this often, whatever the kernel has told of them.
 const LOOK_AFTER: Duration = Duration::from_secs(5);
+
+/// Deadlines of drains and the ends of drains are looked for this often.
+const LOOK_AT_EXITS: Duration = Duration::from_secs(1);
 
 /// The service manager hears of changes this often.
 const TELL_STATUS: Duration = Duration::from_secs(1);
@@ -77,6 +86,8 @@ pub enum Request {
     Snapshot(oneshot::Sender<Snapshot>),
     Lookup(Question, oneshot::Sender<Result<Vec<Explanation>, String>>),
     Verify(oneshot::Sender<anyhow::Result<Verification>>),
+    Compare(oneshot::Sender<Comparison>),
+    Command(Command, oneshot::Sender<Result<Done, CommandError>>),
     Reload(oneshot::Sender<Result<Summary, Refused>>),
 }
 
@@ -103,9 +114,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut endpoints = Endpoints::new(&socket, request_tx.clone());
     let prepared = endpoints.prepare(&loaded.config).map_err(endpoint_error)?;
     endpoints.apply(prepared)?;
+    let store = Store::new(&options.run_dir);
     let fs = BpfFs::open(&options.run_dir)?;
     let fresh = !fs.is_used()?;
-    let started = Core::start(&options.config, loaded.config, fs.clone(), &resolver, checker).await;
+    let started = Core::start(&options.config, loaded.config, store, fs.clone(), &resolver, checker).await;
     let (mut core, wanted) = started.inspect_err(|_| give_up(&fs, fresh))?;
     tokio::spawn(api::serve(socket, request_tx));
     if let Err(error) = begin(&mut core, &wanted, &resolver).await {
@@ -119,9 +131,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     follower.watch(core.known_next_hops());
     let mut trace = tracer(&mut core);
     core.start_checks();
+    core.keep();
     info!(
-        services = core.config().services.len(),
-        backends = core.config().pools.iter().map(|pool| pool.backends.len()).sum::<usize>(),
+        services = core.file().services.len(),
+        backends = core.file().pools.iter().map(|pool| pool.backends.len()).sum::<usize>(),
         "running"
     );
     notify.ready(core.summary());
@@ -129,6 +142,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (mut reloader, mut reloads) = Reloader::new(Arc::clone(&resolver));
     let mut look_after = every(LOOK_AFTER);
     let mut tell_status = every(TELL_STATUS);
+    let mut look_at_exits = every(LOOK_AT_EXITS);
     let mut flushes = every(FLUSH_TRACE);
     let mut slots = every(tracking::TICK);
     loop {
@@ -143,6 +157,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             },
             () = until(core.due()) => core.on_time(Instant::now()),
             _ = look_after.tick() => look_after_interfaces(&mut core, &resolver).await,
+            _ = look_at_exits.tick() => core.look_after_exits(),
             () = notify.due() => {
                 notify.alive();
                 continue;
@@ -189,8 +204,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
-        if let Err(error) = core.reconcile() {
-            error!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
+        match core.reconcile().and_then(|()| core.let_leavers_go()) {
+            Ok(false) => {}
+            Ok(true) => follower.watch(core.known_next_hops()),
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                error!(%error, "the tables are not up to date; trying again with the next event");
+            }
         }
     }
     notify.stopping();
@@ -259,6 +279,8 @@ async fn answer(
         Request::Snapshot(reply) => _ = reply.send(core.snapshot(Instant::now())),
         Request::Lookup(question, reply) => _ = reply.send(core.lookup(&question)),
         Request::Verify(reply) => _ = reply.send(core.verification(resolver).await),
+        Request::Compare(reply) => _ = reply.send(core.comparison(Instant::now())),
+        Request::Command(command, reply) => _ = reply.send(core.command(&command)),
         Request::Reload(reply) => return Some(reply),
     }
     None

@@ -131,7 +131,7 @@ impl Reloader {
             }
             Err(error) => return refuse(core, Refused::by_the_host(&error.into()), reply),
         };
-        let summary = Summary::new(core.config_path(), core.config(), &config, &warnings);
+        let summary = Summary::new(core.config_path(), core.file(), &config, &warnings);
         if let Err(error) = core.reload(config, &first, found, &self.resolver).await {
             return refuse(core, Refused::by_the_host(&error), reply);
         }

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use serde::{Deserialize, Serialize};
+
 use super::adopt::{ids, live_slots};
+use super::overrides::{Exit, Uptime};
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
 use crate::reconcile::entries::Counted;
@@ -53,25 +56,46 @@ impl Reloads {
 pub struct Index {
     /// The id of each identity.
     pub ids: HashMap<u64, u16>,
-    /// How many slots each id holds, over all tables.
-    slots: Vec<u32>,
+    /// How many slots each id holds, over all tables: for new flows, and for old ones.
+    slots: Vec<(u32, u32)>,
     /// Rows of counters.
     pub vips: BTreeMap<Counted, u32>,
 }
 
 impl Index {
     pub fn new(image: &Image) -> Self {
-        let mut slots = vec![0; image.backends.len()];
+        let mut slots = vec![(0, 0); image.backends.len()];
         for (_, slot) in live_slots(image) {
-            if let Some(count) = slots.get_mut(usize::from(slot.cur())) {
-                *count += 1;
+            if let Some((new, _)) = slots.get_mut(usize::from(slot.cur())) {
+                *new += 1;
+            }
+            if let Some((_, old)) = slots.get_mut(usize::from(slot.est())) {
+                *old += 1;
             }
         }
         Self { ids: ids(image), slots, vips: counter_rows(&present_vips(image)) }
     }
 
-    pub fn slots(&self, id: u16) -> u32 {
-        self.slots.get(usize::from(id)).copied().unwrap_or(0)
+    /// Slots that lead new flows to an id, and those that lead old ones there.
+    pub fn slots(&self, id: u16) -> (u32, u32) {
+        self.slots.get(usize::from(id)).copied().unwrap_or_default()
+    }
+}
+
+/// What still names a backend. Nothing of it is left of one that is drained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remaining {
+    /// Flows that are pinned to it.
+    pub pins: u64,
+    /// Slots that lead new flows to it.
+    pub slots_new: u32,
+    /// Slots that lead old flows to it.
+    pub slots_old: u32,
+}
+
+impl Remaining {
+    pub fn is_empty(self) -> bool {
+        self == Self::default()
     }
 }
 
@@ -84,10 +108,15 @@ pub enum BackendState {
     Checking,
     /// No packet can be sent to it.
     Unresolved,
+    /// Takes no new flows and keeps those it has.
+    Draining,
+    /// Takes no flows.
+    Disabled,
 }
 
 impl BackendState {
-    pub const ALL: [Self; 4] = [Self::Up, Self::Down, Self::Checking, Self::Unresolved];
+    pub const ALL: [Self; 6] =
+        [Self::Up, Self::Down, Self::Checking, Self::Unresolved, Self::Draining, Self::Disabled];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -95,6 +124,8 @@ impl BackendState {
             Self::Down => "down",
             Self::Checking => "checking",
             Self::Unresolved => "unresolved",
+            Self::Draining => "draining",
+            Self::Disabled => "disabled",
         }
     }
 }
@@ -110,11 +141,17 @@ pub struct Transitions {
 #[derive(Debug, Clone)]
 pub struct BackendView {
     pub state: BackendState,
+    /// The state without what an operator or the file says.
+    pub health: BackendState,
     /// Why, in words.
     pub check: String,
     pub transitions: Transitions,
     /// The share of one that starts, of `overlay::FULL`.
     pub starting: Option<u16>,
+    pub exit: Option<Exit>,
+    /// The file's weight, where another holds.
+    pub file_weight: Option<u8>,
+    pub remaining: Remaining,
 }
 
 /// Of one pool, in the order of the configuration.
@@ -127,7 +164,10 @@ pub struct PoolView {
 
 #[derive(Debug)]
 pub struct Snapshot {
+    /// The one in effect.
     pub config: Arc<Config>,
+    /// The clock of exits, when this was taken.
+    pub at: Uptime,
     pub path: PathBuf,
     pub attached: Vec<Attached>,
     pub reloads: Reloads,

@@ -10,7 +10,8 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::core::{BackendKey, keys};
-use super::snapshot::{BackendState, PoolView, Reload, Snapshot};
+use super::overrides::{Exit, Uptime};
+use super::snapshot::{BackendState, BackendView, PoolView, Reload, Remaining, Snapshot};
 use crate::bpf::{Attached, MapsError};
 use crate::config::model::{Pool, Ports, Vip};
 use crate::reconcile::desired::{backend_identity, protocol_number};
@@ -84,17 +85,56 @@ pub struct BackendStatus {
     pub name: String,
     pub address: IpAddr,
     pub forward: String,
+    /// The one in effect.
     pub weight: u8,
-    /// `up`, `down`, `checking` or `unresolved`.
+    /// The file's, where a command has set another.
+    pub weight_in_file: Option<u8>,
+    /// Its health, or `draining` or `disabled`.
     pub state: String,
+    /// `up`, `down`, `checking` or `unresolved`.
+    pub health: String,
     /// Why, in words.
     pub check: String,
-    /// Slots it holds, over all tables.
+    /// How it is taken out of use, if it is.
+    pub exit: Option<ExitStatus>,
+    /// Slots that lead new flows to it, over all tables.
     pub slots: u64,
+    /// Slots that lead old flows to it.
+    pub slots_old: u64,
+    /// Flows that are pinned to it.
+    pub pins: u64,
     /// Percent of its share that it gets while it starts.
     pub starting: Option<f64>,
     pub packets: u64,
     pub bytes: u64,
+}
+
+/// How a backend is taken out of use.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExitStatus {
+    /// `drain`, `disable` or `removed`.
+    pub cause: String,
+    pub seconds: u64,
+    /// Until the flows that it still has are moved; 0 where they are, nothing where they stay.
+    pub seconds_left: Option<u64>,
+    /// Nothing names it any more.
+    pub complete: bool,
+    /// What it still had at its deadline.
+    pub cut_off: Option<Remaining>,
+}
+
+impl ExitStatus {
+    fn new(exit: &Exit, remaining: Remaining, now: Uptime) -> Self {
+        Self {
+            cause: exit.cause.as_str().to_owned(),
+            seconds: now.saturating_sub(exit.since).as_secs(),
+            seconds_left: exit
+                .deadline
+                .map(|deadline| deadline.saturating_sub(now).as_millis().div_ceil(1000) as u64),
+            complete: remaining.is_empty(),
+            cut_off: exit.cut,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -178,27 +218,50 @@ impl Snapshot {
     }
 
     pub fn backends(&self) -> Result<Vec<BackendStatus>, MapsError> {
-        let status = |(place, (_, pool, backend)): (usize, (BackendKey, usize, usize))| {
-            let (pool, view) = (&self.config.pools[pool], &self.backends[place]);
-            let backend = &pool.backends[backend];
-            let identity = backend_identity(&pool.name, pool.forward, backend.address);
-            let id = self.index.ids.get(&identity).copied();
-            let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
-            Ok(BackendStatus {
-                pool: pool.name.clone(),
-                name: backend.name.clone(),
-                address: backend.address,
-                forward: pool.forward.to_string(),
-                weight: backend.weight,
-                state: view.state.as_str().to_owned(),
-                check: view.check.clone(),
-                slots: id.map_or(0, |id| u64::from(self.index.slots(id))),
-                starting: view.starting.map(percent),
-                packets: traffic.packets,
-                bytes: traffic.bytes,
-            })
+        let all = keys(&self.config).zip(&self.backends);
+        all.map(|((_, pool, backend), view)| self.told(&self.config.pools[pool], backend, view)).collect()
+    }
+
+    /// The place of a backend among all, by its pool and its name or address.
+    pub fn place(&self, pool: &str, name: &str) -> Option<usize> {
+        let is_it = |(_, of, backend): &(BackendKey, usize, usize)| {
+            let (of, address) = (&self.config.pools[*of], name.parse());
+            let backend = &of.backends[*backend];
+            of.name == pool && (backend.name == name || address == Ok(backend.address))
         };
-        keys(&self.config).enumerate().map(status).collect()
+        keys(&self.config).position(|all| is_it(&all))
+    }
+
+    /// The backend at a place among all.
+    pub fn backend(&self, place: usize) -> Result<Option<BackendStatus>, MapsError> {
+        let found = keys(&self.config).zip(&self.backends).nth(place);
+        found.map(|((_, pool, backend), view)| self.told(&self.config.pools[pool], backend, view)).transpose()
+    }
+
+    fn told(&self, pool: &Pool, backend: usize, view: &BackendView) -> Result<BackendStatus, MapsError> {
+        let backend = &pool.backends[backend];
+        let identity = backend_identity(&pool.name, pool.forward, backend.address);
+        let id = self.index.ids.get(&identity).copied();
+        let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
+        let Remaining { pins, slots_new, slots_old } = view.remaining;
+        Ok(BackendStatus {
+            pool: pool.name.clone(),
+            name: backend.name.clone(),
+            address: backend.address,
+            forward: pool.forward.to_string(),
+            weight: backend.weight,
+            weight_in_file: view.file_weight,
+            state: view.state.as_str().to_owned(),
+            health: view.health.as_str().to_owned(),
+            check: view.check.clone(),
+            exit: view.exit.as_ref().map(|exit| ExitStatus::new(exit, view.remaining, self.at)),
+            slots: u64::from(slots_new),
+            slots_old: u64::from(slots_old),
+            pins,
+            starting: view.starting.map(percent),
+            packets: traffic.packets,
+            bytes: traffic.bytes,
+        })
     }
 
     pub fn services(&self) -> Result<Vec<ServiceStatus>, MapsError> {
@@ -227,13 +290,13 @@ impl Snapshot {
         Ok(services)
     }
 
-    /// By pool: how many backends are up, and how many there are.
+    /// By pool: how many backends are up and take flows, and how many the file has.
     fn backends_up(&self) -> HashMap<usize, (usize, usize)> {
         let mut counts: HashMap<usize, (usize, usize)> = HashMap::new();
-        for ((_, pool, _), view) in keys(&self.config).zip(&self.backends) {
+        for ((_, pool, backend), view) in keys(&self.config).zip(&self.backends) {
             let (up, all) = counts.entry(pool).or_default();
             *up += usize::from(view.state == BackendState::Up);
-            *all += 1;
+            *all += usize::from(!self.config.pools[pool].backends[backend].leaving);
         }
         counts
     }

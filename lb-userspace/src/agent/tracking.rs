@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use lb_common::abi::{BACKEND_NOBODY, BACKEND_PASS, Discipline, Pin, SLOTS_PER_ROW, TableWord};
 use tracing::debug;
 
-use super::core::{Core, ReconcileError, keys};
+use super::core::{BackendKey, Core, ReconcileError, keys};
+use super::overrides::uptime;
 use crate::bpf::MapsError;
 use crate::config::model::OnDown;
 use crate::health::State;
@@ -280,7 +281,7 @@ impl Core {
         }
     }
 
-    /// What becomes of the flows of backends that are down.
+    /// What becomes of the flows of backends that are down, or whose time is over.
     pub(super) fn old_flows(&self, now: Instant) -> HashMap<BackendRef, OldFlows> {
         let mut old_flows = HashMap::new();
         for (key, pool, backend) in keys(&self.config) {
@@ -296,6 +297,13 @@ impl Core {
             if fails {
                 old_flows.insert((pool, backend), OldFlows::Fail);
             }
+        }
+        let now = uptime();
+        let gone = self.overrides.exits().filter(|(_, exit)| exit.has_passed(now));
+        let gone: HashSet<&BackendKey> = gone.map(|(key, _)| key).collect();
+        if !gone.is_empty() {
+            let places = keys(&self.config).filter(|(key, ..)| gone.contains(key));
+            old_flows.extend(places.map(|(_, pool, backend)| ((pool, backend), OldFlows::Move)));
         }
         old_flows
     }

@@ -14,7 +14,9 @@ use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, SLOTS_PE
 use serde::{Deserialize, Serialize};
 
 use super::adopt;
+use super::commands::Held;
 use super::core::keys;
+use super::overrides::{Store, uptime};
 use super::steering::Steering;
 use crate::bpf::{Attached, BpfFs, Datapath, Links, Maps, MapsError};
 use crate::capacity::Capacity;
@@ -23,7 +25,7 @@ use crate::config::model::Config;
 use crate::health::Fsm;
 use crate::lookup;
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{World, backend_identity, desired, features, table_identity};
+use crate::reconcile::desired::{OldFlows, World, backend_identity, desired, features, table_identity};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{Leave, Unpinned, plan};
 
@@ -64,7 +66,7 @@ const NONE: &str = "none";
 /// The tables of an agent that is gone, against a file. Health and next hops are what the tables say; so is the
 /// program's place on the interfaces.
 pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec<Difference>> {
-    let config = config::load(config_path)?.config;
+    let file = config::load(config_path)?.config;
     let fs =
         BpfFs::existing(run_dir)?.with_context(|| format!("nothing is pinned in {}", run_dir.display()))?;
     let image = match Maps::from_pins(&fs) {
@@ -75,10 +77,19 @@ pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec
         }
         Err(error) => return Err(error.into()),
     };
+    // What cannot be read, the next agent puts aside.
+    let recovered = Store::new(run_dir).read().unwrap_or_default();
+    let Held { overrides, config } = Held::recovered(&recovered, &file).0.only_with_rows(&image, &file);
     let health = adopt::health(&config, &image);
     let hops = adopt::next_hops(&config, &image, |_| None);
     let mut world = World::default();
     for (key, pool, backend) in keys(&config) {
+        if let Some(exit) = overrides.exit(&key) {
+            world.shares.insert((pool, backend), 0);
+            if exit.has_passed(uptime()) {
+                world.old_flows.insert((pool, backend), OldFlows::Move);
+            }
+        }
         if let Some(Ok(hop)) = hops.get(&key.address) {
             world.up.insert((pool, backend), health.get(&key).is_some_and(Fsm::is_up));
             world.next_hops.insert(key.address, hop.clone());

@@ -5,15 +5,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::Method;
 use hyper::body::Bytes;
+use hyper::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::diff::DIFF;
 use super::guard::{BODY_BYTES, RELOAD_DEADLINE};
-use super::{ApiError, LookupFrames, MOST_FRAMES, resources};
+use super::{ApiError, Commanded, LookupFrames, MOST_FRAMES, resources};
 use crate::agent::Summary;
+use crate::agent::diff::Diff;
 use crate::lookup::{Explanation, Given};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,7 +49,7 @@ pub enum ClientError {
     Http(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The agent's words, and the whole answer.
     #[error("{error}")]
-    Refused { error: String, body: Bytes },
+    Refused { error: String, status: StatusCode, body: Bytes },
 }
 
 fn http(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
@@ -94,6 +97,17 @@ impl Client {
         Ok(told)
     }
 
+    /// Asks something of a backend.
+    pub async fn command<B: Serialize>(&self, resource: &str, body: &B) -> Result<Commanded, ClientError> {
+        let body = serde_json::to_vec(body).map_err(http)?.into();
+        self.ask_within(TIMEOUT, Method::POST, resource, body).await
+    }
+
+    /// Has another configuration compared with the one in force.
+    pub async fn diff(&self, text: String) -> Result<Diff, ClientError> {
+        self.ask_within(TIMEOUT, Method::POST, DIFF, text.into()).await
+    }
+
     /// Has the agent read its file again.
     pub async fn reload(&self) -> Result<Summary, ClientError> {
         self.ask_within(RELOAD_TIMEOUT, Method::POST, "/v1/reload", Bytes::new()).await
@@ -134,7 +148,7 @@ impl Client {
         if !status.is_success() {
             let told: Result<ApiError, _> = serde_json::from_slice(&body);
             let error = told.map_or_else(|_| status.to_string(), |told| told.error);
-            return Err(ClientError::Refused { error, body });
+            return Err(ClientError::Refused { error, status, body });
         }
         serde_json::from_slice(&body).map_err(http)
     }

@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tracing::{debug, info};
 
+use super::diff::{self, DIFF};
 use super::failure;
 use super::resources::LOOKUP;
 
@@ -52,7 +53,7 @@ pub async fn guard(request: Request, next: Next) -> Response {
         peer: request.extensions().get::<Peer>().copied().unwrap_or(Peer::Unknown),
         resource: request.uri().path().chars().take(LOGGED).collect(),
         changes: !matches!(method, Method::GET | Method::HEAD | Method::OPTIONS)
-            && request.uri().path() != LOOKUP,
+            && ![LOOKUP, DIFF].contains(&request.uri().path()),
         method,
         result: None,
     };
@@ -69,11 +70,12 @@ pub async fn guard(request: Request, next: Next) -> Response {
 /// The body is read here, so that no handler meets a slow or an endless one.
 async fn bounded(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
-    match timeout(BODY_TIME, to_bytes(body, BODY_BYTES)).await {
+    let most = if parts.uri.path() == DIFF { diff::BODY_BYTES } else { BODY_BYTES };
+    match timeout(BODY_TIME, to_bytes(body, most)).await {
         Ok(Ok(body)) => next.run(Request::from_parts(parts, Body::from(body))).await,
         // The limit is the only error that a client whose body comes whole can meet.
         Ok(Err(_)) => {
-            let text = format!("the body is longer than {} KiB", BODY_BYTES >> 10);
+            let text = format!("the body is longer than {} KiB", most >> 10);
             failure(StatusCode::PAYLOAD_TOO_LARGE, &text)
         }
         Err(_) => {

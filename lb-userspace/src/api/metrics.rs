@@ -98,11 +98,19 @@ families! {
     SERVICES Gauge "services" None, []
         "Configured services";
     BACKENDS Gauge "backends" None, ["pool", "state"]
-        "Configured backends: up, down, checking, unresolved";
+        "Backends that take flows or might (up, down, checking, unresolved), and those that are taken out of use: draining, disabled";
     BACKEND_UP Gauge "backend_up" None, ["pool", "backend", "address"]
-        "1 if the backend is up";
+        "1 if the backend is up, whether it is in use or not";
+    BACKEND_WEIGHT Gauge "backend_weight" None, ["pool", "backend", "address"]
+        "The weight in effect, 0 to 100: the file's, or the one that a command has set";
+    BACKEND_IN_USE Gauge "backend_in_use" None, ["pool", "backend", "address"]
+        "0 while the backend is drained or disabled by command, or drains because it left the file; else 1";
     BACKEND_SLOTS Gauge "backend_slots" None, ["pool", "backend", "address"]
         "Slots that the backend holds: its part of the pool's sum is its share of new flows";
+    BACKEND_SLOTS_OLD Gauge "backend_slots_old" None, ["pool", "backend", "address"]
+        "Slots whose old flows go to the backend";
+    BACKEND_PINS Gauge "backend_pins" None, ["pool", "backend", "address"]
+        "Flows that are pinned to the backend. Without these, and without slots of either kind, it is drained";
     TRANSITIONS Counter "health_transitions" None, ["pool", "backend", "to"]
         "How often checks brought the backend up or took it down since the agent started";
     BACKEND_PACKETS Counter "backend_packets" None, ["pool", "backend", "address"]
@@ -187,8 +195,12 @@ impl Scrape {
             })
         });
         self.add(&BACKENDS, pools);
-        self.add(&BACKEND_UP, of_each(|backend| one_if(backend.state == BackendState::Up.as_str())));
+        self.add(&BACKEND_UP, of_each(|backend| one_if(backend.health == BackendState::Up.as_str())));
+        self.add(&BACKEND_WEIGHT, of_each(|backend| f64::from(backend.weight)));
+        self.add(&BACKEND_IN_USE, of_each(|backend| one_if(backend.exit.is_none())));
         self.add(&BACKEND_SLOTS, of_each(|backend| backend.slots as f64));
+        self.add(&BACKEND_SLOTS_OLD, of_each(|backend| backend.slots_old as f64));
+        self.add(&BACKEND_PINS, of_each(|backend| backend.pins as f64));
         let transitions = backends.iter().zip(&snapshot.backends).flat_map(|(backend, view)| {
             [("up", view.transitions.up), ("down", view.transitions.down)].map(|(to, count)| {
                 (vec![backend.pool.clone(), backend.name.clone(), to.to_owned()], count as f64)

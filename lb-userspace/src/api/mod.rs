@@ -2,6 +2,8 @@
 //! a client of it. Knows the agent by its requests and snapshots only.
 
 mod client;
+pub mod commands;
+mod diff;
 mod endpoints;
 mod guard;
 pub mod metrics;
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::agent::Request;
+use crate::agent::status::BackendStatus;
 use crate::lookup::FrameText;
 
 pub use client::{Client, ClientError};
@@ -55,6 +58,41 @@ pub struct LookupFrames {
 
 /// Frames of one request. The body's limit is mostly met before.
 pub const MOST_FRAMES: usize = 256;
+
+/// `POST /v1/backends/enable` and `disable`. A backend is `POOL/NAME` or `POOL/ADDRESS`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackendAsked {
+    pub backend: String,
+}
+
+/// `POST /v1/backends/drain`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainAsked {
+    pub backend: String,
+    /// `never`, or a time such as `5m`; by default the pool's `drain_timeout`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<String>,
+}
+
+/// `POST /v1/backends/weight`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightAsked {
+    pub backend: String,
+    /// 0 to 100.
+    pub weight: u64,
+}
+
+/// What a command to a backend has done.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Commanded {
+    pub said: String,
+    pub warnings: Vec<String>,
+    /// As it is now.
+    pub backend: BackendStatus,
+}
 
 /// `GET /v1/version`. Balancers whose versions of hash and table differ send flows to different backends.
 #[derive(Debug, Serialize, Deserialize)]

@@ -12,8 +12,9 @@ use lb_common::flow::HASH_VERSION;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
+use super::diff::{DIFF, diff};
 use super::guard::guard;
-use super::{LookupFrames, LookupParameters, MOST_FRAMES, Version, failure, metrics};
+use super::{LookupFrames, LookupParameters, MOST_FRAMES, Version, commands, failure, metrics};
 use crate::agent::snapshot::Snapshot;
 use crate::agent::{Question, Refused, Request};
 use crate::bpf::MapsError;
@@ -21,10 +22,13 @@ use crate::config::model::Protocol;
 use crate::lookup::{Explanation, Given, Query, first_frame};
 use crate::tables::maglev::TABLE_VERSION;
 
-type Core = mpsc::Sender<Request>;
+pub(super) type Core = mpsc::Sender<Request>;
 
 /// Its `POST` changes nothing: frames are too long for a query.
 pub(super) const LOOKUP: &str = "/v1/lookup";
+
+const COMMANDS: [&str; 4] =
+    ["/v1/backends/drain", "/v1/backends/disable", "/v1/backends/enable", "/v1/backends/weight"];
 
 /// Everything, for the unix socket.
 pub fn admin(core: Core) -> Router {
@@ -32,13 +36,20 @@ pub fn admin(core: Core) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/services", get(services))
         .route("/v1/backends", get(backends))
+        .route("/v1/backends/{pool}/{backend}", get(commands::backend))
+        .route("/v1/backends/drain", post(commands::drain))
+        .route("/v1/backends/disable", post(commands::disable))
+        .route("/v1/backends/enable", post(commands::enable))
+        .route("/v1/backends/weight", post(commands::weight))
         .route("/v1/stats", get(stats))
         .route(LOOKUP, get(lookup).post(lookup_frames))
         .route("/v1/verify", get(verify))
+        .route(DIFF, post(diff))
         .route("/v1/version", get(version))
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics));
-    let all = "/v1/status, services, backends, stats, lookup, verify, version, reload, and /metrics";
+    let all = "/v1/status, services, backends, backends/POOL/NAME, backends/drain, disable, enable and weight, stats, \
+        lookup, verify, diff, version, reload, and /metrics";
     finish(router, all, core)
 }
 
@@ -64,6 +75,7 @@ fn unknown(uri: &Uri, all: &str) -> Response {
 async fn wrong_method(uri: Uri) -> Response {
     let use_instead = match uri.path() {
         "/v1/reload" => "POST",
+        path if path == DIFF || COMMANDS.contains(&path) => "POST",
         LOOKUP => "GET or POST",
         _ => "GET",
     };
@@ -192,11 +204,11 @@ async fn told<T: Serialize + Send + 'static>(
     json.map_or_else(|error| error, json_body)
 }
 
-fn json_body(json: Vec<u8>) -> Response {
+pub(super) fn json_body(json: Vec<u8>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
-async fn from_snapshot<T: Send + 'static>(
+pub(super) async fn from_snapshot<T: Send + 'static>(
     core: &Core,
     work: impl FnOnce(&Snapshot) -> anyhow::Result<T> + Send + 'static,
 ) -> Result<T, Response> {
@@ -205,7 +217,7 @@ async fn from_snapshot<T: Send + 'static>(
 }
 
 /// Works where it blocks nobody: counters are read by a system call each, and there may be many of everything.
-async fn aside<T: Send + 'static>(
+pub(super) async fn aside<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> Result<T, Response> {
     // A panic has told its own story on standard error.
@@ -214,12 +226,12 @@ async fn aside<T: Send + 'static>(
     worked.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")))
 }
 
-async fn ask<T>(core: &Core, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
+pub(super) async fn ask<T>(core: &Core, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
     let (reply, answer) = oneshot::channel();
     core.send(request(reply)).await.ok()?;
     answer.await.ok()
 }
 
-fn gone() -> Response {
+pub(super) fn gone() -> Response {
     failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping")
 }

@@ -9,20 +9,6 @@ use crate::agent::status::{BackendStatus, ServiceStatus};
 use crate::api::Client;
 
 #[derive(Debug, Subcommand)]
-pub enum Backend {
-    /// Show backends: state, share of new flows, traffic
-    List {
-        /// Of this pool only
-        #[arg(short, long, value_name = "POOL")]
-        pool: Option<String>,
-        #[arg(short, long, value_enum, default_value = "table")]
-        output: Format,
-        #[command(flatten)]
-        run_dir: RunDir,
-    },
-}
-
-#[derive(Debug, Subcommand)]
 pub enum Service {
     /// Show services: one line for each VIP, port and protocol
     List {
@@ -33,14 +19,13 @@ pub enum Service {
     },
 }
 
-pub async fn backends(command: &Backend) -> anyhow::Result<()> {
-    let Backend::List { pool, output, run_dir } = command;
+pub async fn backends(pool: Option<&str>, output: Format, run_dir: &RunDir) -> anyhow::Result<()> {
     let client = Client::new(&run_dir.run_dir);
     let mut backends: Vec<BackendStatus> = client.get("/v1/backends").await?;
     if let Some(pool) = pool {
         let mut pools: Vec<String> = backends.iter().map(|backend| backend.pool.clone()).collect();
         pools.dedup();
-        backends.retain(|backend| backend.pool == *pool);
+        backends.retain(|backend| backend.pool == pool);
         if backends.is_empty() {
             bail!("no pool {pool} has backends; there are {}", list(&pools));
         }

@@ -5,10 +5,12 @@ macro_rules! say {
     ($($text:tt)*) => { $crate::cli::output::say(format_args!($($text)*)) };
 }
 
+mod backend;
 mod capture;
 mod check;
 mod decap;
 mod detach;
+mod diff;
 mod explained;
 mod list;
 mod log;
@@ -20,6 +22,7 @@ mod stats;
 mod status;
 mod tables;
 mod verify;
+mod wait;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -41,8 +44,10 @@ pub mod exit {
     pub const CONFIG: u8 = 3;
     /// No agent answers.
     pub const NO_AGENT: u8 = 4;
-    /// `verify` found a difference.
+    /// `verify` found a difference, or `diff --exit-code` did.
     pub const DIFFERENCE: u8 = 5;
+    /// `--wait` ended while flows were left, or by moving them.
+    pub const UNFINISHED: u8 = 6;
 }
 
 /// A packet-level L4 load balancer on XDP.
@@ -57,7 +62,7 @@ struct Cli {
 }
 
 const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 wrong configuration, 4 no agent answers, \
-    5 verify found a difference.";
+    5 verify or diff --exit-code found a difference, 6 flows were left when a drain that was waited for ended.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -73,9 +78,9 @@ enum Command {
     Check(check::Arguments),
     /// Show services, backends and packet outcomes of the running agent
     Status(status::Arguments),
-    /// Backends of the running agent
+    /// Backends of the running agent: show them, take them out of use and back
     #[command(subcommand)]
-    Backend(list::Backend),
+    Backend(backend::Backend),
     /// Services of the running agent
     #[command(subcommand)]
     Service(list::Service),
@@ -83,6 +88,8 @@ enum Command {
     Stats(stats::Arguments),
     /// Have the running agent read its configuration again, and say how that ended
     Reload(reload::Arguments),
+    /// Say what a configuration would change, before it is taken over
+    Diff(diff::Arguments),
     /// Say whether the kernel has what the agent, or without one a configuration, asks for
     Verify(verify::Arguments),
     /// Say what becomes of a flow, a frame or the packets of a capture, and why
@@ -137,10 +144,11 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Check(arguments) => return check::run(&arguments).await,
         Command::Status(arguments) => status::run(&arguments).await?,
-        Command::Backend(command) => list::backends(&command).await?,
+        Command::Backend(command) => return backend::run(&command).await,
         Command::Service(command) => list::services(&command).await?,
         Command::Stats(arguments) => stats::run(&arguments).await?,
         Command::Reload(arguments) => return reload::run(&arguments).await,
+        Command::Diff(arguments) => return diff::run(&arguments).await,
         Command::Verify(arguments) => return verify::run(&arguments).await,
         Command::Lookup(arguments) => return lookup::run(&arguments).await,
         Command::Detach { run_dir } => detach::run(&run_dir.run_dir).await?,

@@ -1,13 +1,18 @@
 //! How things look on a terminal.
 
 use std::io::{Write, stdout};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 /// Prints a line to standard output. A reader that has seen enough (`| head`) is no error.
 pub fn say(text: std::fmt::Arguments<'_>) {
-    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+    print(format_args!("{text}\n"));
+}
+
+fn print(text: std::fmt::Arguments<'_>) {
+    let mut out = std::io::stdout();
+    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
         let enough = error.kind() == std::io::ErrorKind::BrokenPipe;
         std::process::exit(if enough { 0 } else { super::exit::FAILURE.into() });
     }
@@ -95,6 +100,39 @@ pub fn wrapped(text: &str) -> String {
         width += length;
     }
     lines
+}
+
+/// Shows one line after another: in place on a terminal, now and then elsewhere.
+#[derive(Debug)]
+pub struct Line {
+    every: Duration,
+    last: Option<Instant>,
+}
+
+impl Line {
+    /// `every`: how often where they are not shown in place.
+    pub fn new(every: Duration) -> Self {
+        Self { every, last: None }
+    }
+
+    pub fn show(&mut self, text: &str) {
+        if let Some((columns, _)) = terminal() {
+            let text = cut(text, columns).unwrap_or_else(|| text.to_owned());
+            print(format_args!("\r{text}\x1b[K"));
+        } else if self.last.is_none_or(|last| last.elapsed() >= self.every) {
+            say(format_args!("{text}"));
+        } else {
+            return;
+        }
+        self.last = Some(Instant::now());
+    }
+
+    /// What comes after it begins a line.
+    pub fn end(&self) {
+        if self.last.is_some() && terminal().is_some() {
+            say(format_args!(""));
+        }
+    }
 }
 
 /// Shows one text after another: in place on a terminal, below each other elsewhere.

@@ -32,7 +32,7 @@ impl Rate {
 }
 
 /// Three digits that count, and a power of a thousand.
-fn short(value: f64) -> String {
+pub fn short(value: f64) -> String {
     let units = ["", " k", " M", " G", " T"];
     let (mut value, mut unit) = (value, 0);
     while value >= 999.5 && unit + 1 < units.len() {

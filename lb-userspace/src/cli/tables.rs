@@ -101,6 +101,7 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     let mut sorted: Vec<_> = backends.iter().collect();
     sorted.sort_by_key(|backend| backend_key(backend));
     let pool_slots = |pool: &str| backends.iter().filter(|b| b.pool == pool).map(|b| b.slots).sum::<u64>();
+    let leaves = backends.iter().any(|backend| backend.exit.is_some());
     let mut pool = ("", 0);
     let rows = sorted.iter().map(|backend| {
         if pool.0 != backend.pool {
@@ -115,25 +116,29 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
             Some((same.packets, same.bytes))
         };
         let [packets, bytes] = traffic.cells(backend.packets, backend.bytes, before);
-        vec![
+        let mut row = vec![
             backend.pool.clone(),
             backend.name.clone(),
             backend.address.to_string(),
             backend.forward.clone(),
-            backend.weight.to_string(),
-            backend.state.clone(),
+            weight(backend),
+            state(backend),
             share,
             packets,
             bytes,
-            match backend.starting {
-                Some(percent) => format!("{}; starting, with {percent} % of its share", backend.check),
-                None => backend.check.clone(),
-            },
-        ]
+        ];
+        row.extend(leaves.then(|| backend.exit.as_ref().map_or("-".to_owned(), |_| left(backend))));
+        row.push(match backend.starting {
+            Some(percent) => format!("{}; starting, with {percent} % of its share", backend.check),
+            None => backend.check.clone(),
+        });
+        row
     });
     let [packets, bytes] = traffic.header();
-    let header =
-        ["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", packets, bytes, "CHECK"];
+    let mut header =
+        vec!["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", packets, bytes];
+    header.extend(leaves.then_some("LEFT"));
+    header.push("CHECK");
     let mut rows: Vec<_> = rows.collect();
     let cut = output::cut_last(&header, &mut rows);
     let mut text = output::table(&header, &[4, 6, 7, 8], rows);
@@ -145,6 +150,36 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
         text.push_str(&format!("\n{pool}/{name} is {state}: {check}"));
     }
     text
+}
+
+fn weight(backend: &BackendStatus) -> String {
+    match backend.weight_in_file {
+        None => backend.weight.to_string(),
+        Some(written) => format!("{} (yaml {written})", backend.weight),
+    }
+}
+
+fn state(backend: &BackendStatus) -> String {
+    match &backend.exit {
+        Some(exit) if backend.state == BackendState::Draining.as_str() => {
+            format!("{} ({})", backend.state, exit.cause)
+        }
+        _ => backend.state.clone(),
+    }
+}
+
+/// What still names a backend.
+pub fn left(backend: &BackendStatus) -> String {
+    match (backend.pins, backend.slots_old.max(backend.slots)) {
+        (0, 0) => "nothing".to_owned(),
+        (pins, slots) => flows_and_slots(pins, slots),
+    }
+}
+
+/// `57 flows, 1024 slots`.
+pub fn flows_and_slots(flows: u64, slots: u64) -> String {
+    let count = |number: u64, one| output::count(usize::try_from(number).unwrap_or(usize::MAX), one);
+    format!("{}, {}", count(flows, "flow"), count(slots, "slot"))
 }
 
 /// Those that happened; below the table, what to do about packets that are lost.

@@ -40,11 +40,27 @@ mod tests;
 
 use std::fs::File;
 use std::io::Read as _;
+use std::ops::RangeInclusive;
 use std::path::Path;
+use std::time::Duration;
 
 pub use places::{Places, Subject};
 use problem::{Place, Report};
 pub use problem::{Problem, Problems};
+pub use read::did_you_mean;
+
+/// A time that an operator gives.
+///
+/// # Errors
+/// What is wrong with it, and the way out.
+pub fn duration(text: &str, range: RangeInclusive<Duration>) -> Result<Duration, String> {
+    leaf::duration(text, range).map_err(|wrong| format!("{}; {}", wrong.message, wrong.hint))
+}
+
+/// As [`duration`] reads it.
+pub fn show_duration(duration: Duration) -> String {
+    leaf::show_duration(duration)
+}
 
 /// Keys the flow hash where the file has no `seed`. Public, so it protects nobody: a warning says so.
 pub const DEFAULT_SEED: u64 = 0x786c_625f_7365_6564;
@@ -66,6 +82,14 @@ pub struct Loaded {
 /// # Errors
 /// All mistakes of the file, or the one that kept it from being read.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
+    load_with_text(path).map(|(loaded, _)| loaded)
+}
+
+/// As [`load`], with what is in the file.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_with_text(path: &Path) -> Result<(Loaded, String), Problems> {
     let file = path.display().to_string();
     let bytes = read_file(path).map_err(|(message, hint)| {
         Problems(vec![Problem {
@@ -77,33 +101,34 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
             hint,
         }])
     })?;
-    let text = match std::str::from_utf8(&bytes) {
+    let text = match String::from_utf8(bytes) {
         Ok(text) => text,
         Err(error) => {
-            let good = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
+            let (bytes, end) = (error.as_bytes(), error.utf8_error().valid_up_to());
+            let good = String::from_utf8_lossy(&bytes[..end]);
             let mut report = Report::new(&file);
             report.error(
                 Place::after(&good),
                 "",
-                format!("byte 0x{:02x} is not UTF-8", bytes[error.valid_up_to()]),
+                format!("byte 0x{:02x} is not UTF-8", bytes[end]),
                 "save the file as UTF-8",
             );
             return Err(report.into_problems());
         }
     };
-    let loaded = parse(&file, text)?;
+    let loaded = parse(&file, &text)?;
     if !text.ends_with('\n') {
         // A file cut within its last line can still be YAML: 10.0.1.1 may have been 10.0.1.11.
         let mut report = Report::new(&file);
         report.error(
-            Place::after(text),
+            Place::after(&text),
             "",
             "the last line has no line break, so the file may be cut off",
             "if it is whole, end it with a line break",
         );
         return Err(report.into_problems());
     }
-    Ok(loaded)
+    Ok((loaded, text))
 }
 
 type Unreadable = (String, Option<String>);

@@ -299,6 +299,9 @@ pub struct Backend {
     /// What names it in the connection IDs of QUIC.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerId>,
+    /// No file names it any more, and it still has flows. Never set by a file.
+    #[serde(skip)]
+    pub leaving: bool,
 }
 
 /// 1 to 15 bytes (draft-ietf-quic-load-balancers, section 3).

@@ -148,7 +148,8 @@ fn backend(item: &At<'_>, report: &mut Report) -> Option<(Backend, Spot, Spot)> 
     let want = "an address, or a mapping such as {address: 192.0.2.11, weight: 50}";
     if item.is_scalar() {
         let address = item.value(want, leaf::address, report)?;
-        let backend = Backend { name: address.to_string(), address, weight: 100, server_id: None };
+        let backend =
+            Backend { name: address.to_string(), address, weight: 100, server_id: None, leaving: false };
         return Some((backend, item.spot(), item.spot()));
     }
     let fields = item.fields(&["address", "weight", "name", "server_id"], want, report)?;
@@ -163,5 +164,5 @@ fn backend(item: &At<'_>, report: &mut Report) -> Option<(Backend, Spot, Spot)> 
         Some(at) => Some(at.value("bytes in hex such as \"0a01\"", leaf::server_id, report)?),
         None => None,
     };
-    Some((Backend { name, address, weight, server_id }, at.spot(), name_at))
+    Some((Backend { name, address, weight, server_id, leaving: false }, at.spot(), name_at))
 }

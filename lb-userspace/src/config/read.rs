@@ -176,7 +176,7 @@ pub(super) fn join(path: &str, key: &str) -> String {
 }
 
 /// The nearest of `known`, or all of them where none is near.
-pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
+pub fn did_you_mean(word: &str, known: &[&str]) -> String {
     // A long word is nobody's typing error, and comparing it costs its length times the other's.
     if word.len() <= 100 {
         let lower = word.to_ascii_lowercase();

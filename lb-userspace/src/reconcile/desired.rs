@@ -42,7 +42,7 @@ pub struct World {
 }
 
 /// Where a slot leads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     Nobody,
     /// The host's own stack.
@@ -192,17 +192,13 @@ pub fn features(config: &Config) -> Features {
             features = features.with(Features::QUIC);
         }
         for pool in config.levels_of(service.pool).map(|pool| &config.pools[pool]) {
-            for backend in &pool.backends {
-                features = features.with(match kind(pool.forward, backend.address) {
-                    BackendKind::Ipip4 => Features::IPIP4,
-                    BackendKind::Ipip6 => Features::IPIP6,
-                    BackendKind::L2 => Features::L2,
-                    BackendKind::Gue4 => Features::GUE4,
-                    BackendKind::Gue6 => Features::GUE6,
-                    BackendKind::Nobody | BackendKind::Pass => Features::default(),
-                });
-            }
+            features = pool.backends.iter().fold(features, |all, backend| all.with(way_to(pool, backend)));
         }
+    }
+    // Their services may have gone to other pools, their flows have not.
+    let all = config.pools.iter().flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
+    for (pool, backend) in all.filter(|(_, backend)| backend.leaving) {
+        features = features.with(way_to(pool, backend));
     }
     if config.vip_arp {
         features = features.with(Features::VIP_ARP);
@@ -217,6 +213,18 @@ pub fn features(config: &Config) -> Features {
         features = features.with(Features::TRACE);
     }
     features
+}
+
+/// What it takes to send to a backend.
+fn way_to(pool: &Pool, backend: &ConfiguredBackend) -> Features {
+    match kind(pool.forward, backend.address) {
+        BackendKind::Ipip4 => Features::IPIP4,
+        BackendKind::Ipip6 => Features::IPIP6,
+        BackendKind::L2 => Features::L2,
+        BackendKind::Gue4 => Features::GUE4,
+        BackendKind::Gue6 => Features::GUE6,
+        BackendKind::Nobody | BackendKind::Pass => Features::default(),
+    }
 }
 
 pub const fn protocol_number(protocol: Protocol) -> u8 {
@@ -313,8 +321,9 @@ fn table(
     scheduler: Scheduler,
 ) -> DesiredTable {
     let pools: Vec<usize> = config.levels_of(own).collect();
-    // A fallback changes no lengths.
-    let longest = pools.iter().map(|&pool| config.pools[pool].backends.len()).max().unwrap_or(0);
+    // By those of the file, so that balancers agree whatever is still leaving. A fallback changes no lengths.
+    let named = |pool: usize| config.pools[pool].backends.iter().filter(|backend| !backend.leaving).count();
+    let longest = pools.iter().map(|&pool| named(pool)).max().unwrap_or(0);
     let log2_length = maglev::log2_length(longest);
     let pool_set = pool_set(pools.iter().map(|&pool| config.pools[pool].name.as_str()));
     let idle = config.pools[own].flows.idle_timeout.of(protocol);

@@ -175,6 +175,7 @@ impl PoolState {
             address: backend_address(host),
             weight,
             server_id: None,
+            leaving: false,
         };
         Pool {
             name: format!("pool-{}", self.name),

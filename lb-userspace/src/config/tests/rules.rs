@@ -49,6 +49,7 @@ fn every_key_arrives_in_the_model() {
         address: ip(address),
         weight,
         server_id: None,
+        leaving: false,
     };
     let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
     let web_flows =

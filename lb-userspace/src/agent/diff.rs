@@ -1,0 +1,431 @@
+//! What another file would change: key by key, which backends would leave, and how many flows would go elsewhere.
+//! Changes nothing.
+
+mod facts;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::core::{BackendKey, keys, preflight};
+use super::overrides::{End, Exit, Overrides, Uptime};
+use super::snapshot::Snapshot;
+use super::status::BackendStatus;
+use crate::bpf::MapsError;
+use crate::capacity::Capacity;
+use crate::config::model::{Config, Scheduler, Service};
+use crate::config::show_duration;
+use crate::reconcile::desired::{
+    BackendRef, Desired, DesiredTable, Target, World, backend_identity, desired, table_identity,
+};
+use crate::reconcile::image::Image;
+use crate::reconcile::plan::plan_at_once;
+use facts::{Facts, Subject};
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Diff {
+    pub changes: Vec<Change>,
+    /// Tables of which new flows would go elsewhere.
+    pub tables: Vec<TableChange>,
+    pub leaving: Vec<Leaver>,
+    /// Backends for which what was said by command would end.
+    pub ended: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+impl Diff {
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// `service www`, `backend web/web1`.
+    pub subject: String,
+    pub kind: Kind,
+    pub keys: Vec<KeyChange>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Added,
+    Removed,
+    Changed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyChange {
+    pub key: String,
+    pub from: Option<String>,
+    pub to: Option<String>,
+}
+
+/// Where new flows of some services would go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TableChange {
+    /// `www tcp`: all that use the same table, before and after.
+    pub services: Vec<String>,
+    pub pool: String,
+    pub scheduler: String,
+    /// The part of new flows that would get another backend, 0 to 1.
+    pub flows: f64,
+    /// The part of today's packets that such flows are, by the counters; nothing where there are none.
+    pub packets: Option<f64>,
+}
+
+/// A backend that would leave.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Leaver {
+    pub backend: String,
+    /// What becomes of its flows.
+    pub flows: String,
+    pub slots: u64,
+    pub pins: u64,
+    pub packets_per_second: Option<f64>,
+}
+
+/// The agent at one moment, to be compared with a file at leisure.
+#[derive(Debug)]
+pub struct Comparison {
+    pub file: Arc<Config>,
+    pub overrides: Overrides,
+    pub world: World,
+    pub capacity: Capacity,
+    pub image: Image,
+    /// Its configuration is the one in effect.
+    pub snapshot: Snapshot,
+}
+
+/// Packets a second of each backend.
+pub type Rates = HashMap<BackendKey, f64>;
+
+/// What two readings say of the time between them.
+pub fn rates(earlier: &[BackendStatus], later: &[BackendStatus], seconds: f64) -> Rates {
+    let key = |status: &BackendStatus| BackendKey { pool: status.pool.clone(), address: status.address };
+    let before: HashMap<BackendKey, u64> =
+        earlier.iter().map(|status| (key(status), status.packets)).collect();
+    let rate = |status: &BackendStatus| {
+        let key = key(status);
+        let packets = status.packets.saturating_sub(*before.get(&key)?);
+        Some((key, packets as f64 / seconds))
+    };
+    later.iter().filter_map(rate).collect()
+}
+
+impl Comparison {
+    pub fn statuses(&self) -> Result<Vec<BackendStatus>, MapsError> {
+        self.snapshot.backends()
+    }
+
+    /// What `file` would change, taken over now.
+    pub fn with(&self, file: &Config, rates: &Rates) -> Diff {
+        let (now, before) = (self.snapshot.at, &*self.snapshot.config);
+        let (overrides, ended) = self.overrides.with_file(before, file, now);
+        let after = overrides.effective(before, file);
+        let world = transposed(&self.world, before, &after);
+        let (old, new) = (desired(before, &self.world), desired(&after, &world));
+        let named = ended.iter().filter(|ended| ended.end == End::EntryChanged);
+        Diff {
+            changes: changes(&self.file, file),
+            tables: Tables::new((before, &old), (&after, &new), rates).changes(),
+            leaving: self.leaving(&overrides, rates, now),
+            ended: named.map(|ended| format!("{}/{}", ended.key.pool, ended.name)).collect(),
+            warnings: self.warnings(file, &after, &new),
+        }
+    }
+
+    fn leaving(&self, overrides: &Overrides, rates: &Rates, now: Uptime) -> Vec<Leaver> {
+        let before = &self.snapshot.config;
+        let all = keys(before).zip(&self.snapshot.backends);
+        let new = all.filter(|((key, ..), _)| overrides.is_leaving(key) && !self.overrides.is_leaving(key));
+        new.map(|((key, pool, backend), view)| Leaver {
+            backend: format!("{}/{}", key.pool, before.pools[pool].backends[backend].name),
+            flows: overrides.exit(&key).map_or_else(String::new, |exit| end_of_flows(exit, now)),
+            slots: u64::from(view.remaining.slots_old.max(view.remaining.slots_new)),
+            pins: view.remaining.pins,
+            packets_per_second: rates.get(&key).copied(),
+        })
+        .collect()
+    }
+
+    fn warnings(&self, file: &Config, after: &Config, new: &Desired) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let capacity = Capacity::new(&file.limits);
+        let fits = preflight(file, &capacity).and_then(|()| {
+            if capacity != self.capacity {
+                warnings
+                    .push("limits: new maps are filled beside those in use, and take their place".to_owned());
+                return Ok(());
+            }
+            plan_at_once(&self.image, new, &capacity).map(drop)
+        });
+        warnings.extend(fits.err().map(|error| format!("it would be refused: {error}")));
+        if self.file.seed != file.seed {
+            warnings.push("seed: it must be the same on every balancer; flows move".to_owned());
+        }
+        for service in &file.services {
+            let was = self.file.services.iter().find(|was| was.name == service.name);
+            if let Some(was) = was.filter(|was| hashed(was) != hashed(service)) {
+                let (from, to) = (was.scheduler, service.scheduler);
+                let name = &service.name;
+                warnings.push(if from == to {
+                    format!("service {name}: another source_prefix spreads flows anew")
+                } else {
+                    format!("service {name}: flows that {from} spread, {to} spreads anew")
+                });
+            }
+        }
+        for pool in &after.pools {
+            let was = self.file.pools.iter().find(|was| was.name == pool.name);
+            if let Some(was) = was.filter(|was| was.forward != pool.forward) {
+                let (name, from, to) = (&pool.name, was.forward, pool.forward);
+                warnings
+                    .push(format!("pool {name}: its backends get packets by {to} and no longer by {from}"));
+            }
+        }
+        warnings
+    }
+}
+
+fn end_of_flows(exit: &Exit, now: Uptime) -> String {
+    match exit.deadline.map(|deadline| deadline.saturating_sub(now)) {
+        None => "stay until they end".to_owned(),
+        Some(left) if left.is_zero() => "move at once".to_owned(),
+        // To the second: a part of the time may have gone.
+        Some(left) => {
+            let left = std::time::Duration::from_secs(left.as_millis().div_ceil(1000) as u64);
+            format!("stay until they end, for {} at the most", show_duration(left))
+        }
+    }
+}
+
+fn changes(before: &Config, after: &Config) -> Vec<Change> {
+    let (old, new) = (facts::of(before), facts::of(after));
+    let subjects: BTreeSet<&Subject> = old.keys().chain(new.keys()).collect();
+    let none = Facts::new();
+    let mut changes: Vec<Change> = subjects
+        .into_iter()
+        .filter_map(|subject| {
+            let (was, is) = (old.get(subject), new.get(subject));
+            let kind = match (was, is) {
+                (None, _) => Kind::Added,
+                (_, None) => Kind::Removed,
+                _ => Kind::Changed,
+            };
+            let keys = key_changes(was.unwrap_or(&none), is.unwrap_or(&none));
+            let subject = named(subject, was.or(is).unwrap_or(&none));
+            (kind != Kind::Changed || !keys.is_empty()).then_some(Change { subject, kind, keys })
+        })
+        .collect();
+    if before.seed != after.seed {
+        let seed = |text: &str| Some(text.to_owned());
+        let keys = vec![KeyChange { key: "seed".to_owned(), from: seed("one"), to: seed("another") }];
+        changes.insert(0, Change { subject: TOP.to_owned(), kind: Kind::Changed, keys });
+    }
+    changes
+}
+
+const TOP: &str = "top of the file";
+
+fn named(subject: &Subject, facts: &Facts) -> String {
+    match subject {
+        Subject::Top => TOP.to_owned(),
+        Subject::Interface(name) => format!("interface {name}"),
+        Subject::Service(name) => format!("service {name}"),
+        Subject::Pool(name) => format!("pool {name}"),
+        Subject::Backend { pool, address } => {
+            format!("backend {pool}/{}", facts.get("name").unwrap_or(address))
+        }
+    }
+}
+
+fn key_changes(was: &Facts, is: &Facts) -> Vec<KeyChange> {
+    let keys: BTreeSet<&str> = was.keys().chain(is.keys()).copied().collect();
+    let differing = keys.into_iter().filter(|key| was.get(key) != is.get(key));
+    differing
+        .map(|key| KeyChange { key: key.to_owned(), from: was.get(key).cloned(), to: is.get(key).cloned() })
+        .collect()
+}
+
+/// The same world, by the places of another configuration. Backends that are new count as up, and pools that may fall
+/// back do as they do now.
+fn transposed(world: &World, before: &Config, after: &Config) -> World {
+    let World { up, next_hops, shares, levels, panic, response_weights, old_flows } = world;
+    let old: HashMap<BackendKey, BackendRef> =
+        keys(before).map(|(key, pool, backend)| (key, (pool, backend))).collect();
+    let mut next = World { next_hops: next_hops.clone(), ..World::default() };
+    for (key, pool, backend) in keys(after) {
+        let place = (pool, backend);
+        let Some(was) = old.get(&key) else {
+            next.up.insert(place, true);
+            continue;
+        };
+        // One that leaves takes nothing by its weight, which is 0.
+        next.up.extend(up.get(was).map(|up| (place, *up)));
+        next.shares.extend(shares.get(was).map(|share| (place, *share)));
+        next.response_weights.extend(response_weights.get(was).map(|weight| (place, *weight)));
+        next.old_flows.extend(old_flows.get(was).map(|flows| (place, *flows)));
+    }
+    let pools: HashMap<&str, usize> =
+        after.pools.iter().enumerate().map(|(place, pool)| (pool.name.as_str(), place)).collect();
+    let now = |pool: &usize| pools.get(before.pools[*pool].name.as_str()).copied();
+    next.panic = panic.iter().filter_map(now).collect();
+    let levels = levels.iter().filter_map(|(pool, level)| Some((now(pool)?, now(level)?)));
+    next.levels = levels.filter(|(pool, level)| after.levels_of(*pool).any(|of| of == *level)).collect();
+    next
+}
+
+/// What of a flow decides about its slot; `None` where it is its turn.
+fn hashed(service: &Service) -> Option<(bool, Option<(u8, u8)>)> {
+    match service.scheduler {
+        Scheduler::Maglev => Some((false, None)),
+        Scheduler::SourceHash => Some((true, Some((service.source_prefix.v4, service.source_prefix.v6)))),
+        Scheduler::RoundRobin
+        | Scheduler::WeightedRoundRobin
+        | Scheduler::Random
+        | Scheduler::LeastConnections
+        | Scheduler::LeastResponseTime => None,
+    }
+}
+
+/// The tables of two configurations, by whom they lead to.
+struct Tables<'a> {
+    before: (&'a Config, &'a Desired),
+    after: (&'a Config, &'a Desired),
+    /// Backends of both, by identity.
+    known: HashMap<u64, BackendKey>,
+    /// Packets a second that a slot of each backend stands for.
+    rates: HashMap<BackendKey, f64>,
+}
+
+impl<'a> Tables<'a> {
+    fn new(before: (&'a Config, &'a Desired), after: (&'a Config, &'a Desired), rates: &Rates) -> Self {
+        let known = [before.0, after.0].into_iter().flat_map(|config| {
+            keys(config).map(|(key, pool, _)| {
+                let of = &config.pools[pool];
+                (backend_identity(&of.name, of.forward, key.address), key)
+            })
+        });
+        let known: HashMap<u64, BackendKey> = known.collect();
+        let mut slots: HashMap<&BackendKey, f64> = HashMap::new();
+        for target in before.1.tables.values().flat_map(|table| &table.cur) {
+            if let Target::Backend(identity) = target
+                && let Some(key) = known.get(identity)
+            {
+                *slots.entry(key).or_default() += 1.0;
+            }
+        }
+        let rates = slots.into_iter().filter_map(|(key, slots)| Some((key.clone(), rates.get(key)? / slots)));
+        let rates = rates.collect();
+        Self { before, after, known, rates }
+    }
+
+    /// Tables of services that both have, with those of which flows would go elsewhere.
+    fn changes(&self) -> Vec<TableChange> {
+        let mut users: BTreeMap<(u64, u64, bool), Vec<(&Service, String)>> = BTreeMap::new();
+        for service in &self.after.0.services {
+            let Some(was) = self.before.0.services.iter().find(|was| was.name == service.name) else {
+                continue;
+            };
+            let anew = hashed(was) != hashed(service) || self.before.0.seed != self.after.0.seed;
+            for &protocol in service.protocols.iter().filter(|protocol| was.protocols.contains(protocol)) {
+                let old = table_identity(self.before.0.pool_of(was), protocol, was.scheduler);
+                let new = table_identity(self.after.0.pool_of(service), protocol, service.scheduler);
+                let name = format!("{} {protocol}", service.name);
+                users.entry((old, new, anew)).or_default().push((service, name));
+            }
+        }
+        let change = |((old, new, anew), users): ((u64, u64, bool), Vec<(&Service, String)>)| {
+            let (old, new) = (self.before.1.tables.get(&old)?, self.after.1.tables.get(&new)?);
+            let service = users.first()?.0;
+            let (flows, packets) = match hashed(service) {
+                _ if anew => self.spread_anew(old, new),
+                None => self.by_turns(old, new),
+                Some(_) => self.by_slots(old, new),
+            };
+            (flows > 0.0).then(|| TableChange {
+                services: users.iter().map(|(_, name)| name.clone()).collect(),
+                pool: self.after.0.pool_of(service).name.clone(),
+                scheduler: service.scheduler.to_string(),
+                flows,
+                packets,
+            })
+        };
+        users.into_iter().filter_map(change).collect()
+    }
+
+    /// Whom a slot leads to: a server is the same in every pool, however packets get there.
+    fn server(&self, target: Target) -> Result<IpAddr, Target> {
+        match target {
+            Target::Backend(identity) => self.known.get(&identity).map(|key| key.address).ok_or(target),
+            Target::Nobody | Target::Pass => Err(target),
+        }
+    }
+
+    fn rate(&self, target: Target) -> f64 {
+        match target {
+            Target::Backend(identity) => {
+                self.known.get(&identity).and_then(|key| self.rates.get(key)).copied().unwrap_or(0.0)
+            }
+            Target::Nobody | Target::Pass => 0.0,
+        }
+    }
+
+    /// A flow keeps its slot; slots of the shorter table stand for several of the longer.
+    fn by_slots(&self, old: &DesiredTable, new: &DesiredTable) -> (f64, Option<f64>) {
+        let length = old.cur.len().max(new.cur.len());
+        let at = |table: &DesiredTable, slot: usize| table.cur[slot * table.cur.len() / length];
+        let (mut moved, mut packets, mut all) = (0u32, 0.0, 0.0);
+        for slot in 0..length {
+            let (from, to) = (at(old, slot), at(new, slot));
+            let elsewhere = self.server(from) != self.server(to);
+            let rate = self.rate(from);
+            moved += u32::from(elsewhere);
+            packets += if elsewhere { rate } else { 0.0 };
+            all += rate;
+        }
+        (f64::from(moved) / length as f64, (all > 0.0).then(|| packets / all))
+    }
+
+    /// The part of each server in a table, and the packets that it stands for.
+    fn parts(&self, table: &DesiredTable) -> HashMap<Result<IpAddr, Target>, (f64, f64)> {
+        let mut parts: HashMap<_, (f64, f64)> = HashMap::new();
+        for &target in &table.cur {
+            let (part, rate) = parts.entry(self.server(target)).or_default();
+            *part += 1.0 / table.cur.len() as f64;
+            *rate += self.rate(target);
+        }
+        parts
+    }
+
+    /// A flow gets a slot that has nothing to do with the one it had.
+    fn spread_anew(&self, old: &DesiredTable, new: &DesiredTable) -> (f64, Option<f64>) {
+        let (old, new) = (self.parts(old), self.parts(new));
+        let stays = |server| new.get(server).map_or(0.0, |(part, _)| *part);
+        let moved = old.iter().map(|(server, (part, _))| part * (1.0 - stays(server))).sum();
+        let packets: f64 = old.iter().map(|(server, (_, rate))| rate * (1.0 - stays(server))).sum();
+        let all: f64 = old.values().map(|(_, rate)| rate).sum();
+        (moved, (all > 0.0).then(|| packets / all))
+    }
+
+    /// New flows come by turns: what backends have less of than before goes elsewhere.
+    fn by_turns(&self, old: &DesiredTable, new: &DesiredTable) -> (f64, Option<f64>) {
+        let (old, new) = (self.parts(old), self.parts(new));
+        let (mut moved, mut packets, mut all) = (0.0, 0.0, 0.0);
+        for (server, (part, rate)) in &old {
+            let less = (part - new.get(server).map_or(0.0, |(part, _)| *part)).max(0.0);
+            moved += less;
+            packets += rate * less / part;
+            all += rate;
+        }
+        // What is below is rounding.
+        let moved = if moved < 1e-9 { 0.0 } else { moved };
+        (moved, (all > 0.0).then(|| packets / all))
+    }
+}
