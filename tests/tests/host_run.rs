@@ -306,6 +306,7 @@ fn spread_image(backends: usize, weights: &[u8]) -> Image {
                 address,
                 weight,
                 server_id: None,
+                leaving: false,
             }
         })
         .collect();
