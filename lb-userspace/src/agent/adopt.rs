@@ -4,8 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
-use lb_common::abi::{Egress, Path, SLOTS_PER_ROW, TableWord};
-use lb_common::slots::Slot;
+use lb_common::abi::{Egress, Path};
 use lb_common::wire::{Address6, Mac};
 
 use super::core::{BackendKey, NextHops, keys};
@@ -17,7 +16,7 @@ use crate::reconcile::image::Image;
 
 /// Who was not down is up until its first verdict.
 pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
-    let ids = ids(image);
+    let ids = image.ids();
     let ways: HashSet<Forward> = image.backends.iter().filter_map(forward_of).collect();
     let now = Instant::now();
     let accepts = |pool: &str, forward, address| {
@@ -40,9 +39,9 @@ pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
 /// Pools whose packets went to a fallback: its place among the pools that may take them. Who holds most of the slots
 /// is in use.
 pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
-    let ids = ids(image);
+    let ids = image.ids();
     let mut tables: HashMap<u64, HashMap<u16, u32>> = HashMap::new();
-    for (table, slot) in live_slots(image) {
+    for (table, slot) in image.live_slots() {
         let identity = image.table_states[usize::from(table)].identity;
         *tables.entry(identity).or_default().entry(slot.cur()).or_default() += 1;
     }
@@ -69,7 +68,7 @@ pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
 
 /// Next hops hold until the kernel says otherwise. `known` are the interfaces that are there, by their index.
 pub fn next_hops<'l>(config: &Config, image: &Image, known: impl Fn(u32) -> Option<&'l Link>) -> NextHops {
-    let ids = ids(image);
+    let ids = image.ids();
     let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
         let forward = config.pools[pool].forward;
         let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
@@ -98,19 +97,4 @@ fn next_hop(address: IpAddr, path: Path, egress: &Egress, link: Option<&Link>) -
         // It was one when the earlier agent wrote it.
         redirect_target: link.is_none_or(|link| link.redirect_target),
     }
-}
-
-/// The id of each identity.
-pub fn ids(image: &Image) -> HashMap<u64, u16> {
-    let rows = image.backends.iter().enumerate().filter(|(_, row)| row.identity != 0);
-    rows.map(|(id, row)| (row.identity, id as u16)).collect()
-}
-
-/// Slots of all tables that packets can reach, with the table's number.
-pub fn live_slots(image: &Image) -> impl Iterator<Item = (u16, Slot)> + '_ {
-    let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits)).enumerate();
-    words.filter(|(_, word)| *word != TableWord::default()).flat_map(move |(table, word)| {
-        let first = word.first_row() * SLOTS_PER_ROW;
-        (first..first + word.length()).map(move |index| (table as u16, image.slot(index)))
-    })
 }

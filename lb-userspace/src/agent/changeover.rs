@@ -8,7 +8,6 @@ use std::time::Instant;
 use anyhow::Context;
 use tracing::{info, warn};
 
-use super::adopt::ids;
 use super::commands::Held;
 use super::core::{BackendKey, Core, NextHops, keys, preflight};
 use super::interfaces::{self, Wanted};
@@ -206,8 +205,8 @@ fn same_rows(from: &Image, to: &Image) -> (RowPairs, RowPairs) {
     let rows = |image| counter_rows(&present_vips(image));
     let (old_vips, new_vips) = (rows(from), rows(to));
     let vips = new_vips.iter().filter_map(|(counted, row)| Some((*old_vips.get(counted)?, *row)));
-    let old_ids = ids(from);
-    let new_ids = ids(to);
+    let old_ids = from.ids();
+    let new_ids = to.ids();
     let backends = new_ids.iter().filter_map(|(identity, id)| {
         let old = old_ids.get(identity)?;
         Some((u32::from(*old), u32::from(*id)))

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::adopt::ids;
 use super::core::{BackendKey, Core, ReconcileError, keys};
 use super::diff::Comparison;
 use super::overrides::{self, Cause, End, Ended, Entry, Exit, Overrides, Recovered, Uptime};
@@ -83,7 +82,7 @@ impl Held {
 
     /// Without those who have left the file and are not in an earlier agent's tables either.
     pub fn only_with_rows(mut self, before: &Image, file: &Config) -> Self {
-        let ids = ids(before);
+        let ids = before.ids();
         let has_row = |key: &BackendKey| {
             let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
             pool.is_some_and(|pool| {

@@ -8,7 +8,6 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::adopt::{ids, live_slots};
 use super::overrides::{Exit, Uptime};
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
@@ -65,7 +64,7 @@ pub struct Index {
 impl Index {
     pub fn new(image: &Image) -> Self {
         let mut slots = vec![(0, 0); image.backends.len()];
-        for (_, slot) in live_slots(image) {
+        for (_, slot) in image.live_slots() {
             if let Some((new, _)) = slots.get_mut(usize::from(slot.cur())) {
                 *new += 1;
             }
@@ -73,7 +72,7 @@ impl Index {
                 *old += 1;
             }
         }
-        Self { ids: ids(image), slots, vips: counter_rows(&present_vips(image)) }
+        Self { ids: image.ids(), slots, vips: counter_rows(&present_vips(image)) }
     }
 
     /// Slots that lead new flows to an id, and those that lead old ones there.

@@ -114,6 +114,21 @@ impl Image {
         Slot::from_bits(self.slots[(index / SLOTS_PER_ROW) as usize].0[(index % SLOTS_PER_ROW) as usize])
     }
 
+    /// The id of each identity.
+    pub fn ids(&self) -> HashMap<u64, u16> {
+        let rows = (0u16..).zip(&self.backends).filter(|(_, row)| row.identity != 0);
+        rows.map(|(id, row)| (row.identity, id)).collect()
+    }
+
+    /// Slots of all tables that packets can reach, with the table's number.
+    pub fn live_slots(&self) -> impl Iterator<Item = (u16, Slot)> + '_ {
+        let words = (0u16..).zip(self.tables.iter().map(|&bits| TableWord::from_bits(bits)));
+        words.filter(|(_, word)| *word != TableWord::default()).flat_map(move |(table, word)| {
+            let first = word.first_row() * SLOTS_PER_ROW;
+            (first..first + word.length()).map(move |index| (table, self.slot(index)))
+        })
+    }
+
     fn set_slot(&mut self, index: u32, word: u32) {
         self.slots[(index / SLOTS_PER_ROW) as usize].0[(index % SLOTS_PER_ROW) as usize] = word;
     }

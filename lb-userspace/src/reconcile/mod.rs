@@ -13,6 +13,7 @@ pub mod pins;
 pub mod plan;
 pub mod servers;
 pub mod sweep;
+pub mod tracking;
 
 #[cfg(test)]
 mod tests;

@@ -6,9 +6,10 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, TableState, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, BACKEND_PASS, SLOTS_PER_ROW, TableState, TableWord};
 use lb_common::slots::Slot;
 
+use super::desired::{Desired, Target};
 use super::image::Image;
 use super::op::MapOp;
 
@@ -23,6 +24,20 @@ pub struct Course {
     /// Of a table that is no hash: where flows without a pin should go, by content slot; with the logarithm of
     /// the number of content slots.
     pub est: Option<(u32, Vec<u16>)>,
+}
+
+impl Course {
+    /// Of a table that is desired.
+    pub fn of(desired: &Desired, image: &Image, ids: &HashMap<u64, u16>, table: u16) -> Option<Self> {
+        let wanted = desired.tables.get(&image.table_states.get(usize::from(table))?.identity)?;
+        let id_of = |target: &Target| match target {
+            Target::Nobody => BACKEND_NOBODY,
+            Target::Pass => BACKEND_PASS,
+            Target::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
+        };
+        let est = wanted.est.as_ref().map(|est| (wanted.log2_length, est.iter().map(id_of).collect()));
+        Some(Self { idle: wanted.idle, est })
+    }
 }
 
 /// Of one table.

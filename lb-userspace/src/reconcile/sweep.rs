@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use lb_common::abi::{BACKEND_PASS, PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
+use lb_common::wire::PROTO_UDP;
 
+use super::desired::{Desired, meet};
 use super::image::Image;
 use super::moves::SLACK;
 
@@ -31,6 +33,37 @@ pub struct Rules {
 }
 
 impl Rules {
+    /// What follows from what is desired, and from pools that tables had before.
+    pub fn of(desired: &Desired, image: &Image) -> Self {
+        let mut rules = Self::default();
+        let tables: Vec<(u16, [u64; 3], u8, Duration)> = (0u16..)
+            .zip(&image.table_states)
+            .filter_map(|(number, state)| {
+                let wanted = desired.tables.get(&state.identity)?;
+                let pools = [0, 1, 2].map(|word| state.pools[word] | wanted.pool_set[word]);
+                Some((number, pools, wanted.protocol, wanted.idle))
+            })
+            .collect();
+        rules.longest = tables.iter().map(|(.., idle)| *idle).max().unwrap_or_default();
+        for (id, row) in (0u16..).zip(&image.backends) {
+            let Some(backend) = desired.backends.get(&row.identity).filter(|_| row.identity != 0) else {
+                continue;
+            };
+            let related = tables.iter().filter(|(_, pools, ..)| meet(*pools, backend.pool));
+            let (mut tcp, mut udp, mut of) = (Duration::ZERO, Duration::ZERO, Vec::new());
+            for (number, _, protocol, idle) in related {
+                let longest = if *protocol == PROTO_UDP { &mut udp } else { &mut tcp };
+                *longest = (*longest).max(*idle);
+                of.push(*number);
+            }
+            // Of a protocol that no table has any more, pins may still be there.
+            let or_longest = |idle: Duration| if idle.is_zero() { rules.longest } else { idle };
+            rules.idle.insert(id, (or_longest(tcp), or_longest(udp)));
+            rules.tables.insert(id, of);
+        }
+        rules
+    }
+
     fn limit(&self, pin: Pin) -> u32 {
         let (tcp, udp) = self.idle.get(&pin.backend()).copied().unwrap_or((self.longest, self.longest));
         let idle = match pin.state() {
@@ -51,7 +84,7 @@ pub struct Held {
     pub active: u32,
 }
 
-/// Slots of a table that had `P` and not `D` when the cycle began.
+/// Slots of a table that have had `P` and not `D` since the cycle began.
 struct Candidates {
     word: TableWord,
     slots: Vec<(u32, Slot)>,
@@ -129,6 +162,19 @@ impl Sweeper {
             candidates,
             rules,
         });
+    }
+
+    /// Slots from `first` on have been written. Those that were at rest when the cycle began have made pins, perhaps,
+    /// where it has been already.
+    pub fn written(&mut self, first: u32, slots: usize) {
+        let Some(cycle) = &mut self.cycle else { return };
+        for table in cycle.candidates.values_mut() {
+            let base = table.word.first_row() * SLOTS_PER_ROW;
+            let written = first.max(base)..(first + slots as u32).min(base + table.word.length());
+            for index in written {
+                table.held[(index - base) as usize] = true;
+            }
+        }
     }
 
     /// Goes over so many buckets; at the end of the cycle, what it found.

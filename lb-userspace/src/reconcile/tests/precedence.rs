@@ -47,7 +47,7 @@ fn oracle(config: &Config, probe: &Probe) -> End {
 
 fn found(image: &Image, config: &Config, probe: &Probe) -> End {
     let mut bytes = vec![0; 64];
-    bytes.extend(packet(probe, 7));
+    bytes.extend(packet(probe, 7, SAYS[0]));
     let tables = Traced::new(image);
     let decision = forward(&mut Buffer::new(&mut bytes, 64, INGRESS), &tables);
     let counted: HashMap<u32, Counted> =

@@ -1,0 +1,268 @@
+//! Slots on the move, pins and ids at rest, looked after as one: carries plans out, lets `est` follow when its time has
+//! come, sweeps the pins in small steps. The rules are in `plan`, `moves` and `sweep`; who holds the tables tells the
+//! time.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
+use tracing::debug;
+
+use super::desired::{Desired, meet};
+use super::image::Image;
+use super::moves::{Course, Moves, runs};
+use super::op::MapOp;
+use super::plan::{Leave, PlanError, Unpinned, plan};
+use super::sweep::{Found, Rules, Sweeper};
+use crate::capacity::Capacity;
+
+/// Buckets that one look sweeps: well below a millisecond.
+const BUCKETS_A_LOOK: usize = 8192;
+
+/// Cycles begin no oftener.
+const CYCLE: Duration = Duration::from_secs(1);
+
+/// Slots that move for no other reason than a better spread, in a second: a part of all, and at the least.
+const PACE_PART: usize = 8;
+const PACE_LEAST: usize = 1 << 14;
+const PACE: Duration = Duration::from_secs(1);
+
+/// Who holds the tables.
+pub trait Hands {
+    type Error: From<PlanError>;
+
+    fn now(&self) -> Instant;
+    /// The age of a pin that is used now.
+    fn age(&self) -> u16;
+    /// What has been applied, with what packets wrote as of the last `read_states`.
+    fn image(&self) -> &Image;
+    fn capacity(&self) -> &Capacity;
+    /// Takes in what packets write into tables' states.
+    fn read_states(&mut self);
+    /// Carries one operation out, in the tables and in the image of them; false where the rest of its sequence must not
+    /// be.
+    fn apply(&mut self, op: &MapOp) -> Result<bool, Self::Error>;
+    /// Sets right how many flows a backend has.
+    fn set_active(&mut self, id: u16, active: u64);
+}
+
+#[derive(Debug)]
+pub struct Tracking {
+    pub moves: Moves,
+    sweeper: Sweeper,
+    /// What the last whole cycle found.
+    pub found: Found,
+    /// When the last whole cycle ended.
+    pub swept: Instant,
+    began: Instant,
+    /// Ids that nothing has named since the cycle that is under way began.
+    resting: HashSet<u16>,
+    /// Ids that a whole cycle found unpinned, for the next plan.
+    unpinned: HashSet<u16>,
+    /// What the tables are on their way to.
+    pub desired: Desired,
+    paced: Instant,
+    /// Slots that may still move in this second.
+    moves_left: usize,
+    /// Slots that wait for their turn to move.
+    pub waiting: usize,
+    failed: u64,
+}
+
+impl Tracking {
+    pub fn new(now: Instant) -> Self {
+        Self {
+            moves: Moves::new(now),
+            sweeper: Sweeper::default(),
+            found: Found::default(),
+            swept: now,
+            began: now,
+            resting: HashSet::new(),
+            unpinned: HashSet::new(),
+            desired: Desired::default(),
+            paced: now.checked_sub(PACE).unwrap_or(now),
+            moves_left: 0,
+            waiting: 0,
+            failed: 0,
+        }
+    }
+
+    /// Before anything is planned over tables that were there: a closing that broke off ends, and what is dirty begins
+    /// to wait anew.
+    pub fn begin<H: Hands>(hands: &mut H) -> Result<Self, H::Error> {
+        let mut tracking = Self::new(hands.now());
+        let states = (0u16..).zip(&hands.image().table_states);
+        let closing: Vec<u16> =
+            states.filter(|(_, state)| state.closing != 0).map(|(table, _)| table).collect();
+        if !closing.is_empty() {
+            let mut ops = vec![MapOp::Grace];
+            ops.extend(closing.into_iter().map(|table| MapOp::SetClosing { table, closing: 0 }));
+            tracking.carry_out(hands, &ops)?;
+        }
+        let now = hands.now();
+        tracking.moves.observe(hands.image(), now);
+        Ok(tracking)
+    }
+
+    /// Whether slots that waited may move now.
+    pub fn is_paced(&self, now: Instant) -> bool {
+        self.waiting > 0 && now >= self.paced + PACE
+    }
+
+    /// Brings the tables in line with what is desired, or on their way there.
+    pub fn reconcile<H: Hands>(&mut self, hands: &mut H, wanted: Desired) -> Result<(), H::Error> {
+        hands.read_states();
+        // Good for one plan: an id that is free may be given away, and have pins.
+        let unpinned = std::mem::take(&mut self.unpinned);
+        self.pace(hands);
+        let leave = Leave { unpinned: Unpinned::Ids(unpinned), moves: self.moves_left };
+        let plan = plan(hands.image(), &wanted, hands.capacity(), &leave)?;
+        self.waiting = plan.waiting;
+        self.moves_left -= plan.moves;
+        self.desired = wanted;
+        // One that comes back may have pins that the sweep has passed.
+        if !self.resting.is_empty() {
+            let leaving = self.leaving_ids(hands.image());
+            self.resting.retain(|id| leaving.contains(id));
+        }
+        self.carry_out(hands, &plan.ops)?;
+        let now = hands.now();
+        self.moves.observe(hands.image(), now);
+        Ok(())
+    }
+
+    /// Lets `est` follow where its time has come, and sweeps. Whether a plan may find something to do then.
+    pub fn look_after<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
+        let mut changed = false;
+        hands.read_states();
+        let now = hands.now();
+        self.moves.observe(hands.image(), now);
+        let (desired, image) = (&self.desired, hands.image());
+        let ids = image.ids();
+        for (table, ops) in self.moves.due(image, now, |table| Course::of(desired, image, &ids, table)) {
+            if !self.carry_out(hands, &ops)? {
+                debug!(table, "a flow could not be pinned; its slots wait anew");
+            }
+            // Ids may rest from now on.
+            changed = true;
+        }
+        changed |= self.sweep(hands)?;
+        Ok(changed)
+    }
+
+    /// Carries operations out; false where they broke off, and nothing moved.
+    fn carry_out<H: Hands>(&mut self, hands: &mut H, ops: &[MapOp]) -> Result<bool, H::Error> {
+        for op in ops {
+            if let MapOp::WriteSlots { first, words } = op {
+                self.sweeper.written(*first, words.len());
+            }
+            if !hands.apply(op)? {
+                if let MapOp::ExpectFailed { table, .. } = op {
+                    hands.apply(&MapOp::SetClosing { table: *table, closing: 0 })?;
+                }
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Says how many slots may move in this second for a better spread alone: none while pins fail, or are half full.
+    fn pace<H: Hands>(&mut self, hands: &H) {
+        let (image, now) = (hands.image(), hands.now());
+        let failed = image.table_states.iter().map(|state| state.failed).fold(0, u64::wrapping_add);
+        let failing = std::mem::replace(&mut self.failed, failed) != failed;
+        let room = image.pins.words().len() as u64;
+        if failing || self.found.pins * 2 > room {
+            self.moves_left = 0;
+        } else if now >= self.paced + PACE {
+            self.paced = now;
+            let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits));
+            let slots: usize = words.filter(|word| word.bits() != 0).map(|word| word.length() as usize).sum();
+            self.moves_left = (slots / PACE_PART).max(PACE_LEAST);
+        }
+    }
+
+    fn sweep<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
+        let now = hands.now();
+        if !self.sweeper.is_busy() {
+            if now < self.began + CYCLE || !self.has_to_sweep(hands.image()) {
+                return Ok(false);
+            }
+            self.begin_cycle(hands, now)?;
+        }
+        let pins = hands.image().pins.clone();
+        match self.sweeper.step(pins.words(), BUCKETS_A_LOOK, hands.age(), now) {
+            Some(found) => self.end_cycle(hands, found),
+            None => Ok(false),
+        }
+    }
+
+    /// Pins come from slots on the move, and from tables that pin every flow.
+    fn has_to_sweep(&self, image: &Image) -> bool {
+        let moving = |(number, word): (u16, TableWord)| {
+            let first = word.first_row() * SLOTS_PER_ROW;
+            word.bits() != 0
+                && (word.discipline().pins_all()
+                    || self.moves.is_moving(number)
+                    || (first..first + word.length()).any(|index| image.slot(index).pins()))
+        };
+        let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits));
+        self.found.pins > 0 || !self.leaving_ids(image).is_empty() || (0u16..).zip(words).any(moving)
+    }
+
+    /// Ids of backends that are in no configuration any more.
+    fn leaving_ids(&self, image: &Image) -> HashSet<u16> {
+        let rows = (0u16..).zip(&image.backends);
+        let gone =
+            rows.filter(|(_, row)| row.identity != 0 && !self.desired.backends.contains_key(&row.identity));
+        gone.map(|(id, _)| id).collect()
+    }
+
+    fn begin_cycle<H: Hands>(&mut self, hands: &mut H, now: Instant) -> Result<(), H::Error> {
+        self.began = now;
+        let image = hands.image();
+        let mut resting = self.leaving_ids(image);
+        if !resting.is_empty() {
+            for (_, slot) in image.live_slots() {
+                resting.remove(&slot.cur());
+                resting.remove(&slot.est());
+            }
+        }
+        self.resting = resting;
+        // No packet is at work with words from before.
+        self.carry_out(hands, &[MapOp::Grace])?;
+        let rules = Rules::of(&self.desired, hands.image());
+        self.sweeper.begin(hands.image(), rules, now);
+        Ok(())
+    }
+
+    /// Whether ids may be freed.
+    fn end_cycle<H: Hands>(&mut self, hands: &mut H, found: Found) -> Result<bool, H::Error> {
+        if !found.clear.is_empty() {
+            self.carry_out(hands, &runs(found.clear.iter().copied()))?;
+        }
+        let resting = std::mem::take(&mut self.resting);
+        self.unpinned = resting.into_iter().filter(|&id| found.of(id).pins == 0).collect();
+        self.set_loads(hands, &found);
+        self.found = found;
+        self.swept = hands.now();
+        Ok(!self.unpinned.is_empty())
+    }
+
+    /// How busy backends are whose tables go by it.
+    fn set_loads<H: Hands>(&self, hands: &mut H, found: &Found) {
+        let least = self.desired.tables.values().filter(|t| t.discipline == Discipline::Least);
+        let sets: Vec<[u64; 3]> = least.map(|table| table.pool_set).collect();
+        if sets.is_empty() {
+            return;
+        }
+        let ids = hands.image().ids();
+        for (identity, backend) in &self.desired.backends {
+            if let Some(&id) = ids.get(identity)
+                && sets.iter().any(|set| meet(*set, backend.pool))
+            {
+                hands.set_active(id, u64::from(found.of(id).active));
+            }
+        }
+    }
+}
