@@ -4,6 +4,7 @@
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
 //! packet can reach any more. A next hop that is lost is a removal.
 
+mod places;
 mod servers;
 mod vips;
 
@@ -11,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use lb_common::abi::{
     BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
-    TableState, TableWord,
+    TableWord,
 };
 use lb_common::slots::Slot;
 
@@ -21,6 +22,7 @@ use super::moves::runs;
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
+use places::Places;
 pub use vips::{VipEntry, VipMap, counter_rows, ports, present_vips};
 
 /// Why a desired state cannot be planned. Nothing has been written then.
@@ -81,6 +83,8 @@ pub struct Plan {
     pub waiting: usize,
     /// Slots that move for a better spread, of those that may.
     pub moves: usize,
+    /// Whether another plan must follow at once: what it changes has to be live first.
+    pub again: bool,
 }
 
 /// The writes that turn the image into what is desired; none if it is that already, or on its way.
@@ -98,15 +102,18 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         lose: Vec::new(),
         remove: Vec::new(),
         moved: false,
+        copied: HashMap::new(),
+        again: false,
     };
     let ids = planner.backends()?;
-    let tables = planner.tables(&ids)?;
-    let gone = planner.servers(&ids, &tables)?;
-    planner.vips(&tables)?;
+    let present = present_vips(image);
+    let places = planner.tables(&ids, &present)?;
+    let gone = planner.servers(&ids, &places)?;
+    planner.vips(&present, &places)?;
     planner.leaving(&ids);
     planner.add.extend(gone);
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner { add: mut ops, turn, lose, mut remove, moved, .. } = planner;
+    let Planner { add: mut ops, turn, lose, mut remove, moved, again, .. } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -119,12 +126,19 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting, moves })
+    Ok(Plan { ops, waiting, moves, again })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
 pub fn plan_at_once(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
-    plan(image, desired, capacity, &Leave::all()).map(|plan| plan.ops)
+    let first = plan(image, desired, capacity, &Leave::all())?;
+    if !first.again {
+        return Ok(first.ops);
+    }
+    let mut after = image.clone();
+    first.ops.iter().for_each(|op| after.apply(op));
+    let second = plan(&after, desired, capacity, &Leave::all())?;
+    Ok(first.ops.into_iter().chain(second.ops).collect())
 }
 
 struct Planner<'a> {
@@ -145,6 +159,9 @@ struct Planner<'a> {
     remove: Vec<MapOp>,
     /// Whether a table leaves its place, or an entry of a server.
     moved: bool,
+    /// Tables that are copies of others with this plan.
+    copied: HashMap<u16, u16>,
+    again: bool,
 }
 
 impl Planner<'_> {
@@ -275,41 +292,22 @@ impl Planner<'_> {
         Ok(rows)
     }
 
-    /// Tables and their slots. Returns the number of each identity.
-    fn tables(&mut self, ids: &HashMap<u64, u16>) -> Result<HashMap<u64, u16>, PlanError> {
-        let image = self.image;
-        let limit = self.capacity.tables;
-        let needed = self.desired.tables.len();
-        let mut regions = Regions::of(image);
-        let mut tables = HashMap::new();
-        let mut free = Vec::new();
-        for (table, state) in image.table_states.iter().enumerate() {
-            let table = table as u16;
-            if self.desired.tables.contains_key(&state.identity) && !tables.contains_key(&state.identity) {
-                tables.insert(state.identity, table);
-            } else if state.identity == 0 && image.tables[usize::from(table)] == 0 {
-                free.push(table);
-            } else {
-                self.remove.push(MapOp::WriteTableState { table, state: TableState::default() });
-                self.remove.push(MapOp::SetTableWord { table, word: TableWord::default() });
+    /// Tables and their slots. Returns the rows that services go by.
+    fn tables(&mut self, ids: &HashMap<u64, u16>, present: &VipMap) -> Result<Places, PlanError> {
+        let mut regions = Regions::of(self.image);
+        let places = self.places(present, &mut regions)?;
+        for (row, identity) in &places.rows {
+            // A copy that is not live yet moves with the next plan.
+            if self.copied.contains_key(row) {
+                let from = self.copied[row];
+                let copied = places::words(self.image, from);
+                self.named.extend(copied.iter().flat_map(|&word| names(Slot::from_bits(word))));
+                self.again = true;
+                continue;
             }
+            self.table(*row, &self.desired.tables[identity], ids, &mut regions)?;
         }
-        let mut free = free.into_iter();
-        for (identity, wanted) in &self.desired.tables {
-            let table = match tables.get(identity) {
-                Some(table) => *table,
-                None => {
-                    let table = free.next().ok_or(PlanError::Tables { needed, limit })?;
-                    let pools = wanted.pool_set;
-                    let state = TableState { identity: *identity, pools, ..TableState::default() };
-                    self.add.push(MapOp::WriteTableState { table, state });
-                    tables.insert(*identity, table);
-                    table
-                }
-            };
-            self.table(table, wanted, ids, &mut regions)?;
-        }
-        Ok(tables)
+        Ok(places)
     }
 
     /// One table: the slots that differ, in a longer place where its content outgrew the one it has.

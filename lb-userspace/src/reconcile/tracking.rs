@@ -111,15 +111,22 @@ impl Tracking {
 
     /// Brings the tables in line with what is desired, or on their way there.
     pub fn reconcile<H: Hands>(&mut self, hands: &mut H, wanted: Desired) -> Result<(), H::Error> {
+        self.desired = wanted;
+        // What a plan changes may have to be live before the next can go on from there.
+        while self.carry_out_plan(hands)? {}
+        Ok(())
+    }
+
+    /// One plan. Returns whether another must follow at once.
+    fn carry_out_plan<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
         hands.read_states();
         // Good for one plan: an id that is free may be given away, and have pins.
         let unpinned = std::mem::take(&mut self.unpinned);
         self.pace(hands);
         let leave = Leave { unpinned: Unpinned::Ids(unpinned), moves: self.moves_left };
-        let plan = plan(hands.image(), &wanted, hands.capacity(), &leave)?;
+        let plan = plan(hands.image(), &self.desired, hands.capacity(), &leave)?;
         self.waiting = plan.waiting;
         self.moves_left -= plan.moves;
-        self.desired = wanted;
         // One that comes back may have pins that the sweep has passed.
         if !self.resting.is_empty() {
             let leaving = self.leaving_ids(hands.image());
@@ -128,7 +135,7 @@ impl Tracking {
         self.carry_out(hands, &plan.ops)?;
         let now = hands.now();
         self.moves.observe(hands.image(), now);
-        Ok(())
+        Ok(plan.again)
     }
 
     /// Lets `est` follow where its time has come, and sweeps. Whether a plan may find something to do then.
@@ -246,7 +253,9 @@ impl Tracking {
         self.set_loads(hands, &found);
         self.found = found;
         self.swept = hands.now();
-        Ok(!self.unpinned.is_empty())
+        // Copies that are at rest may be equal to what they stand for.
+        let copies = hands.image().table_states.iter().any(|state| state.origin != 0);
+        Ok(!self.unpinned.is_empty() || copies && !self.found.clear.is_empty())
     }
 
     /// How busy backends are whose tables go by it.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use lb_common::quic::{MOST_SERVERS, ServerKey};
 
-use super::{PlanError, Planner};
+use super::{Places, PlanError, Planner};
 use crate::reconcile::op::MapOp;
 
 impl Planner<'_> {
@@ -16,15 +16,15 @@ impl Planner<'_> {
     pub(super) fn servers(
         &mut self,
         ids: &HashMap<u64, u16>,
-        tables: &HashMap<u64, u16>,
+        places: &Places,
     ) -> Result<Vec<MapOp>, PlanError> {
         let needed = self.desired.servers.len();
         if needed > MOST_SERVERS as usize {
             return Err(PlanError::Servers { needed, limit: MOST_SERVERS });
         }
-        let named = self.desired.servers.iter().filter_map(|((table, config_id, server_id), backend)| {
-            let key = ServerKey::new(*tables.get(table)?, *config_id, server_id)?;
-            Some((key, *ids.get(backend)?))
+        let named = self.desired.servers.iter().flat_map(|((table, config_id, server_id), backend)| {
+            let key = move |row| ServerKey::new(row, *config_id, server_id);
+            places.standing_for(*table).filter_map(move |row| Some((key(row)?, *ids.get(backend)?)))
         });
         let wanted: BTreeMap<ServerKey, u16> = named.collect();
         let present = &self.image.servers;

@@ -11,7 +11,7 @@ use lb_common::abi::{
 use lb_common::vips::{FilterBit, filter4, filter6};
 use lb_common::wire::Address6;
 
-use super::{PlanError, Planner};
+use super::{Places, PlanError, Planner};
 use crate::capacity::Capacity;
 use crate::config::model::Ports;
 use crate::reconcile::entries::{Counted, DesiredRule, DesiredVip, Lead, VipKey, marked};
@@ -60,10 +60,15 @@ fn entry(image: &Image, key: PortKey, target: VipTarget) -> VipEntry {
 }
 
 /// The row of everything that is counted.
+pub fn counter_rows(vips: &VipMap) -> BTreeMap<Counted, u32> {
+    counted_targets(vips).into_iter().map(|(counted, target)| (counted, target.vip())).collect()
+}
+
+/// Where everything leads that is counted.
 ///
 /// A rule is also in the lists of the VIPs that inherit it: it belongs to the shortest prefix that has it.
-pub fn counter_rows(vips: &VipMap) -> BTreeMap<Counted, u32> {
-    let mut rows = BTreeMap::new();
+pub fn counted_targets(vips: &VipMap) -> BTreeMap<Counted, VipTarget> {
+    let mut targets = BTreeMap::new();
     let mut known = HashSet::new();
     let mut marks = Vec::new();
     for (key, entry) in vips {
@@ -72,7 +77,7 @@ pub fn counter_rows(vips: &VipMap) -> BTreeMap<Counted, u32> {
             VipEntry::Service(_) if PortKey(key.1).is_fragments() || PortKey(key.1).is_address() => {}
             VipEntry::Service(target) => {
                 let port = PortKey(key.1);
-                rows.insert((key.0.into(), Ports::Port(port.port()), port.protocol()), target.vip());
+                targets.insert((key.0.into(), Ports::Port(port.port()), port.protocol()), *target);
             }
         }
     }
@@ -80,11 +85,11 @@ pub fn counter_rows(vips: &VipMap) -> BTreeMap<Counted, u32> {
     for (vip, rules) in marks {
         for rule in rules {
             if known.insert(rule.target.vip()) {
-                rows.insert((vip, ports(rule), rule.protocol as u8), rule.target.vip());
+                targets.insert((vip, ports(rule), rule.protocol as u8), rule.target);
             }
         }
     }
-    rows
+    targets
 }
 
 /// The ports of a rule, in the words of the configuration.
@@ -98,10 +103,9 @@ pub fn ports(rule: &PortRule) -> Ports {
 
 impl Planner<'_> {
     /// Entries and rules, written anew into the half that is not live, if anything of the family differs.
-    pub(super) fn vips(&mut self, tables: &HashMap<u64, u16>) -> Result<(), PlanError> {
-        let present = present_vips(self.image);
-        let rows = self.counters(&present)?;
-        let target = |lead: &Lead| VipTarget::service(tables[&lead.table], lead.flags, rows[&lead.counted]);
+    pub(super) fn vips(&mut self, present: &VipMap, places: &Places) -> Result<(), PlanError> {
+        let rows = self.counters(present)?;
+        let target = |lead: &Lead| VipTarget::service(places.of(lead), lead.flags, rows[&lead.counted]);
         let rule = |rule: &DesiredRule| {
             PortRule::new(rule.ports.lowest(), rule.ports.highest(), rule.protocol, target(&rule.lead))
         };
@@ -120,9 +124,9 @@ impl Planner<'_> {
             })
             .collect();
         self.filter(wanted.keys());
-        self.lengths(&present, &wanted);
-        self.family::<V4>(&present, &wanted)?;
-        self.family::<V6>(&present, &wanted)
+        self.lengths(present, &wanted);
+        self.family::<V4>(present, &wanted)?;
+        self.family::<V6>(present, &wanted)
     }
 
     /// A row for everything that is counted.
