@@ -195,7 +195,7 @@ fn a_backend_that_comes_up_gets_its_share_bit_by_bit() -> Result<()> {
     ensure!(seen.is_sorted(), "{seen:?}");
     let steps: BTreeSet<u64> = seen.iter().map(|share| share.round() as u64).collect();
     ensure!(steps.len() >= 3 && seen[0] < 30.0, "not bit by bit: {seen:?}");
-    ensure!(balancer.places()? == before, "flows are not where they were");
+    wait_for("flows where they were", PATIENCE, || balancer.places().is_ok_and(|places| places == before))?;
     stage.balances(URL4, 200, 2)?;
 
     // One that comes with a reload starts, too; the others do not notice.
