@@ -686,12 +686,24 @@ impl Backend {
     /// Its flows were moved, and its pins taken out.
     pub const EMPTIED: u8 = 2;
 
-    /// Whether it takes new flows. The agent changes it while packets read it.
+    /// Whether it takes new flows.
     #[inline(always)]
     pub fn accepts(&self) -> bool {
+        self.has(Self::ACCEPTING)
+    }
+
+    /// Whether it is to have no flow any more, not even an old one.
+    #[inline(always)]
+    pub fn is_emptied(&self) -> bool {
+        self.has(Self::EMPTIED)
+    }
+
+    /// The agent changes flags while packets read them.
+    #[inline(always)]
+    fn has(&self, flag: u8) -> bool {
         // SAFETY: a reference is valid, aligned and initialised.
         let flags = unsafe { core::ptr::read_volatile(&self.flags) };
-        flags & Self::ACCEPTING != 0
+        flags & flag != 0
     }
 
     #[inline(always)]

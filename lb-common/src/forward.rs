@@ -1,13 +1,12 @@
 //! The packet path: parse, look up, rewrite. A reader follows a packet from top to bottom.
 
 use crate::abi::{BackendKind, Features, Path, VipTarget};
-use crate::classify::{self, Flow, Role};
+use crate::classify::{self, Role};
 use crate::encap::{self, Inner, InnerFamily};
-use crate::flow::FlowHash;
 use crate::icmp::{self, Reason};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
-use crate::parse::{Parsed4, Parsed6, Transport};
+use crate::parse::{Parsed4, Parsed6};
 use crate::pins::{Asked, Says};
 use crate::quic::{self, Named};
 use crate::slots::{self, Steered};
@@ -122,12 +121,23 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     } else {
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    let table = flow.target.table();
     let asked = features.has(Features::QUIC);
-    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::Unasked };
-    let to = match named {
-        Named::Server(to) => to,
-        Named::Unasked | Named::Stranger => hashed(packet, tables, &flow, &ip.transport, hash)?,
+    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::UNASKED };
+    let id = if let Some(id) = named.server() {
+        id
+    } else {
+        let found = slots::find(tables, table, hash)?;
+        if found.slot.is_clean() {
+            found.slot.cur()
+        } else {
+            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+            let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
+            let says = if begins { Says::NEW_DATAGRAM } else { says };
+            tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
+        }
     };
+    let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
@@ -136,28 +146,6 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
         decision.outcome = named.outcome(decision.outcome);
     }
     Ok(decision)
-}
-
-/// The backend that the addresses and ports of a flow lead to.
-#[inline(always)]
-fn hashed<'t, P: Packet, T: Tables, A>(
-    packet: &P,
-    tables: &'t T,
-    flow: &Flow<A>,
-    transport: &Transport,
-    hash: FlowHash,
-) -> Result<Steered<'t>, Outcome> {
-    let table = flow.target.table();
-    let found = slots::find(tables, table, hash)?;
-    let id = if found.slot.is_clean() {
-        found.slot.cur()
-    } else {
-        let begins = tables.features().has(Features::QUIC) && quic::begins(packet, tables, flow, transport);
-        let says = classify::says(packet, flow.protocol, transport.offset, flow.role);
-        let says = if begins { Says::NEW_DATAGRAM } else { says };
-        tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
-    };
-    slots::backend(tables, id)
 }
 
 /// What no client sends to a VIP: the answer would go round in circles, or to nobody.
@@ -208,12 +196,23 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     } else {
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    let table = flow.target.table();
     let asked = features.has(Features::QUIC);
-    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::Unasked };
-    let to = match named {
-        Named::Server(to) => to,
-        Named::Unasked | Named::Stranger => hashed(packet, tables, &flow, &ip.transport, hash)?,
+    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::UNASKED };
+    let id = if let Some(id) = named.server() {
+        id
+    } else {
+        let found = slots::find(tables, table, hash)?;
+        if found.slot.is_clean() {
+            found.slot.cur()
+        } else {
+            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+            let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
+            let says = if begins { Says::NEW_DATAGRAM } else { says };
+            tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
+        }
     };
+    let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash, sum };

@@ -35,6 +35,14 @@ pub struct Transport {
     pub shape: Shape,
 }
 
+impl Transport {
+    /// Where the IP packet ends; behind that is padding.
+    #[inline(always)]
+    pub const fn end(&self) -> usize {
+        self.offset + self.length
+    }
+}
+
 /// What an IPv4 header says. Addresses as they lie in the packet.
 #[derive(Clone, Copy)]
 pub struct Parsed4 {

@@ -12,7 +12,6 @@ use crate::classify::{Flow, Role};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::parse::Transport;
-use crate::slots::Steered;
 use crate::tables::Tables;
 use crate::wire::{ConnectionId, Header, QuicLong, QuicShort, Udp};
 
@@ -91,44 +90,47 @@ const fn mask(bytes: u32) -> u64 {
 
 const _: () = assert!(size_of::<ServerKey>() == 24);
 
-/// What a packet says of its server.
-#[derive(Clone, Copy)]
-pub enum Named<'t> {
-    /// Nothing: its service does not go by connection IDs, or it has a long header, or it is none of QUIC.
-    Unasked,
-    /// It is of an established connection, but of nobody's who may get it.
-    Stranger,
-    Server(Steered<'t>),
-}
+/// What a packet says of its server: the backend's id, or one of the others. A word, which functions of their own give.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Named(u32);
 
-impl Named<'_> {
+impl Named {
+    /// Nothing: its service does not go by connection IDs, or it has a long header, or it is none of QUIC.
+    pub const UNASKED: Self = Self(1 << 16);
+    /// It is of an established connection, but of nobody's who may get it.
+    const STRANGER: Self = Self(2 << 16);
+
+    #[inline(always)]
+    pub const fn server(self) -> Option<u16> {
+        if self.0 < Self::UNASKED.0 { Some(self.0 as u16) } else { None }
+    }
+
     /// What became of the packet, for the counters: `sent` says which way it went.
     #[inline(always)]
-    pub const fn outcome(&self, sent: Outcome) -> Outcome {
-        match (self, matches!(sent, Outcome::ForwardTransmit)) {
-            (Self::Unasked, _) => sent,
-            (Self::Server(_), true) => Outcome::ForwardQuicTransmit,
-            (Self::Server(_), false) => Outcome::ForwardQuicRedirect,
-            (Self::Stranger, true) => Outcome::ForwardQuicStrayTransmit,
-            (Self::Stranger, false) => Outcome::ForwardQuicStrayRedirect,
+    pub const fn outcome(self, sent: Outcome) -> Outcome {
+        let here = matches!(sent, Outcome::ForwardTransmit);
+        match self {
+            Self::UNASKED => sent,
+            Self::STRANGER if here => Outcome::ForwardQuicStrayTransmit,
+            Self::STRANGER => Outcome::ForwardQuicStrayRedirect,
+            _ if here => Outcome::ForwardQuicTransmit,
+            _ => Outcome::ForwardQuicRedirect,
         }
     }
 }
 
 /// The backend that a packet names. Who names none is balanced like any other.
 #[inline(always)]
-pub fn server<'t, P: Packet, T: Tables, A>(
+pub fn server<P: Packet, T: Tables, A>(
     packet: &P,
-    tables: &'t T,
+    tables: &T,
     flow: &Flow<A>,
     transport: &Transport,
-) -> Named<'t> {
-    match header::<P, A, QuicShort>(packet, flow, transport) {
-        Some(short) if short.is_short() => match alive(tables, flow.target, &short.destination) {
-            Some(to) => Named::Server(to),
-            None => Named::Stranger,
-        },
-        _ => Named::Unasked,
+) -> Named {
+    match payload(flow, transport) {
+        0 => Named::UNASKED,
+        at => named(packet, tables, flow.target, at, transport.end()),
     }
 }
 
@@ -141,41 +143,56 @@ pub fn begins<P: Packet, T: Tables, A>(
     flow: &Flow<A>,
     transport: &Transport,
 ) -> bool {
-    match header::<P, A, QuicLong>(packet, flow, transport) {
+    match payload(flow, transport) {
+        0 => false,
+        at => opens(packet, tables, flow.target, at, transport.end()),
+    }
+}
+
+/// Where the payload of a whole packet to a service that goes by connection IDs begins; 0 for others.
+#[inline(always)]
+const fn payload<A>(flow: &Flow<A>, transport: &Transport) -> usize {
+    let asked = flow.target.server_id_bytes() != 0 && matches!(flow.role, Role::Packet);
+    if asked { transport.offset + size_of::<Udp>() } else { 0 }
+}
+
+/// What lies at `at`, before `end`: behind that is padding.
+#[inline(always)]
+fn header<P: Packet, H: Header>(packet: &P, at: usize, end: usize) -> Option<&H> {
+    if at + H::LEN > end { None } else { packet.header::<H>(at) }
+}
+
+/// A function of its own in the kernel too, so that programs that are loaded without it do not differ.
+#[inline(never)]
+fn named<P: Packet, T: Tables>(packet: &P, tables: &T, target: VipTarget, at: usize, end: usize) -> Named {
+    match header::<P, QuicShort>(packet, at, end) {
+        Some(short) if short.is_short() => match alive(tables, target, &short.destination) {
+            Some(id) => Named(id as u32),
+            None => Named::STRANGER,
+        },
+        _ => Named::UNASKED,
+    }
+}
+
+#[inline(never)]
+fn opens<P: Packet, T: Tables>(packet: &P, tables: &T, target: VipTarget, at: usize, end: usize) -> bool {
+    match header::<P, QuicLong>(packet, at, end) {
         Some(long) if long.is_initial() => {
-            let routable = long.destination_length as u32 > flow.target.server_id_bytes();
-            !routable || alive(tables, flow.target, &long.destination).is_none()
+            let routable = long.destination_length as u32 > target.server_id_bytes();
+            !routable || alive(tables, target, &long.destination).is_none()
         }
         _ => false,
     }
 }
 
-/// What a whole packet to a service that goes by connection IDs has behind its UDP header.
+/// The backend that a connection ID names, if it may get anything. One that is drained may, and one that is down until
+/// its flows go (`on_down`): nobody else knows the connection.
 #[inline(always)]
-fn header<'p, P: Packet, A, H: Header>(
-    packet: &'p P,
-    flow: &Flow<A>,
-    transport: &Transport,
-) -> Option<&'p H> {
-    let asked = flow.target.server_id_bytes() != 0 && matches!(flow.role, Role::Packet);
-    if !asked || transport.length < size_of::<Udp>() + H::LEN {
-        return None;
-    }
-    packet.header::<H>(transport.offset + size_of::<Udp>())
-}
-
-/// The backend that a connection ID names, if it may get anything. One that is drained may: connections live on it.
-#[inline(always)]
-fn alive<'t, T: Tables>(
-    tables: &'t T,
-    target: VipTarget,
-    connection_id: &ConnectionId,
-) -> Option<Steered<'t>> {
+fn alive<T: Tables>(tables: &T, target: VipTarget, connection_id: &ConnectionId) -> Option<u16> {
     let key = ServerKey::of(connection_id, target.table(), target.server_id_bytes())?;
     let id = tables.server(&key)?;
     let backend = tables.backend(id)?;
-    let real = backend.kind > BackendKind::Pass as u8 && backend.accepts();
-    if real { Some(Steered { id, backend }) } else { None }
+    if backend.kind > BackendKind::Pass as u8 && !backend.is_emptied() { Some(id) } else { None }
 }
 
 #[cfg(test)]
@@ -212,7 +229,8 @@ mod tests {
     fn key(packet: &[u8], length: usize) -> Option<ServerKey> {
         let mut bytes = [&[0; 8], packet].concat();
         let buffer = Buffer::new(&mut bytes, 0, 1);
-        let header = header::<_, _, QuicShort>(&buffer, &service(length), &transport(packet))?;
+        let transport = transport(packet);
+        let header = header::<_, QuicShort>(&buffer, payload(&service(length), &transport), transport.end())?;
         let key = ServerKey::of(&header.destination, TABLE, length as u32);
         key.filter(|_| header.is_short())
     }
@@ -310,7 +328,8 @@ mod tests {
         let mut bytes = [&[0; 8], packet.as_slice()].concat();
         let buffer = Buffer::new(&mut bytes, 0, 1);
         let looked = |flow: &Flow<u32>, transport: &Transport| {
-            header::<_, _, QuicShort>(&buffer, flow, transport).is_some()
+            let at = payload(flow, transport);
+            at != 0 && header::<_, QuicShort>(&buffer, at, transport.end()).is_some()
         };
         assert!(looked(&service(3), &transport(&packet)));
         assert!(!looked(&service(0), &transport(&packet)));

@@ -12,7 +12,7 @@ pub use balancer::{Expect, Row, errors_of_flows, rows, sticky_flows};
 pub use build::{Dice, Transport, packet};
 pub use check::{check, xdp_verdict};
 pub use decap::{DecapRow, DecapSite, check_decap, decap_rows};
-pub use quic::quic_flows;
+pub use quic::{quic_flows, quic_openings};
 pub use site::{AWAY, INGRESS, SEED, Setting, VIP4, VIP6, capacity, image, interface, meta};
 
 /// Room in front of a frame in host runs: what the kernel leaves (XDP_PACKET_HEADROOM).

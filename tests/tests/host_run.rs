@@ -9,6 +9,7 @@ use lb_common::decap::decap;
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
+use lb_common::slots::Slot;
 use lb_common::wire::Mac;
 use lb_userspace::reconcile::desired::desired;
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
@@ -169,13 +170,25 @@ fn a_quic_connection_meets_its_server_wherever_its_packets_come_from() {
 }
 
 #[test]
+fn a_quic_connection_that_opens_goes_where_new_flows_go_and_others_stay() {
+    let mut image = fixtures::image(Setting::Quic);
+    let [old, new] = [1, 2];
+    let moving = Slot::new(new, old, true, false).bits();
+    image.slots.iter_mut().flat_map(|row| &mut row.0).for_each(|word| *word = moving);
+    for (name, frame, opens) in fixtures::quic_openings() {
+        let met = run(&image, &frame).trail.met;
+        assert_eq!(met, Some(if opens { new } else { old }), "{name}");
+    }
+}
+
+#[test]
 fn who_is_down_or_gone_gets_no_packets_of_his_quic_connections() {
     let image = fixtures::image(Setting::Quic);
     let strays = [Outcome::ForwardQuicStrayTransmit, Outcome::ForwardQuicStrayRedirect];
     for (server, frames) in fixtures::quic_flows() {
         let is_it = |row: &Backend| lb_userspace::lookup::address(row) == Some(server);
         let mut down = image.clone();
-        down.backends.iter_mut().filter(|row| is_it(row)).for_each(|row| row.flags &= !Backend::ACCEPTING);
+        down.backends.iter_mut().filter(|row| is_it(row)).for_each(|row| row.flags = Backend::EMPTIED);
         let mut gone = image.clone();
         gone.servers.retain(|_, id| !is_it(&gone.backends[usize::from(*id)]));
         for image in [down, gone] {
