@@ -225,9 +225,35 @@ fn the_servers_change_under_live_connections_and_none_is_lost() -> Result<()> {
 }
 
 #[test]
+fn a_server_that_left_the_file_keeps_its_connections_until_they_end() -> Result<()> {
+    const IDLE: Duration = Duration::from_secs(2);
+    let Some(stage) = set("quicleave", 3)? else { return Ok(()) };
+    let mut config = config(&stage);
+    config.pool = format!("    idle_timeout: {{udp: {}s}}\n", IDLE.as_secs());
+    let balancer = stage.start(&config)?;
+    let mut clients = connect(&stage, 30)?;
+    config.backends.remove(0);
+    balancer.reload(&config.to_string())?;
+    // No slot and no pin names it any more after a while; its connections are there.
+    for _ in 0..4 {
+        std::thread::sleep(IDLE);
+        clients.move_on()?;
+    }
+    let newcomers = connect(&stage, 30)?.end()?;
+    all_live(&newcomers)?;
+    ensure!(newcomers.iter().all(|one| one.servers != ["web1"]), "{newcomers:?}");
+    let connections = clients.end()?;
+    all_live(&connections)?;
+    ensure!(connections.iter().any(|one| one.servers == ["web1"]), "{connections:?}");
+    let named = || balancer.tables().is_ok_and(|tables| tables.servers.len() == 2);
+    wait_for("nobody names the server that left", PATIENCE, named)
+}
+
+#[test]
 fn a_dead_server_loses_its_connections_alone() -> Result<()> {
     let Some(stage) = set("quicdead", 3)? else { return Ok(()) };
     let mut config = config(&stage);
+    config.pool = "    on_down: move\n".to_owned();
     config.health =
         "{type: http, path: /healthz, port: 80, interval: 100ms, timeout: 100ms, rise: 1, fall: 2}".into();
     let balancer = stage.start(&config)?;

@@ -1,6 +1,6 @@
 //! What operators ask of backends, and backends that leave the file: what the core does about them, and when it is kept.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -183,6 +183,7 @@ impl Core {
 
     /// Notes deadlines that have passed, and drains that are complete.
     pub fn look_after_exits(&mut self) {
+        self.note_named();
         if !self.overrides.has_exits() {
             return;
         }
@@ -226,6 +227,7 @@ impl Core {
         if self.changed {
             return Ok(false);
         }
+        self.note_named();
         let gone: HashSet<BackendKey> =
             self.overrides.leaving().filter(|key| self.remaining_at(key).is_empty()).cloned().collect();
         if gone.is_empty() {
@@ -239,6 +241,26 @@ impl Core {
         self.keep();
         self.reconcile()?;
         Ok(true)
+    }
+
+    /// Notes what backends on their way out get that connection IDs of QUIC name.
+    fn note_named(&mut self) {
+        if self.image.servers.is_empty() || !self.overrides.has_exits() {
+            return;
+        }
+        let named: HashSet<u16> = self.image.servers.values().copied().collect();
+        let id_of = |key: &BackendKey| {
+            let pool = self.config.pools.iter().find(|pool| pool.name == key.pool)?;
+            let identity = backend_identity(&pool.name, pool.forward, key.address);
+            self.index().ids.get(&identity).copied().filter(|id| named.contains(id))
+        };
+        let ids = self.overrides.exits().filter_map(|(key, _)| id_of(key));
+        let packets = ids.filter_map(|id| {
+            // A count that cannot be read is no other count.
+            Some((id, self.datapath.maps.counters().backend(id).ok()?.packets))
+        });
+        let packets: HashMap<u16, u64> = packets.collect();
+        self.named.note(Instant::now(), &packets);
     }
 
     /// Backends that have left for good.

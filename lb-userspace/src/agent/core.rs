@@ -7,12 +7,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
+use lb_common::abi::Backend as Row;
+use lb_common::wire::PROTO_UDP;
 use tracing::{info, warn};
 
 use super::adopt;
 use super::changeover::inherit;
 use super::commands::{Held, tell};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
+use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
 use super::snapshot::{
     BackendState, BackendView, Index, PoolView, Reloads, Remaining, Snapshot, Transitions,
@@ -80,6 +83,8 @@ pub struct Core {
     /// Whether the tables must be worked out again.
     pub(super) changed: bool,
     pub(super) tracking: Tracking,
+    /// Backends on their way out that connection IDs of QUIC name.
+    pub(super) named: Named,
 }
 
 impl Core {
@@ -128,6 +133,7 @@ impl Core {
             reloads: Reloads::none(),
             changed: true,
             tracking: Tracking::new(Instant::now()),
+            named: Named::default(),
         };
         core.begin_tracking()?;
         if core.datapath.adopted {
@@ -433,7 +439,11 @@ impl Core {
     pub fn remaining(&self, id: u16) -> Remaining {
         let (slots_new, slots_old) = self.index().slots(id);
         let pins = u64::from(self.tracking.found.of(id).active);
-        Remaining { pins, slots_new, slots_old }
+        let udp = self.tracking.desired.tables.values().filter(|table| table.protocol == PROTO_UDP);
+        let idle = udp.map(|table| table.idle).max().unwrap_or_default();
+        let emptied = self.image.backends.get(usize::from(id)).is_some_and(Row::is_emptied);
+        let quic = !emptied && self.named.gets(Instant::now(), id, idle);
+        Remaining { pins, slots_new, slots_old, quic }
     }
 
     fn state(

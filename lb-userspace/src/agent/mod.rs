@@ -9,6 +9,7 @@ mod core;
 pub mod diff;
 mod interfaces;
 mod lookup;
+mod named;
 mod next_hops;
 mod notify;
 mod overrides;

@@ -90,6 +90,9 @@ pub struct Remaining {
     pub slots_new: u32,
     /// Slots that lead old flows to it.
     pub slots_old: u32,
+    /// QUIC connections, which have no pins, sent to it a short while ago.
+    #[serde(default)]
+    pub quic: bool,
 }
 
 impl Remaining {

@@ -119,6 +119,9 @@ pub struct ExitStatus {
     pub seconds_left: Option<u64>,
     /// Nothing names it any more.
     pub complete: bool,
+    /// QUIC connections, which have no pins, sent to it a short while ago.
+    #[serde(default)]
+    pub quic: bool,
     /// What it still had at its deadline.
     pub cut_off: Option<Remaining>,
 }
@@ -132,6 +135,7 @@ impl ExitStatus {
                 .deadline
                 .map(|deadline| deadline.saturating_sub(now).as_millis().div_ceil(1000) as u64),
             complete: remaining.is_empty(),
+            quic: remaining.quic,
             cut_off: exit.cut,
         }
     }
@@ -243,7 +247,7 @@ impl Snapshot {
         let identity = backend_identity(&pool.name, pool.forward, backend.address);
         let id = self.index.ids.get(&identity).copied();
         let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
-        let Remaining { pins, slots_new, slots_old } = view.remaining;
+        let Remaining { pins, slots_new, slots_old, quic: _ } = view.remaining;
         Ok(BackendStatus {
             pool: pool.name.clone(),
             name: backend.name.clone(),

@@ -171,6 +171,7 @@ fn state(backend: &BackendStatus) -> String {
 /// What still names a backend.
 pub fn left(backend: &BackendStatus) -> String {
     match (backend.pins, backend.slots_old.max(backend.slots)) {
+        (0, 0) if backend.exit.as_ref().is_some_and(|exit| exit.quic) => "QUIC connections".to_owned(),
         (0, 0) => "nothing".to_owned(),
         (pins, slots) => flows_and_slots(pins, slots),
     }

@@ -2,6 +2,7 @@
 //! desired, once the flows of before are silent, a second one is empty, and no packet is lost or misled midway.
 
 mod precedence;
+mod servers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,10 +1,10 @@
 //! The part of a plan that says whom connection IDs of QUIC name.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use lb_common::quic::{MOST_SERVERS, ServerKey};
 
-use super::{Places, PlanError, Planner};
+use super::{Places, PlanError, Planner, Unpinned};
 use crate::reconcile::op::MapOp;
 
 impl Planner<'_> {
@@ -38,8 +38,30 @@ impl Planner<'_> {
             }
             self.add.push(set(*other));
         }
-        let gone: Vec<_> = present.keys().filter(|key| !wanted.contains_key(key)).collect();
+        let held = self.held(ids);
+        let live: HashSet<u16> = tables.values().copied().collect();
+        let gone: Vec<_> = present
+            .iter()
+            .filter(|(key, id)| {
+                let stays = held.contains(id) && live.contains(&key.table());
+                !wanted.contains_key(key) && !stays
+            })
+            .map(|(key, _)| key)
+            .collect();
         self.moved |= !others.is_empty() || !gone.is_empty();
         Ok(gone.into_iter().map(|key| MapOp::RemoveServer { key: *key }).collect())
+    }
+
+    /// Backends that are in no configuration any more, and that flows may live on.
+    fn held(&self, ids: &HashMap<u64, u16>) -> HashSet<u16> {
+        let known: HashSet<u16> = ids.values().copied().collect();
+        let rows = (0u16..).zip(&self.image.backends).filter(|(_, row)| row.identity != 0);
+        let leaving = rows.map(|(id, _)| id).filter(|id| !known.contains(id));
+        leaving
+            .filter(|id| match &self.leave.unpinned {
+                Unpinned::All => false,
+                Unpinned::Ids(unpinned) => !unpinned.contains(id),
+            })
+            .collect()
     }
 }
