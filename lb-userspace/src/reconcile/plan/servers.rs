@@ -39,7 +39,7 @@ impl Planner<'_> {
             self.add.push(set(*other));
         }
         let held = self.held(ids);
-        let live: HashSet<u16> = tables.values().copied().collect();
+        let live: HashSet<u16> = places.rows.iter().map(|(row, _)| *row).collect();
         let gone: Vec<_> = present
             .iter()
             .filter(|(key, id)| {
