@@ -14,7 +14,7 @@ use crate::bpf::Datapath;
 use crate::capacity::Capacity;
 use crate::config::model::OnDown;
 use crate::health::State;
-use crate::reconcile::desired::{BackendRef, OldFlows, desired};
+use crate::reconcile::desired::{BackendRef, OldFlows, desired, meet, pool_set};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
@@ -116,6 +116,7 @@ impl Core {
     /// What becomes of the flows of backends that are down, or whose time is over.
     pub(super) fn old_flows(&self, now: Instant) -> HashMap<BackendRef, OldFlows> {
         let mut old_flows = HashMap::new();
+        let without_room = self.without_room(now);
         for (key, pool, backend) in keys(&self.config) {
             let Some(fsm) = self.fsms.get(&key).filter(|fsm| fsm.state() == State::Down) else { continue };
             let flows = &self.config.pools[pool].flows;
@@ -126,8 +127,11 @@ impl Core {
                 // Answered by the host itself, or silent for long while most others answer: else it may be us.
                 OnDown::Auto => fsm.is_hard() || down_for >= flows.down_grace && !self.most_are_down(pool),
             };
+            let set = pool_set([self.config.pools[pool].name.as_str()]);
             if fails {
                 old_flows.insert((pool, backend), OldFlows::Fail);
+            } else if without_room.iter().any(|pools| meet(*pools, set)) {
+                old_flows.insert((pool, backend), OldFlows::Yield);
             }
         }
         let now = uptime();
@@ -140,6 +144,12 @@ impl Core {
         old_flows
     }
 
+    /// Pools of tables whose flows found no room for pins lately.
+    fn without_room(&self, now: Instant) -> Vec<[u64; 3]> {
+        let tables = self.tracking.moves.without_room(now);
+        tables.filter_map(|table| Some(self.image.table_states.get(usize::from(table))?.pools)).collect()
+    }
+
     fn most_are_down(&self, pool: usize) -> bool {
         let states = keys(&self.config)
             .filter(|(_, of, _)| *of == pool)
@@ -148,15 +158,15 @@ impl Core {
         down * 2 > all
     }
 
-    /// Whether a grace time has run out since the last plan.
+    /// Whether a grace time, or the room for pins, has run out since the last plan.
     fn flows_are_due(&self, now: Instant) -> bool {
-        let identity_goes = |(pool, backend): BackendRef| {
+        let goes_on = |((pool, backend), old_flows): (BackendRef, OldFlows)| {
             let pool = &self.config.pools[pool];
             let address = pool.backends[backend].address;
             let identity = crate::reconcile::desired::backend_identity(&pool.name, pool.forward, address);
             let known = self.tracking.desired.backends.get(&identity);
-            known.is_some_and(|backend| backend.old_flows == OldFlows::Stay)
+            known.is_some_and(|backend| backend.old_flows < old_flows)
         };
-        self.old_flows(now).into_keys().any(identity_goes)
+        self.old_flows(now).into_iter().any(goes_on)
     }
 }

@@ -64,10 +64,15 @@ pub struct DesiredBackend {
 }
 
 /// What becomes of the flows that a backend has, once it takes no new ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+///
+/// In the order of severity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum OldFlows {
     #[default]
     Stay,
+    /// It is down, and there is no room for pins of new flows: these must not go to it with those that have no pin.
+    /// Those that have one stay.
+    Yield,
     /// It failed: they go where new ones go, if that is somebody.
     Fail,
     /// Somebody wants them gone, or their time is over.

@@ -51,7 +51,12 @@ struct Table {
     dirty: u32,
     /// Since when no pin has failed, for tables that are no hash.
     quiet: Instant,
+    /// When the last pin is known to have failed.
+    failed_at: Option<Instant>,
 }
+
+/// How long ago a pin may have failed for there to be no room.
+const LATELY: Duration = Duration::from_secs(2);
 
 const TICK: Duration = Duration::from_millis(100);
 
@@ -101,6 +106,7 @@ impl Moves {
                 starts: vec![0; length],
                 dirty: 0,
                 quiet: now,
+                failed_at: None,
             });
             if table.word.log2_length() < word.log2_length() {
                 // A slot's children go on where it is.
@@ -113,6 +119,7 @@ impl Moves {
             if table.failed != failed {
                 table.failed = failed;
                 table.quiet = now;
+                table.failed_at = Some(now);
                 table.starts.iter_mut().filter(|start| **start != 0).for_each(|start| *start = tick);
             }
             let waits = !word.discipline().pins_all();
@@ -128,6 +135,12 @@ impl Moves {
                 }
             }
         }
+    }
+
+    /// Tables whose flows found no room for pins lately.
+    pub fn without_room(&self, now: Instant) -> impl Iterator<Item = u16> {
+        let lately = move |table: &Table| table.failed_at.is_some_and(|at| now < at + LATELY);
+        self.tables.iter().filter(move |(_, table)| lately(table)).map(|(number, _)| *number)
     }
 
     /// What lets `est` follow, for each table that has waited long enough: to be carried out one after the other.

@@ -223,7 +223,7 @@ impl Planner<'_> {
 
     /// Whether a backend takes new flows by its pins, and whether it is to have old ones.
     fn flags(&mut self, id: u16, flags: u8, wanted: &DesiredBackend) {
-        let goes = wanted.old_flows != OldFlows::Stay;
+        let goes = matches!(wanted.old_flows, OldFlows::Fail | OldFlows::Move);
         let now = wanted.row.flags & Backend::ACCEPTING | flags & Backend::EMPTIED;
         if !goes {
             let now = now & !Backend::EMPTIED;
@@ -425,17 +425,18 @@ impl Planner<'_> {
 
 /// Backends whose old flows go.
 struct Going {
+    /// Failed, or with no room for pins beside them.
     failed: HashSet<u16>,
     moved: HashSet<u16>,
 }
 
 impl Going {
     fn of(desired: &Desired, ids: &HashMap<u64, u16>) -> Self {
-        let with = |old_flows| {
-            let backends = desired.backends.iter().filter(move |(_, b)| b.old_flows == old_flows);
+        let with = |old_flows: &[OldFlows]| {
+            let backends = desired.backends.iter().filter(|(_, b)| old_flows.contains(&b.old_flows));
             backends.filter_map(|(identity, _)| ids.get(identity).copied()).collect()
         };
-        Self { failed: with(OldFlows::Fail), moved: with(OldFlows::Move) }
+        Self { failed: with(&[OldFlows::Yield, OldFlows::Fail]), moved: with(&[OldFlows::Move]) }
     }
 
     /// Whether flows on `est` go to `to`. From one that failed, only to one that did not.

@@ -2,6 +2,7 @@
 //! desired, once the flows of before are silent, a second one is empty, and no packet is lost or misled midway.
 
 mod precedence;
+mod room;
 mod servers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
