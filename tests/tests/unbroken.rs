@@ -1,0 +1,147 @@
+//! Thousands of connections live through everything that is done to backends, configuration and agent, in peace and
+//! under a SYN flood; only those of a backend that dies may end.
+
+use std::sync::{Mutex, PoisonError};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use tests::balancer::other_build;
+use tests::crowd::{Crowd, Dies, IDLE, POOL};
+use tests::lab::Signal;
+use tests::stage::{self, PATIENCE};
+
+const CONNECTIONS: usize = 5000;
+
+/// One crowd at a time: another one beside it would show in the stalls.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// SYNs a second, far more than there is room for pins.
+const FLOOD: u32 = 10_000;
+const FLOOD_LASTS: Duration = Duration::from_secs(60);
+const FEW_PINS: &str = "limits: {pins: 16384}\n";
+
+#[test]
+fn connections_live_through_every_change_and_only_those_of_the_dead_end() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(mut crowd) = Crowd::gather("unbroken", 4, CONNECTIONS, "", POOL)? else { return Ok(()) };
+    backends_come_and_go(&mut crowd)?;
+    twenty_reloads(&mut crowd)?;
+    crowd.balancer.xlb(&["backend", "drain", "web/web1"])?;
+    crowd.wait_until_served_by(&[1, 2, 3, 4])?;
+    crowd.tell("web1 drained by command");
+    the_agent_dies_and_is_replaced(&mut crowd)?;
+    crowd.wait_until_served_by(&[1, 2, 3, 4])?;
+    crowd.balancer.xlb(&["backend", "enable", "web/web1"])?;
+    crowd.wait_until_served_by(&[0, 1, 2, 3, 4])?;
+    crowd.tell("web1 enabled");
+
+    crowd.dies(3, Dies::Process)?;
+    crowd.heals(3)?;
+    crowd.tell("web4 killed and healed");
+    crowd.dies(4, Dies::Link)?;
+    crowd.heals(4)?;
+    crowd.tell("web5 cut off and healed");
+    crowd.settles()?;
+    crowd.verdict()
+}
+
+fn backends_come_and_go(crowd: &mut Crowd) -> Result<()> {
+    changes(crowd, |crowd, step| match step {
+        Step::Added => crowd.wait_until_served_by(&[0, 1, 2, 3, 4]),
+        Step::Reweighted => Ok(()),
+        Step::Drained => crowd.wait_until_served_by(&[0, 2, 3, 4]),
+        Step::Removed => crowd.wait_until_served_by(&[0, 3, 4]),
+    })?;
+    // Nothing but pins holds those of web2 and web3 there from now on.
+    crowd.settles()?;
+    crowd.tell("all slots moved");
+    drained_ones_keep_theirs(crowd)?;
+    crowd.config.backends = (0..5).map(|index| stage::backend(index, false)).collect();
+    crowd.reload()?;
+    crowd.wait_until_served_by(&[0, 1, 2, 3, 4])?;
+    crowd.tell("all back");
+    Ok(())
+}
+
+enum Step {
+    Added,
+    Reweighted,
+    Drained,
+    Removed,
+}
+
+/// A backend comes, one takes less, one is drained, one leaves the file; `then` sees each.
+fn changes(crowd: &mut Crowd, then: impl Fn(&mut Crowd, Step) -> Result<()>) -> Result<()> {
+    crowd.add_backend()?;
+    crowd.config.backends.push(stage::backend(4, false));
+    crowd.reload()?;
+    then(crowd, Step::Added)?;
+    crowd.tell("web5 added");
+
+    crowd.config.backends[0] = stage::weighted(0, false, 30);
+    crowd.reload()?;
+    then(crowd, Step::Reweighted)?;
+    crowd.tell("web1 has less weight");
+
+    crowd.config.backends[1] = stage::weighted(1, false, 0);
+    crowd.reload()?;
+    then(crowd, Step::Drained)?;
+    crowd.tell("web2 drained");
+
+    crowd.config.backends.remove(2);
+    crowd.reload()?;
+    then(crowd, Step::Removed)?;
+    crowd.tell("web3 removed");
+    Ok(())
+}
+
+fn drained_ones_keep_theirs(crowd: &Crowd) -> Result<()> {
+    let places = crowd.places();
+    ensure!(["web2", "web3"].iter().all(|name| places[*name] > CONNECTIONS / 8), "{places:?}");
+    Ok(())
+}
+
+fn twenty_reloads(crowd: &mut Crowd) -> Result<()> {
+    for round in 0..20 {
+        crowd.config.backends[round % 5] = stage::weighted(round % 5, false, 40 + 3 * round as u8);
+        crowd.reload()?;
+    }
+    crowd.tell("20 reloads");
+    Ok(())
+}
+
+/// Right after changes, while flows have pins.
+fn the_agent_dies_and_is_replaced(crowd: &mut Crowd) -> Result<()> {
+    crowd.balancer.process.signal(Signal::KILL)?;
+    crowd.balancer.process.wait_exit(PATIENCE)?;
+    sleep(Duration::from_secs(1));
+    crowd.balancer.restart()?;
+    crowd.tell("agent killed");
+    let build = other_build(&crowd.stage.lab)?;
+    crowd.balancer.upgrade(&build)?;
+    crowd.tell("agent replaced");
+    Ok(())
+}
+
+/// Most SYNs find no room for a pin: new clients go where old ones go, drained or not, and drains take longer.
+#[test]
+fn fault_11_a_syn_flood_during_changes_breaks_nothing_and_new_clients_are_served() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(mut crowd) = Crowd::gather("synflood", 4, CONNECTIONS, FEW_PINS, POOL)? else { return Ok(()) };
+    let flood = crowd.flood(FLOOD, FLOOD_LASTS)?;
+    changes(&mut crowd, |_, _| Ok(()))?;
+    the_agent_dies_and_is_replaced(&mut crowd)?;
+    sleep(IDLE * 2);
+    drained_ones_keep_theirs(&crowd)?;
+    crowd.tell("flooded for longer than the idle time");
+    // Its old flows stay with it for a while, as it may only be slow; new ones must not.
+    crowd.dies(3, Dies::Link)?;
+    crowd.tell("web4 cut off");
+    crowd.wait_until_all_are_served(PATIENCE)?;
+    let sent = flood.stop()?;
+    println!("{sent} SYNs");
+    ensure!(sent > u64::from(FLOOD), "{sent} SYNs are no flood");
+    crowd.heals(3)?;
+    crowd.verdict()
+}
