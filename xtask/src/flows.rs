@@ -106,7 +106,8 @@ broken: flows of which a packet went to another backend while their own lived
 after silence: of these, flows that had been silent for longer than the 15 minutes that xlb protects
 looked: packets that needed more than the table, of all
 state: bytes of what is known of flows, at the end and at most; set aside: what there is room for
-Connection tables are exact LRUs (the kernel's are not) of 120 bytes an entry; an entry of a backend that died is void.";
+Connection tables are exact LRUs (the kernel's are not) of 120 bytes an entry; every SYN is taken in, and an entry of a
+backend that died is void.";
 
 fn steerings(arguments: &Flows) -> Vec<Box<dyn Steering>> {
     vec![
