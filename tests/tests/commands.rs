@@ -279,7 +279,8 @@ fn verify_finds_what_somebody_else_wrote_with_an_agent_and_without() -> Result<(
     println!("{}", ended.stdout);
     let words = [
         "backend web/new",
-        "backend 10.111.0.11 (in no pool)",
+        // It leaves, and is not forgotten.
+        " web/web1",
         "service www, 203.0.113.10:443 tcp",
         "[2001:db8:113::10]:80 tcp (of no service)",
         "interface eth7",

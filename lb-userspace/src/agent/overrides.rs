@@ -65,8 +65,13 @@ impl Exit {
         Self { cause, since: now, deadline, cut: None }
     }
 
-    pub fn has_passed(&self, now: Uptime) -> bool {
+    fn has_passed(&self, now: Uptime) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Its deadline has passed, and it was noted what it still had: that moves from now on.
+    pub fn is_over(&self) -> bool {
+        self.cut.is_some()
     }
 
     /// Moves the deadline. What was cut off before is told no more.

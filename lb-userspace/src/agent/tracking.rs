@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use lb_common::abi::Pin;
 
 use super::core::{BackendKey, Core, ReconcileError, keys};
-use super::overrides::uptime;
 use super::snapshot::Index;
 use crate::bpf::Datapath;
 use crate::capacity::Capacity;
@@ -134,8 +133,7 @@ impl Core {
                 old_flows.insert((pool, backend), OldFlows::Yield);
             }
         }
-        let now = uptime();
-        let gone = self.overrides.exits().filter(|(_, exit)| exit.has_passed(now));
+        let gone = self.overrides.exits().filter(|(_, exit)| exit.is_over());
         let gone: HashSet<&BackendKey> = gone.map(|(key, _)| key).collect();
         if !gone.is_empty() {
             let places = keys(&self.config).filter(|(key, ..)| gone.contains(key));

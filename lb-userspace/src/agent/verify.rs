@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::adopt;
 use super::commands::Held;
 use super::core::keys;
-use super::overrides::{Store, uptime};
+use super::overrides::Store;
 use super::steering::Steering;
 use crate::bpf::{Attached, BpfFs, Datapath, Links, Maps, MapsError};
 use crate::capacity::Capacity;
@@ -86,7 +86,7 @@ pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec
     for (key, pool, backend) in keys(&config) {
         if let Some(exit) = overrides.exit(&key) {
             world.shares.insert((pool, backend), 0);
-            if exit.has_passed(uptime()) {
+            if exit.is_over() {
                 world.old_flows.insert((pool, backend), OldFlows::Move);
             }
         }
