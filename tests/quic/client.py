@@ -99,6 +99,8 @@ async def main():
     for connection in connections:
         await connection.open()
     talks = [asyncio.ensure_future(connection.talk(arguments.every)) for connection in connections]
+    while not all(connection.answered or connection.error for connection in connections):
+        await asyncio.sleep(0.02)
     print("connected", flush=True)
 
     waiting = asyncio.ensure_future(end.wait())

@@ -59,7 +59,7 @@ pub struct QuicClients {
 }
 
 impl QuicClients {
-    /// Connects so many times, from the host's addresses by turns, and waits until all are connected.
+    /// Connects so many times, from the host's addresses by turns, and waits until all have had an answer.
     pub fn start(host: &Host, from: &[&str], server: &str, connections: usize) -> Result<Self> {
         let count = connections.to_string();
         let mut arguments = vec!["--server", server, "--connections", &count];
