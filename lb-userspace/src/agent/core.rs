@@ -18,7 +18,7 @@ use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
 use super::snapshot::{
-    BackendState, BackendView, Index, PoolView, Reloads, Remaining, Snapshot, Transitions,
+    BackendState, BackendView, Index, Moving, PinsStatus, PoolView, Reloads, Remaining, Snapshot, Transitions,
 };
 use super::steering::Steering;
 use super::tracking::Tracking;
@@ -28,7 +28,7 @@ use crate::capacity::Capacity;
 use crate::config::model::{Check, CheckKind, Config, Pool};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{LoadTime, World, backend_identity, desired};
+use crate::reconcile::desired::{LoadTime, World, backend_identity, desired, table_identity};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan_at_once};
 use crate::ways::Judge;
@@ -384,9 +384,21 @@ impl Core {
     pub fn snapshot(&self, now: Instant) -> Snapshot {
         let judge = self.judge();
         let view = |(key, pool, _): (BackendKey, usize, usize)| self.view(&judge, &key, pool, now);
-        let pool = |pool: &Pool| {
+        let index = self.index();
+        let pool = |(place, pool): (usize, &Pool)| {
             let (in_use, panic) = self.steering.in_use(&pool.name);
-            PoolView { in_use: in_use.to_owned(), panic }
+            let users = self.config.services.iter().filter(|service| service.pool == place);
+            let tables: HashSet<u64> = users
+                .flat_map(|service| {
+                    service
+                        .protocols
+                        .iter()
+                        .map(|&protocol| table_identity(pool, protocol, service.scheduler))
+                })
+                .collect();
+            let mut moving = Moving::default();
+            tables.into_iter().for_each(|table| moving += index.moving(table));
+            PoolView { in_use: in_use.to_owned(), panic, moving }
         };
         Snapshot {
             config: Arc::clone(&self.config),
@@ -396,9 +408,16 @@ impl Core {
             reloads: self.reloads.clone(),
             uptime: now - self.started,
             started: self.started_at,
-            pools: self.config.pools.iter().map(pool).collect(),
+            pools: self.config.pools.iter().enumerate().map(pool).collect(),
             backends: keys(&self.config).map(view).collect(),
-            index: Arc::clone(self.index()),
+            pins: PinsStatus {
+                pins: self.tracking.found.pins,
+                room: self.image.pins.words().len() as u64,
+                swept_seconds_ago: now.saturating_duration_since(self.tracking.swept).as_secs_f64(),
+                sweep_seconds: self.tracking.found.took.as_secs_f64(),
+                sweeping: self.tracking.has_to_sweep(&self.image),
+            },
+            index: Arc::clone(index),
             counters: Arc::clone(self.datapath.maps.counters()),
         }
     }

@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::overrides::{Exit, Uptime};
+use lb_common::abi::TableWord;
+
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
 use crate::reconcile::entries::Counted;
@@ -57,6 +59,8 @@ pub struct Index {
     pub ids: HashMap<u64, u16>,
     /// How many slots each id holds, over all tables: for new flows, and for old ones.
     slots: Vec<(u32, u32)>,
+    /// Of each table's identity.
+    tables: HashMap<u64, Moving>,
     /// Rows of counters.
     pub vips: BTreeMap<Counted, u32>,
 }
@@ -72,13 +76,57 @@ impl Index {
                 *old += 1;
             }
         }
-        Self { ids: image.ids(), slots, vips: counter_rows(&present_vips(image)) }
+        let mut tables: HashMap<u64, Moving> = HashMap::new();
+        for (table, slot) in image.live_slots() {
+            let row = usize::from(table);
+            let pins_all = TableWord::from_bits(image.tables[row]).discipline().pins_all();
+            let moving = tables.entry(image.table_states[row].identity).or_default();
+            moving.slots += 1;
+            moving.dirty += u32::from(slot.dirty() && !pins_all);
+            moving.held += u32::from(slot.pins() && !slot.dirty());
+        }
+        Self { tables, ids: image.ids(), slots, vips: counter_rows(&present_vips(image)) }
+    }
+
+    pub fn moving(&self, table: u64) -> Moving {
+        self.tables.get(&table).copied().unwrap_or_default()
     }
 
     /// Slots that lead new flows to an id, and those that lead old ones there.
     pub fn slots(&self, id: u16) -> (u32, u32) {
         self.slots.get(usize::from(id)).copied().unwrap_or_default()
     }
+}
+
+/// How many slots are on the move.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moving {
+    pub slots: u32,
+    /// New flows go elsewhere than old ones, and both are pinned.
+    pub dirty: u32,
+    /// Old flows that stay elsewhere have pins.
+    pub held: u32,
+}
+
+impl std::ops::AddAssign for Moving {
+    fn add_assign(&mut self, other: Self) {
+        self.slots += other.slots;
+        self.dirty += other.dirty;
+        self.held += other.held;
+    }
+}
+
+/// Pins, as the last sweep found them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct PinsStatus {
+    pub pins: u64,
+    pub room: u64,
+    /// Seconds since the last whole sweep; without slots on the move nothing is swept.
+    pub swept_seconds_ago: f64,
+    /// Seconds that it took.
+    pub sweep_seconds: f64,
+    /// Whether there is anything to sweep.
+    pub sweeping: bool,
 }
 
 /// What still names a backend. Nothing of it is left of one that is drained.
@@ -162,6 +210,8 @@ pub struct PoolView {
     /// The name of the pool that takes its packets: its own, or that of a fallback.
     pub in_use: String,
     pub panic: bool,
+    /// Of its tables.
+    pub moving: Moving,
 }
 
 #[derive(Debug)]
@@ -177,6 +227,7 @@ pub struct Snapshot {
     pub started: SystemTime,
     pub pools: Vec<PoolView>,
     pub backends: Vec<BackendView>,
+    pub pins: PinsStatus,
     pub index: Arc<Index>,
     pub counters: Arc<Counters>,
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::{BackendKey, keys};
 use super::overrides::{Exit, Uptime};
-use super::snapshot::{BackendState, BackendView, PoolView, Reload, Remaining, Snapshot};
+use super::snapshot::{BackendState, BackendView, PinsStatus, PoolView, Reload, Remaining, Snapshot};
 use crate::bpf::{Attached, MapsError};
 use crate::config::model::{Pool, Ports, Vip};
 use crate::reconcile::desired::{backend_identity, protocol_number};
@@ -30,6 +30,7 @@ pub struct Status {
     pub services: Vec<ServiceStatus>,
     pub pools: Vec<PoolStatus>,
     pub backends: Vec<BackendStatus>,
+    pub pins: PinsStatus,
     /// Every verdict and drop reason, also those that never happened.
     pub outcomes: Vec<OutcomeStatus>,
 }
@@ -77,6 +78,14 @@ pub struct PoolStatus {
     pub backends: usize,
     /// Backends that must be up for it to be used, as a number or a percentage.
     pub min_healthy: String,
+    /// Slots of its tables.
+    pub slots: u32,
+    /// Of these, how many are on the move: old flows stay where they are, and all are pinned.
+    pub slots_moving: u32,
+    /// And how many have moved, but for flows with pins.
+    pub slots_pinned: u32,
+    /// Flows that are pinned to its backends.
+    pub pins: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -201,12 +210,17 @@ impl Snapshot {
             services: self.services()?,
             pools: self.pools(),
             backends: self.backends()?,
+            pins: self.pins,
             outcomes: self.outcomes()?,
         })
     }
 
     fn pools(&self) -> Vec<PoolStatus> {
         let counts = self.backends_up();
+        let pins = |pool: usize| -> u64 {
+            let of_pool = keys(&self.config).zip(&self.backends).filter(|((_, of, _), _)| *of == pool);
+            of_pool.map(|(_, view)| view.remaining.pins).sum()
+        };
         let status = |(index, (pool, view)): (usize, (&Pool, &PoolView))| {
             let (backends_up, backends) = counts.get(&index).copied().unwrap_or_default();
             PoolStatus {
@@ -216,6 +230,10 @@ impl Snapshot {
                 backends_up,
                 backends,
                 min_healthy: pool.tiers.min_healthy.to_string(),
+                slots: view.moving.slots,
+                slots_moving: view.moving.dirty,
+                slots_pinned: view.moving.held,
+                pins: pins(index),
             }
         };
         self.config.pools.iter().zip(&self.pools).enumerate().map(status).collect()

@@ -14,9 +14,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::agent::keys;
-use crate::agent::snapshot::{BackendState, Snapshot};
+use crate::agent::snapshot::{BackendState, Moving, Snapshot};
 use crate::agent::status::{BackendStatus, ServiceStatus};
 use crate::tables::maglev::TABLE_VERSION;
+use lb_common::pins::PinEvent;
 
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -111,6 +112,20 @@ families! {
         "Slots whose old flows go to the backend";
     BACKEND_PINS Gauge "backend_pins" None, ["pool", "backend", "address"]
         "Flows that are pinned to the backend. Without these, and without slots of either kind, it is drained";
+    POOL_SLOTS_MOVING Gauge "pool_slots_moving" None, ["pool"]
+        "Slots of the pool's tables that are on the move: old flows stay where they are, and all are pinned";
+    POOL_SLOTS_PINNED Gauge "pool_slots_pinned" None, ["pool"]
+        "Slots that have moved, but for flows with pins";
+    PINS Gauge "pins" None, []
+        "Flows that are pinned, as the last sweep found them";
+    PINS_ROOM Gauge "pins_room" None, []
+        "Flows that can be pinned (limits.pins). While pins are half full, slots move for failures and drains only";
+    PIN_EVENTS Counter "pin_events" None, ["event"]
+        "Packets that looked for a pin (looked), pins made (made_new, made_old), pins for which there was no room (failed_new, failed_old)";
+    SWEEP_LAG Gauge "sweep_lag" Some(Unit::Seconds), []
+        "Seconds since all pins were last looked at; 0 while there is nothing to look for";
+    SWEEP Gauge "sweep_duration" Some(Unit::Seconds), []
+        "Seconds that the last look at all pins took";
     TRANSITIONS Counter "health_transitions" None, ["pool", "backend", "to"]
         "How often checks brought the backend up or took it down since the agent started";
     BACKEND_PACKETS Counter "backend_packets" None, ["pool", "backend", "address"]
@@ -206,9 +221,32 @@ impl Scrape {
                 (vec![backend.pool.clone(), backend.name.clone(), to.to_owned()], count as f64)
             })
         });
+        let of_pools = |value: fn(&Moving) -> u32| -> Vec<Sample> {
+            let pools = snapshot.config.pools.iter().zip(&snapshot.pools);
+            pools.map(|(pool, view)| (vec![pool.name.clone()], f64::from(value(&view.moving)))).collect()
+        };
+        self.add(&POOL_SLOTS_MOVING, of_pools(|moving| moving.dirty));
+        self.add(&POOL_SLOTS_PINNED, of_pools(|moving| moving.held));
+        self.pins(snapshot)?;
         self.add(&TRANSITIONS, transitions);
         self.add(&BACKEND_PACKETS, of_each(|backend| backend.packets as f64));
         self.add(&BACKEND_BYTES, of_each(|backend| backend.bytes as f64));
+        Ok(())
+    }
+
+    fn pins(&mut self, snapshot: &Snapshot) -> anyhow::Result<()> {
+        let pins = &snapshot.pins;
+        self.add(&PINS, [(vec![], pins.pins as f64)]);
+        self.add(&PINS_ROOM, [(vec![], pins.room as f64)]);
+        let event = |event: PinEvent| {
+            let times = snapshot.counters.pin_event(event)?;
+            Ok((vec![event.counter().to_owned()], times as f64))
+        };
+        let events: anyhow::Result<Vec<Sample>> = PinEvent::ALL.into_iter().map(event).collect();
+        self.add(&PIN_EVENTS, events?);
+        let lag = if pins.sweeping { pins.swept_seconds_ago } else { 0.0 };
+        self.add(&SWEEP_LAG, [(vec![], lag)]);
+        self.add(&SWEEP, [(vec![], pins.sweep_seconds)]);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use aya::maps::{Map, MapData, MapError, PerCpuArray};
 use lb_common::abi::{Traffic, map};
 use lb_common::outcome::Outcome;
+use lb_common::pins::PinEvent;
 
 use super::maps::MapsError;
 
@@ -13,6 +14,7 @@ pub struct Counters {
     outcomes: PerCpuArray<MapData, u64>,
     vips: PerCpuArray<MapData, Traffic>,
     backends: PerCpuArray<MapData, Traffic>,
+    pin_events: PerCpuArray<MapData, u64>,
 }
 
 impl std::fmt::Debug for Counters {
@@ -23,11 +25,17 @@ impl std::fmt::Debug for Counters {
 
 impl Counters {
     /// The same maps as those, which go on to belong to the caller.
-    pub(super) fn of(outcomes: &Map, vips: &Map, backends: &Map) -> Result<Self, MapsError> {
+    pub(super) fn of(
+        outcomes: &Map,
+        vips: &Map,
+        backends: &Map,
+        pin_events: &Map,
+    ) -> Result<Self, MapsError> {
         Ok(Self {
             outcomes: again(outcomes, map::OUTCOMES)?,
             vips: again(vips, map::VIP_TRAFFIC)?,
             backends: again(backends, map::BACKEND_TRAFFIC)?,
+            pin_events: again(pin_events, map::PIN_EVENTS)?,
         })
     }
 
@@ -35,6 +43,12 @@ impl Counters {
     pub fn outcome(&self, outcome: Outcome) -> Result<u64, MapsError> {
         let values = self.outcomes.get(&(outcome as u32), 0);
         Ok(values.map_err(|error| MapsError::Map(map::OUTCOMES, error))?.iter().sum())
+    }
+
+    /// How often it happened, over all CPUs.
+    pub fn pin_event(&self, event: PinEvent) -> Result<u64, MapsError> {
+        let values = self.pin_events.get(&(event as u32), 0);
+        Ok(values.map_err(|error| MapsError::Map(map::PIN_EVENTS, error))?.iter().sum())
     }
 
     pub fn vip(&self, row: u32) -> Result<Traffic, MapsError> {

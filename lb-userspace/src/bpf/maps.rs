@@ -214,7 +214,7 @@ impl Maps {
             loads: rows_of(source(map::LOADS)?, map::LOADS, rows[map::LOADS])?,
             interfaces: BpfHashMap::try_from(source(map::INTERFACES)?).map_err(of(map::INTERFACES))?,
             servers: BpfHashMap::try_from(source(map::SERVERS)?).map_err(of(map::SERVERS))?,
-            counters: Arc::new(Counters::of(&outcomes, &vips, &backends)?),
+            counters: Arc::new(Counters::of(&outcomes, &vips, &backends, &source(map::PIN_EVENTS)?)?),
             outcomes: per_cpu(outcomes, map::OUTCOMES)?,
             vip_traffic: per_cpu(vips, map::VIP_TRAFFIC)?,
             backend_traffic: per_cpu(backends, map::BACKEND_TRAFFIC)?,

@@ -74,10 +74,11 @@ pub fn services(services: &[ServiceStatus], traffic: Traffic<'_>) -> String {
     output::table(&header, &[5, 6, 7], rows.collect())
 }
 
-/// Pools whose packets do not go to their own backends that are up: a line for each.
+/// Pools whose packets do not go to their own backends that are up, or whose slots are on the move: a line for each.
 pub fn pools(pools: &[PoolStatus]) -> String {
     let lines = pools.iter().filter_map(|pool| {
-        let PoolStatus { name, in_use, panic, backends_up, backends, min_healthy } = pool;
+        let PoolStatus { name, in_use, panic, backends_up, backends, min_healthy, .. } = pool;
+        let PoolStatus { slots, slots_moving, slots_pinned, pins, .. } = pool;
         let falls = || {
             format!(
                 "pool {name} falls back to {in_use}: {backends_up} of its {backends} backends are up, and {min_healthy} must be"
@@ -86,8 +87,17 @@ pub fn pools(pools: &[PoolStatus]) -> String {
         let panics = || {
             format!("pool {name} is in panic: packets go to all backends of {in_use}, also to those that are down")
         };
-        let lines: Vec<String> =
-            [(in_use != name).then(falls), panic.then(panics)].into_iter().flatten().collect();
+        let moves = || {
+            format!(
+                "pool {name} has {slots_moving} of {slots} slots on the move and {slots_pinned} with pins left behind; {pins} flows are pinned"
+            )
+        };
+        let lines = [
+            (in_use != name).then(falls),
+            panic.then(panics),
+            (slots_moving + slots_pinned > 0).then(moves),
+        ];
+        let lines: Vec<String> = lines.into_iter().flatten().collect();
         (!lines.is_empty()).then(|| lines.join("\n"))
     });
     lines.collect::<Vec<_>>().join("\n")
@@ -251,6 +261,7 @@ mod tests {
             services: Vec::new(),
             pools: Vec::new(),
             backends: Vec::new(),
+            pins: Default::default(),
             outcomes,
         }
     }

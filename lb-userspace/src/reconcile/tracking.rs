@@ -205,7 +205,7 @@ impl Tracking {
     }
 
     /// Pins come from slots on the move, and from tables that pin every flow.
-    fn has_to_sweep(&self, image: &Image) -> bool {
+    pub fn has_to_sweep(&self, image: &Image) -> bool {
         let moving = |(number, word): (u16, TableWord)| {
             let first = word.first_row() * SLOTS_PER_ROW;
             word.bits() != 0

@@ -10,7 +10,7 @@ fn without_room_for_pins_a_dead_backend_keeps_its_pins_and_nothing_else() {
     let mut image = fresh();
     applied(&mut image, &state);
     let identity = identity_in_first_pool(&state, backend_address(2));
-    let dead = ids(&image)[&identity];
+    let dead = image.ids()[&identity];
     state.pools.get_mut(&0).unwrap().backends.get_mut(&2).unwrap().1 = false;
     let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
     let mut planned = |old_flows| {
