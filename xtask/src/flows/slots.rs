@@ -2,14 +2,17 @@
 //! agent's own engine changes.
 
 use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use lb_common::abi::{Backend, BackendKind, Discipline, Pin};
+use lb_common::abi::{Backend, BackendKind, Discipline, Pin, PortKey};
 use lb_common::flow::FlowHash;
 use lb_common::pins::{PinEvent, Says};
 use lb_common::wire::{PROTO_TCP, TcpFlags};
+use lb_userspace::config::model::{Ports, Vip};
 use lb_userspace::reconcile::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target};
+use lb_userspace::reconcile::entries::{DesiredVip, Lead, mark_key};
 use lb_userspace::reconcile::moves::{Course, Moves, runs};
 use lb_userspace::reconcile::plan::{Leave, Unpinned, plan};
 use lb_userspace::reconcile::sweep::{Rules, Sweeper};
@@ -87,7 +90,13 @@ fn desired(pool: &Pool) -> Desired {
         idle: PROTECTED,
         protocol: PROTO_TCP,
     };
-    desired.tables.insert(1, table);
+    let table_identity = 1;
+    desired.tables.insert(table_identity, table);
+    // A table is there for a VIP.
+    let (vip, ports) = (IpAddr::V4(Ipv4Addr::LOCALHOST), Ports::Port(80));
+    let lead = Lead { table: table_identity, flags: 0, counted: (Vip::from(vip), ports, PROTO_TCP) };
+    desired.vips.insert(mark_key(Vip::from(vip)), DesiredVip::Address { flags: 0, rules: Vec::new() });
+    desired.vips.insert((vip, PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
     desired
 }
 
@@ -100,8 +109,14 @@ impl Steering for Slots {
     fn change(&mut self, now: Duration, pool: &Pool) -> Result<()> {
         self.memory.refresh();
         let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
-        let plan = plan(&self.memory.image, &desired(pool), &self.memory.capacity, &leave)?;
-        self.memory.apply(&plan.ops);
+        let wanted = desired(pool);
+        loop {
+            let plan = plan(&self.memory.image, &wanted, &self.memory.capacity, &leave)?;
+            self.memory.apply(&plan.ops);
+            if !plan.again {
+                break;
+            }
+        }
         self.moves.observe(&self.memory.image, self.begin + now);
         Ok(())
     }
