@@ -16,7 +16,7 @@ use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{LoadTime, World, desired};
+use crate::reconcile::desired::{LoadTime, World, desired, ways_to};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{counter_rows, plan_at_once, present_vips};
 
@@ -158,7 +158,7 @@ impl Core {
 
     /// Takes features out of the program that only the tables of before needed.
     pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
-        if self.refit(LoadTime::of(&self.config))? {
+        if self.refit(LoadTime::of(&self.config).with(ways_to(&self.image.backends)))? {
             let wanted = Wanted::look_up(&self.config, &mut self.links, resolver).await?;
             self.attach(&wanted)?;
         }

@@ -25,7 +25,9 @@ use crate::config::model::Config;
 use crate::health::Fsm;
 use crate::lookup;
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{OldFlows, World, backend_identity, desired, features, table_identity};
+use crate::reconcile::desired::{
+    OldFlows, WAYS, World, backend_identity, desired, features, table_identity, ways_to,
+};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{Leave, Unpinned, plan};
 
@@ -193,7 +195,10 @@ fn constants(config: &Config, image: &Image) -> Vec<Difference> {
         ));
     }
     let (wanted, found) = (features(config), Features::from_bits(image.meta.features));
-    if wanted != found {
+    let wanted = wanted.with(ways_to(&image.backends));
+    // The last reload kept those that backends needed which are gone by now.
+    let spare = WAYS.iter().filter(|way| found.has(**way)).fold(wanted, |all, way| all.with(*way));
+    if spare != found {
         let words = |features: Features| {
             let on = Features::ALL.iter().filter(|(feature, _)| features.has(*feature));
             on.map(|(_, name)| *name).collect::<Vec<_>>().join(" ")

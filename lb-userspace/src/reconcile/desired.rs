@@ -222,14 +222,28 @@ pub fn features(config: &Config) -> Features {
 
 /// What it takes to send to a backend.
 fn way_to(pool: &Pool, backend: &ConfiguredBackend) -> Features {
-    match kind(pool.forward, backend.address) {
+    way_of(kind(pool.forward, backend.address))
+}
+
+const fn way_of(kind: BackendKind) -> Features {
+    match kind {
         BackendKind::Ipip4 => Features::IPIP4,
         BackendKind::Ipip6 => Features::IPIP6,
         BackendKind::L2 => Features::L2,
         BackendKind::Gue4 => Features::GUE4,
         BackendKind::Gue6 => Features::GUE6,
-        BackendKind::Nobody | BackendKind::Pass => Features::default(),
+        BackendKind::Nobody | BackendKind::Pass => Features::from_bits(0),
     }
+}
+
+/// Features that only say how packets get to backends.
+pub const WAYS: [Features; 5] =
+    [Features::IPIP4, Features::IPIP6, Features::L2, Features::GUE4, Features::GUE6];
+
+/// What it takes to send to the backends of rows, of which slots and flows may name those that no configuration does.
+pub fn ways_to(rows: &[Backend]) -> Features {
+    let kinds = rows.iter().filter_map(|row| BackendKind::from_raw(row.kind));
+    kinds.fold(Features::default(), |all, kind| all.with(way_of(kind)))
 }
 
 pub const fn protocol_number(protocol: Protocol) -> u8 {
