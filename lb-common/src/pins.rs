@@ -11,7 +11,7 @@ use crate::abi::{
     BACKEND_NOBODY, Backend, Discipline, PINS_PER_BUCKET, Pin, PinBucket, PinState, TableState, TableWord,
 };
 use crate::allowance::Limited;
-use crate::atomic::{add, exchange, is_zero, word};
+use crate::atomic::{add, is_zero, word};
 use crate::flow::FlowHash;
 use crate::outcome::Outcome;
 use crate::slots::Slot;
@@ -239,7 +239,7 @@ pub fn attempt<T: Tables>(
 ) -> Verdict {
     let Some(bucket) = tables.pin_bucket(hash.spread()) else { return Verdict::INCONSISTENT };
     let (tag, now, says, id) = (tag(hash), proposal.now(), asked.says(), proposal.id());
-    let (matching, free) = scan(bucket, tag);
+    let (matching, free) = scan(tables, bucket, tag);
     if matching == 0 {
         let pinless = !table.discipline().pins_all() && !proposal.slot().dirty();
         if pinless || says.has(Says::GLIMPSE) || id == BACKEND_NOBODY {
@@ -248,7 +248,7 @@ pub fn attempt<T: Tables>(
         return insert(tables, table, asked, bucket, free, Pin::new(tag, id, first_state(says), now));
     }
     let place = &bucket.0[lowest(matching)];
-    let pin = Pin::from_bits(word(place));
+    let pin = Pin::from_bits(tables.word(place));
     if pin.tag() != tag {
         return Verdict::AGAIN;
     }
@@ -263,7 +263,7 @@ pub fn attempt<T: Tables>(
     } else {
         Pin::new(tag, pin.backend(), next_state(pin.state(), says), now)
     };
-    if next != pin && !exchange(place, pin.bits(), next.bits()) {
+    if next != pin && !tables.exchange(place, pin.bits(), next.bits()) {
         return Verdict::AGAIN;
     }
     weigh(tables, table, pin, next);
@@ -287,12 +287,12 @@ fn insert<T: Tables>(
         return Verdict::FULL;
     }
     let way = lowest(room);
-    if !exchange(&bucket.0[way], 0, pin.bits()) {
+    if !tables.exchange(&bucket.0[way], 0, pin.bits()) {
         return Verdict::AGAIN;
     }
     // Another CPU may have pinned this flow in another way: the lowest wins.
-    if lowest(scan(bucket, pin.tag()).0) != way {
-        exchange(&bucket.0[way], pin.bits(), 0);
+    if lowest(scan(tables, bucket, pin.tag()).0) != way {
+        tables.exchange(&bucket.0[way], pin.bits(), 0);
         return Verdict::AGAIN;
     }
     tables.count_pin(if new { PinEvent::MadeNew } else { PinEvent::MadeOld });
@@ -306,8 +306,8 @@ fn insert<T: Tables>(
 #[inline(always)]
 fn follow_or_fail<T: Tables>(tables: &T, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
     let Some(bucket) = tables.pin_bucket(hash.spread()) else { return Verdict::INCONSISTENT };
-    let (matching, _) = scan(bucket, tag(hash));
-    let pin = Pin::from_bits(word(&bucket.0[lowest(matching)]));
+    let (matching, _) = scan(tables, bucket, tag(hash));
+    let pin = Pin::from_bits(tables.word(&bucket.0[lowest(matching)]));
     if pin.tag() == tag(hash) {
         return Verdict::of(pin.backend());
     }
@@ -400,11 +400,11 @@ fn weigh<T: Tables>(tables: &T, table: TableWord, pin: Pin, next: Pin) {
 /// Bits of the ways that hold the tag, and of those that are free. Without branches: the verifier would follow
 /// each of them.
 #[inline(always)]
-fn scan(bucket: &PinBucket, tag: u32) -> (u64, u64) {
+fn scan<T: Tables>(tables: &T, bucket: &PinBucket, tag: u32) -> (u64, u64) {
     let (mut matching, mut free) = (0, 0);
     let mut way = 0;
     while way < PINS_PER_BUCKET {
-        let bits = word(&bucket.0[way]);
+        let bits = tables.word(&bucket.0[way]);
         matching |= is_zero(bits >> 32 ^ tag as u64) << way;
         free |= is_zero(bits) << way;
         way += 1;

@@ -1,10 +1,13 @@
 //! What the packet path reads and counts, wherever it lies: maps in the kernel, copies in user space.
 
+use core::sync::atomic::AtomicU64;
+
 use crate::abi::{
     Backend, Egress, Features, Interface, Load, PinBucket, PortRule, PrefixLengths, TableWord, Vip4Bucket,
     Vip6Bucket, VipWord,
 };
 use crate::allowance::Limited;
+use crate::atomic;
 use crate::flow::FlowHash;
 use crate::outcome::Outcome;
 use crate::pins::{self, Asked, PinEvent, Proposal, Verdict};
@@ -48,6 +51,17 @@ pub trait Tables: Sized {
     fn pick(&self, table: TableWord, asked: Asked, slot: Slot) -> u16 {
         pins::pick(self, table, asked, slot)
     }
+    /// Words of pins and loads, which others change meanwhile: in one place, so that whoever follows a packet step by
+    /// step can.
+    #[inline(always)]
+    fn word(&self, place: &AtomicU64) -> u64 {
+        atomic::word(place)
+    }
+    #[inline(always)]
+    fn exchange(&self, place: &AtomicU64, old: u64, new: u64) -> bool {
+        atomic::exchange(place, old, new)
+    }
+
     /// The bucket of pins that `spread` (of the flow hash) belongs to.
     fn pin_bucket(&self, spread: u32) -> Option<&PinBucket>;
     /// Coarse monotonic nanoseconds.

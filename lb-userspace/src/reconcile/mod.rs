@@ -7,6 +7,7 @@
 pub mod desired;
 pub mod entries;
 pub mod image;
+pub mod memory;
 pub mod moves;
 pub mod op;
 pub mod pins;

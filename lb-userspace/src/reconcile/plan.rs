@@ -8,7 +8,7 @@ mod places;
 mod servers;
 mod vips;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use lb_common::abi::{
     BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
@@ -99,6 +99,8 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         named: HashSet::from([BACKEND_NOBODY, BACKEND_PASS]),
         add: Vec::new(),
         turn: Vec::new(),
+        emptied: HashSet::new(),
+        left: BTreeSet::new(),
         lose: Vec::new(),
         remove: Vec::new(),
         moved: false,
@@ -108,6 +110,9 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     let ids = planner.backends()?;
     let present = present_vips(image);
     let places = planner.tables(&ids, &present)?;
+    for &id in planner.left.iter().filter(|id| planner.emptied.contains(id)) {
+        planner.turn.extend([MapOp::DropPins { id }, MapOp::Grace]);
+    }
     let gone = planner.servers(&ids, &places)?;
     planner.vips(&present, &places)?;
     planner.leaving(&ids);
@@ -153,6 +158,9 @@ struct Planner<'a> {
     add: Vec<MapOp>,
     /// Pins of backends whose flows move: slots leave them first.
     turn: Vec<MapOp>,
+    /// Backends whose pins are out, and those of them that old flows were at nevertheless: there was nobody else.
+    emptied: HashSet<u16>,
+    left: BTreeSet<u16>,
     /// Paths of backends that lost their next hop: slots leave them first.
     lose: Vec<MapOp>,
     /// In the order of the additions; reversed at the end.
@@ -237,6 +245,8 @@ impl Planner<'_> {
             self.turn.push(MapOp::DropPins { id });
             self.turn.push(MapOp::Grace);
             self.turn.push(MapOp::SetFlags { id, flags: Backend::EMPTIED });
+        } else {
+            self.emptied.insert(id);
         }
     }
 
@@ -372,6 +382,7 @@ impl Planner<'_> {
             };
             let goes_to = est.as_ref().map_or(next.cur(), |est| est[content]);
             if going.leaves(next.est(), goes_to) || (est.is_some() && next.est() == BACKEND_NOBODY) {
+                self.left.insert(next.est());
                 next = Slot::new(next.cur(), goes_to, est.is_some(), true);
             }
             self.named.extend(names(next));
@@ -410,7 +421,7 @@ impl Planner<'_> {
 
     fn place(&mut self, log2_length: u32, regions: &mut Regions) -> Result<u32, PlanError> {
         let length = 1 << log2_length;
-        regions.take(length / SLOTS_PER_ROW).ok_or(PlanError::Slots { slots: length })
+        regions.take(units(length)).ok_or(PlanError::Slots { slots: length })
     }
 
     /// Pins of a table may be of pools that it had before: until it is at rest, they stay in the set.
@@ -468,6 +479,11 @@ fn key(egress: &Egress) -> EgressKey {
     key
 }
 
+/// Units that a table of this length takes: one at the least.
+const fn units(length: u32) -> usize {
+    (length / SLOTS_PER_ROW).div_ceil(UNIT_ROWS) as usize + (length < SLOTS_PER_ROW) as usize
+}
+
 /// Which stretches of the slot map no table takes.
 struct Regions {
     /// By unit of the shortest table.
@@ -483,16 +499,15 @@ impl Regions {
         for word in image.tables.iter().map(|&bits| TableWord::from_bits(bits)) {
             if word != TableWord::default() {
                 let first = (word.first_row() / UNIT_ROWS) as usize;
-                let units = (word.length() / SLOTS_PER_ROW / UNIT_ROWS) as usize;
+                let units = units(word.length());
                 taken[first..first + units].fill(true);
             }
         }
         Self { taken }
     }
 
-    /// The first row of a stretch of `rows` rows, now taken.
-    fn take(&mut self, rows: u32) -> Option<u32> {
-        let units = (rows / UNIT_ROWS) as usize;
+    /// The first row of a stretch of so many units, now taken.
+    fn take(&mut self, units: usize) -> Option<u32> {
         let first = (0..(self.taken.len() + 1).saturating_sub(units))
             .find(|&first| !self.taken[first..first + units].contains(&true))?;
         self.taken[first..first + units].fill(true);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_PASS, PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
 use lb_common::wire::PROTO_UDP;
 
@@ -18,8 +18,6 @@ const UNCONFIRMED: Duration = Duration::from_secs(64);
 
 /// A unit of a pin's age.
 const UNIT: Duration = Duration::from_nanos(1 << 31);
-
-const IDS: usize = BACKEND_PASS as usize + 1;
 
 /// What a sweep must know of tables and backends.
 #[derive(Debug, Clone, Default)]
@@ -156,7 +154,7 @@ impl Sweeper {
         self.cycle = Some(Cycle {
             next: 0,
             began: now,
-            held: vec![Held::default(); IDS],
+            held: vec![Held::default(); image.backends.len()],
             free: 0,
             expired: 0,
             candidates,
@@ -224,9 +222,10 @@ impl Cycle {
             self.free += 1;
             return;
         }
-        let held = &mut self.held[usize::from(pin.backend())];
-        held.pins += 1;
-        held.active += u32::from(pin.state() != PinState::Finishing);
+        if let Some(held) = self.held.get_mut(usize::from(pin.backend())) {
+            held.pins += 1;
+            held.active += u32::from(pin.state() != PinState::Finishing);
+        }
         match self.rules.tables.get(&pin.backend()) {
             Some(tables) => {
                 for table in tables {

@@ -1,9 +1,13 @@
 //! What holds for every sequence of configurations, health and next hops: the plan leads to what is
 //! desired, once the flows of before are silent, a second one is empty, and no packet is lost or misled midway.
 
+mod flows;
+mod interleavings;
+mod moves;
 mod precedence;
 mod room;
 mod servers;
+mod sweeps;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

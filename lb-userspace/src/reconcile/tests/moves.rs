@@ -1,0 +1,294 @@
+//! When `est` may follow: time is an argument.
+
+use lb_common::abi::{Discipline, TableState};
+
+use super::*;
+use crate::reconcile::desired::OldFlows;
+
+const T1: Duration = Duration::from_secs(60);
+/// The coarseness of starts.
+const COARSE: Duration = Duration::from_millis(100);
+/// Where the one table lies.
+const ROW: u32 = 256;
+
+const A: u16 = 1;
+const B: u16 = 2;
+const C: u16 = 3;
+
+/// New flows to `cur`, old ones stay.
+const fn moving(cur: u16, est: u16) -> Slot {
+    Slot::new(cur, est, true, false)
+}
+
+/// The old flows are pinned, or were.
+const fn moved(to: u16) -> Slot {
+    Slot::new(to, to, false, true)
+}
+
+fn image_of(slots: &[Slot], discipline: Discipline) -> Image {
+    let mut image = fresh();
+    let word = TableWord::new(ROW, slots.len().ilog2(), discipline);
+    image.apply(&MapOp::WriteTableState {
+        table: 0,
+        state: TableState { identity: 1, ..TableState::default() },
+    });
+    write(&mut image, 0, slots);
+    image.apply(&MapOp::SetTableWord { table: 0, word });
+    image
+}
+
+fn write(image: &mut Image, first: u32, slots: &[Slot]) {
+    let words = slots.iter().map(|slot| slot.bits()).collect();
+    image.apply(&MapOp::WriteSlots { first: ROW * SLOTS_PER_ROW + first, words });
+}
+
+fn course(_: u16) -> Option<Course> {
+    Some(Course { idle: T1, est: None })
+}
+
+/// Slots that may be finished, from the first of the table, with what is written there.
+fn due(moves: &Moves, image: &Image, now: Instant) -> Vec<(u32, Slot)> {
+    written(&moves.due(image, now, course))
+}
+
+fn written(due: &[(u16, Vec<MapOp>)]) -> Vec<(u32, Slot)> {
+    let ops = due.iter().flat_map(|(_, ops)| ops);
+    let runs = ops.filter_map(|op| match op {
+        MapOp::WriteSlots { first, words } => Some((first - ROW * SLOTS_PER_ROW, words)),
+        _ => None,
+    });
+    runs.flat_map(|(first, words)| (first..).zip(words.iter().map(|&word| Slot::from_bits(word)))).collect()
+}
+
+#[test]
+fn est_follows_when_t1_and_the_slack_are_over_and_not_before() {
+    let begin = Instant::now();
+    let image = image_of(&[moving(B, A), Slot::clean(A)], Discipline::Hash);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    for early in [Duration::ZERO, T1, T1 + SLACK] {
+        assert_eq!(due(&moves, &image, begin + early), [], "{early:?}");
+    }
+    let over = begin + T1 + SLACK + COARSE;
+    assert_eq!(due(&moves, &image, over), [(0, moved(B))]);
+    let ops = [
+        MapOp::SetClosing { table: 0, closing: TableState::CLOSING },
+        MapOp::Grace,
+        MapOp::ExpectFailed { table: 0, failed: 0 },
+        MapOp::WriteSlots { first: ROW * SLOTS_PER_ROW, words: vec![moved(B).bits()] },
+        MapOp::Grace,
+        MapOp::SetClosing { table: 0, closing: 0 },
+    ];
+    assert_eq!(moves.due(&image, over, course), [(0, ops.to_vec())]);
+    assert_eq!(moves.due(&image, over, |_| None), [], "a table that nobody wants is nobody's to finish");
+}
+
+#[test]
+fn a_slot_that_goes_elsewhere_while_it_moves_waits_no_longer_and_one_that_goes_back_waits_anew() {
+    let begin = Instant::now();
+    let mut image = image_of(&[moving(B, A), moving(B, A)], Discipline::Hash);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let half = begin + T1 / 2;
+    write(&mut image, 0, &[moving(C, A), moved(A)]);
+    moves.observe(&image, half);
+    write(&mut image, 1, &[Slot::new(B, A, true, true)]);
+    moves.observe(&image, half + COARSE);
+    assert_eq!(due(&moves, &image, begin + T1 + SLACK + COARSE), [(0, moved(C))]);
+    assert_eq!(due(&moves, &image, half + T1 + SLACK + COARSE * 2), [(0, moved(C)), (1, moved(B))]);
+}
+
+#[test]
+fn a_pin_that_failed_begins_the_wait_of_its_table_anew() {
+    let begin = Instant::now();
+    let mut image = image_of(&[moving(B, A), moving(C, A)], Discipline::Hash);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let late = begin + T1;
+    image.table_states[0].failed += 1;
+    moves.observe(&image, late);
+    assert_eq!(due(&moves, &image, begin + T1 + SLACK + COARSE), []);
+    let over = late + T1 + SLACK + COARSE;
+    assert_eq!(due(&moves, &image, over), [(0, moved(B)), (1, moved(C))]);
+    let ops = moves.due(&image, over, course).remove(0).1;
+    assert!(ops.contains(&MapOp::ExpectFailed { table: 0, failed: 1 }));
+}
+
+#[test]
+fn an_agent_that_begins_knows_of_no_time_before() {
+    let begin = Instant::now();
+    let image = image_of(&[moving(B, A)], Discipline::Hash);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let mut after = Moves::new(begin + T1);
+    after.observe(&image, begin + T1);
+    let over = begin + T1 + SLACK + COARSE;
+    assert_eq!(due(&moves, &image, over), [(0, moved(B))]);
+    assert_eq!(due(&after, &image, over), []);
+    assert_eq!(due(&after, &image, over + T1), [(0, moved(B))]);
+}
+
+#[test]
+fn children_of_a_slot_that_moves_go_on_where_it_is() {
+    let begin = Instant::now();
+    let mut image = image_of(&[moving(B, A), Slot::clean(A)], Discipline::Hash);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let later = begin + T1 / 2;
+    let children = [moving(B, A), moving(B, A), moving(C, A), moving(B, A)];
+    let rest = [Slot::clean(A), Slot::clean(A), moving(C, A), Slot::clean(A)];
+    write(&mut image, 0, &[children, rest].concat());
+    image.apply(&MapOp::SetTableWord { table: 0, word: TableWord::new(ROW, 3, Discipline::Hash) });
+    moves.observe(&image, later);
+    let first = [(0, moved(B)), (1, moved(B)), (2, moved(C)), (3, moved(B))];
+    assert_eq!(due(&moves, &image, begin + T1 + SLACK + COARSE), first);
+    let all = due(&moves, &image, later + T1 + SLACK + COARSE);
+    assert_eq!(all, [first.as_slice(), &[(6, moved(C))]].concat(), "what moves since then began then");
+}
+
+#[test]
+fn where_every_flow_is_pinned_est_follows_after_a_quiet_t1() {
+    let begin = Instant::now();
+    let slots = [Slot::new(B, A, true, true), Slot::new(B, B, true, true)];
+    let mut image = image_of(&slots, Discipline::RoundRobin);
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let course = |_| Some(Course { idle: T1, est: Some((1, vec![C, B])) });
+    let late = begin + T1;
+    assert_eq!(written(&moves.due(&image, late, course)), []);
+    image.table_states[0].failed += 1;
+    moves.observe(&image, late);
+    assert_eq!(written(&moves.due(&image, begin + T1 + SLACK, course)), []);
+    let over = late + T1 + SLACK;
+    assert_eq!(written(&moves.due(&image, over, course)), [(0, Slot::new(B, C, true, true))]);
+}
+
+// ---- What a plan does to slots -------------------------------------------------------------------
+
+fn flip(state: &mut State, host: u16, up: bool) {
+    state.pools.get_mut(&0).unwrap().backends.get_mut(&host).unwrap().1 = up;
+}
+
+/// The plan of a state in which some backends' flows go.
+fn planned_with(image: &Image, state: &State, goes: &[(u16, OldFlows)]) -> Vec<MapOp> {
+    let mut desired = state.desired();
+    for (host, old_flows) in goes {
+        let identity = identity_in_first_pool(state, backend_address(*host));
+        let backend = desired.backends.get_mut(&identity).expect("a backend");
+        backend.old_flows = *old_flows;
+        backend.row.flags = 0;
+    }
+    plan_at_once(image, &desired, &capacity()).expect("within the limits")
+}
+
+fn id_of(image: &Image, state: &State, host: u16) -> u16 {
+    image.ids()[&identity_in_first_pool(state, backend_address(host))]
+}
+
+#[test]
+fn a_change_back_is_clean_at_once_but_for_pins_that_were_made() {
+    let (mut image, mut state) = (fresh(), simple(3));
+    applied(&mut image, &state);
+    let before = words(&image);
+    flip(&mut state, 2, false);
+    applied(&mut image, &state);
+    flip(&mut state, 2, true);
+    applied(&mut image, &state);
+    for (before, now) in before.iter().zip(words(&image)) {
+        let back = moved(before.cur());
+        assert!(now == *before || now == back, "{now:?}");
+    }
+}
+
+#[test]
+fn a_backend_that_failed_is_left_by_its_old_flows_before_its_pins_go() {
+    let (mut image, mut state) = (fresh(), simple(3));
+    applied(&mut image, &state);
+    let (before, dead) = (words(&image), id_of(&image, &state, 2));
+    flip(&mut state, 2, false);
+    let ops = planned_with(&image, &state, &[(2, OldFlows::Fail)]);
+    let (first, slots, end) = (&ops[0], &ops[1..ops.len() - 4], &ops[ops.len() - 4..]);
+    assert_eq!(*first, MapOp::SetFlags { id: dead, flags: 0 });
+    assert!(slots.iter().all(|op| matches!(op, MapOp::WriteSlots { .. })));
+    let emptied = MapOp::SetFlags { id: dead, flags: BackendRow::EMPTIED };
+    assert_eq!(*end, [MapOp::Grace, MapOp::DropPins { id: dead }, MapOp::Grace, emptied]);
+    ops.iter().for_each(|op| image.apply(op));
+    for (before, now) in before.iter().zip(words(&image)) {
+        if before.cur() == dead {
+            assert!(now.cur() != dead && now == moved(now.cur()), "{now:?}");
+        } else {
+            assert_eq!(now, *before);
+        }
+    }
+    assert_eq!(planned_with(&image, &state, &[(2, OldFlows::Fail)]), [], "once");
+}
+
+#[test]
+fn old_flows_do_not_leave_a_failed_backend_for_nobody_nor_for_another_that_failed() {
+    let (mut image, mut state) = (fresh(), simple(2));
+    applied(&mut image, &state);
+    let before = words(&image);
+    let all = [(0, OldFlows::Fail), (2, OldFlows::Fail)];
+    for on_empty in [OnEmpty::Drop, OnEmpty::All] {
+        let mut image = image.clone();
+        flip(&mut state, 0, false);
+        flip(&mut state, 2, false);
+        state.pools.get_mut(&0).unwrap().on_empty = on_empty;
+        planned_with(&image, &state, &all).iter().for_each(|op| image.apply(op));
+        for (before, now) in before.iter().zip(words(&image)) {
+            assert_eq!(now.est(), before.est(), "{on_empty:?}");
+        }
+        // The first that is up again takes all.
+        flip(&mut state, 0, true);
+        planned_with(&image, &state, &all[1..]).iter().for_each(|op| image.apply(op));
+        let up = id_of(&image, &state, 0);
+        assert!(words(&image).iter().all(|slot| slot.est() == up && slot.cur() == up), "{on_empty:?}");
+    }
+    applied(&mut image, &state);
+}
+
+#[test]
+fn pins_to_a_failed_backend_that_were_made_while_nobody_was_up_go_once_somebody_is() {
+    let (mut image, mut state) = (fresh(), simple(2));
+    applied(&mut image, &state);
+    let dead = id_of(&image, &state, 2);
+    let all = [(0, OldFlows::Fail), (2, OldFlows::Fail)];
+    flip(&mut state, 0, false);
+    flip(&mut state, 2, false);
+    planned_with(&image, &state, &all).iter().for_each(|op| image.apply(op));
+    flip(&mut state, 0, true);
+    let ops = planned_with(&image, &state, &all[1..]);
+    let drop =
+        ops.iter().position(|op| *op == MapOp::DropPins { id: dead }).expect("old flows were pinned there");
+    assert_eq!(ops[drop - 1], MapOp::Grace, "first nobody finds it in a slot");
+}
+
+#[test]
+fn a_backend_whose_flows_are_moved_is_left_even_for_nobody() {
+    let (mut image, state) = (fresh(), simple(1));
+    applied(&mut image, &state);
+    let mut empty = state.clone();
+    flip(&mut empty, 0, false);
+    planned_with(&image, &empty, &[(0, OldFlows::Move)]).iter().for_each(|op| image.apply(op));
+    assert!(words(&image).iter().all(|slot| *slot == moved(BACKEND_NOBODY)));
+}
+
+#[test]
+fn slots_that_move_for_a_better_spread_alone_wait_for_their_turn_and_others_do_not() {
+    let (mut image, mut state) = (fresh(), simple(3));
+    applied(&mut image, &state);
+    let leave = |moves| Leave { unpinned: Unpinned::Ids(HashSet::new()), moves };
+    let planned = |image: &Image, state: &State, moves| {
+        plan(image, &state.desired(), &capacity(), &leave(moves)).expect("within the limits")
+    };
+    state.pools.get_mut(&0).unwrap().backends.insert(100, (100, true));
+    let all = planned(&image, &state, usize::MAX);
+    let few = planned(&image, &state, 10);
+    assert_eq!((all.waiting, few.moves, few.moves + few.waiting), (0, 10, all.moves));
+    few.ops.iter().for_each(|op| image.apply(op));
+    assert_eq!(words(&image).iter().filter(|slot| slot.dirty()).count(), 10);
+    flip(&mut state, 2, false);
+    let dead = id_of(&image, &state, 2);
+    planned(&image, &state, 0).ops.iter().for_each(|op| image.apply(op));
+    assert!(words(&image).iter().all(|slot| slot.cur() != dead), "who is down is left at once");
+}
