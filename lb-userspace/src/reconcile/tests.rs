@@ -799,9 +799,13 @@ impl<'d> Probes<'d> {
         };
         // A VIP that changes its pool meets, for a moment, the new members of the old one.
         let moved = self.before.lead(probe) != self.after.lead(probe);
+        let at_the_old_one = self.before.lead(probe).and_then(|lead| self.after.targets.get(&lead.table));
+        let left = moved
+            && at_the_old_one.is_some_and(|targets| is_right(self.next, targets, end.outcome, end.took));
         let lost = end.outcome == Outcome::DropUnresolved && self.loses_its_way(probe);
         let right = ends(self.old, &self.before)
             || ends(self.next, &self.after)
+            || left
             || end.took.is_some_and(|row| self.next.backends.contains_key(&row.identity) && moved);
         if !right && !lost {
             return Err(format!("ends as {:?}", end.outcome));

@@ -9,7 +9,7 @@ use lb_common::flow::FlowHash;
 use lb_common::pins::{PinEvent, Says};
 use lb_common::wire::TcpFlags;
 
-use self::setup::{Setup, Shape};
+use self::setup::{Service, Setup, Shape};
 use super::*;
 use crate::reconcile::memory::Held;
 use crate::reconcile::tracking::{Hands, Tracking};
@@ -56,6 +56,8 @@ enum Change {
     MoveAway(u8),
     /// Whether the fallback is in use.
     Fallback(bool),
+    /// Whether the first service is the other pool's.
+    Turn(bool),
     /// More backends come, so that the table needs another length, or go.
     Grow(bool),
 }
@@ -86,6 +88,7 @@ fn change() -> impl Strategy<Value = Change> {
         4 => backend().prop_map(Change::Heal),
         1 => backend().prop_map(Change::MoveAway),
         1 => any::<bool>().prop_map(Change::Fallback),
+        1 => any::<bool>().prop_map(Change::Turn),
         1 => any::<bool>().prop_map(Change::Grow),
     ]
 }
@@ -101,6 +104,8 @@ struct Model {
     tracking: Tracking,
     setup: Setup,
     connections: Vec<Option<Connection>>,
+    /// The table of each service.
+    tables: [u16; 4],
     floods: u64,
 }
 
@@ -109,7 +114,8 @@ impl Model {
         let held = Held::with_image(shape.capacity(), shape.empty());
         let tracking = Tracking::new(held.now());
         let connections = (0..FLOWS).map(|_| None).collect();
-        let mut model = Self { held, tracking, setup: Setup::new(shape), connections, floods: 0 };
+        let mut model =
+            Self { held, tracking, setup: Setup::new(shape), connections, tables: [0; 4], floods: 0 };
         model.reconcile()?;
         Ok(model)
     }
@@ -120,7 +126,15 @@ impl Model {
 
     fn reconcile(&mut self) -> Result<(), String> {
         let wanted = self.setup.wanted();
-        self.tracking.reconcile(&mut self.held, wanted).map_err(|error| error.to_string())
+        self.tracking.reconcile(&mut self.held, wanted).map_err(|error| error.to_string())?;
+        let present = present_vips(&self.held.image);
+        for service in Service::ALL {
+            let Some(VipEntry::Service(target)) = present.get(&service.key()) else {
+                return Err(format!("no entry of {service:?}"));
+            };
+            self.tables[service.number()] = target.table();
+        }
+        Ok(())
     }
 
     fn take(&mut self, step: &Step) -> Result<(), String> {
@@ -179,18 +193,17 @@ impl Model {
     }
 
     fn look_after(&mut self) -> Result<(), String> {
-        let fails = self.setup.pass(self.now());
+        let crowded = self.tracking.moves.without_room(self.held.now()).next().is_some();
+        let fails = self.setup.pass(self.now(), crowded);
         self.lose();
         let changed = self.tracking.look_after(&mut self.held).map_err(|error| error.to_string())?;
         if fails || changed || self.tracking.is_paced(self.held.now()) { self.reconcile() } else { Ok(()) }
     }
 
     fn steer(&self, flow: u8, flags: u8) -> Result<u64, String> {
-        let service = self.setup.service_of(flow);
-        let table = self.held.image.table_states.iter().position(|state| state.identity == service.table);
-        let table = table.ok_or("no table")? as u16;
-        let flags = TcpFlags { data_offset: 5 << 4, flags };
-        let says = if service.udp { Says::DATAGRAM } else { Says::tcp(flags) };
+        let (service, flags) = (Service::of(flow), TcpFlags { data_offset: 5 << 4, flags });
+        let table = self.tables[service.number()];
+        let says = if service.is_udp() { Says::DATAGRAM } else { Says::tcp(flags) };
         let hash = FlowHash::from_bits(mix(u64::from(flow) + 1));
         let id = self.held.memory.steer(table, hash, says).map_err(|outcome| format!("{outcome:?}"))?;
         Ok(self.held.image.backends[usize::from(id)].identity)
@@ -200,8 +213,8 @@ impl Model {
         let failed = self.held.memory.count(PinEvent::FailedNew);
         let home = self.steer(flow, TcpFlags::SYN)?;
         let pinned = self.held.memory.count(PinEvent::FailedNew) == failed;
-        let begins = !self.setup.service_of(flow).udp;
-        if begins && pinned && self.setup.anybody() {
+        let service = Service::of(flow);
+        if !service.is_udp() && pinned && self.setup.anybody(service) {
             let wrong = home == 0 || self.setup.is_down(home);
             if wrong {
                 return Err(format!("flow {flow} begins at {}", self.setup.name(home)));
@@ -227,7 +240,7 @@ impl Model {
     }
 
     fn flood(&mut self, tens: u8) {
-        for table in 0..2 {
+        for table in [self.tables[0], self.tables[2]] {
             for _ in 0..u64::from(tens) * 10 {
                 self.floods += 1;
                 let hash = FlowHash::from_bits(mix(self.floods << 32));

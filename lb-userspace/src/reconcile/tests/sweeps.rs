@@ -209,6 +209,10 @@ fn wanted(backends: &[u64], taker: u64) -> Desired {
         protocol: PROTO_TCP,
     };
     desired.tables.insert(1, table);
+    let vip = Ipv4Addr::new(203, 0, 113, 10);
+    let counted = (IpAddr::from(vip).into(), Ports::Port(80), PROTO_TCP);
+    let lead = Lead { table: 1, flags: 0, counted };
+    desired.vips.insert((vip.into(), PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
     desired
 }
 

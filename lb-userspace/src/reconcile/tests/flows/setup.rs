@@ -5,7 +5,7 @@ use lb_common::wire::{PROTO_TCP, PROTO_UDP};
 
 use super::*;
 use crate::config;
-use crate::reconcile::desired::{OldFlows, table_identity};
+use crate::reconcile::desired::OldFlows;
 
 /// How long silence is no proof.
 const GRACE: Duration = Duration::from_secs(5);
@@ -37,13 +37,45 @@ impl Shape {
     }
 }
 
-/// Where a flow goes.
-#[derive(Clone, Copy)]
-pub struct Service {
-    /// The identity of its table.
-    pub table: u64,
-    pub udp: bool,
+/// Where a flow goes: to one of four services in turn. TCP, UDP, TCP in turns, TCP to the least busy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Service(u8);
+
+impl Service {
+    pub const ALL: [Self; 4] = [Self(0), Self(1), Self(2), Self(3)];
+
+    pub fn of(flow: u8) -> Self {
+        Self(flow % 4)
+    }
+
+    pub fn is_udp(self) -> bool {
+        self.0 == 1
+    }
+
+    pub fn number(self) -> usize {
+        usize::from(self.0)
+    }
+
+    fn port(self) -> u16 {
+        [80, 80, 81, 82][self.number()]
+    }
+
+    fn protocol(self) -> u8 {
+        if self.is_udp() { PROTO_UDP } else { PROTO_TCP }
+    }
+
+    /// The key of its entry.
+    pub fn key(self) -> (IpAddr, u32) {
+        (VIP.into(), PortKey::new(self.port(), self.protocol()).0)
+    }
+
+    fn entry(self, table: u64) -> DesiredVip {
+        let counted = (IpAddr::from(VIP).into(), Ports::Port(self.port()), self.protocol());
+        DesiredVip::Service(Lead { table, flags: 0, counted })
+    }
 }
+
+const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 
 #[derive(Debug, Clone)]
 struct Member {
@@ -65,12 +97,16 @@ pub struct Setup {
     shape: Shape,
     members: BTreeMap<u8, Member>,
     fallback: bool,
+    /// Whether the first service goes to the other pool, whatever its own backends do.
+    turned: bool,
+    /// Whether pins failed lately.
+    crowded: bool,
 }
 
 impl Setup {
     pub fn new(shape: Shape) -> Self {
         let members = [0, 1, 2, 6, 7].map(|backend| (backend, FRESH)).into();
-        Self { shape, members, fallback: false }
+        Self { shape, members, fallback: false, turned: false, crowded: false }
     }
 
     /// Backends that come when the table grows.
@@ -108,6 +144,7 @@ impl Setup {
             Change::Heal(backend) => with(backend, &|member| member.down = None),
             Change::MoveAway(backend) => with(backend, &|member| member.moved = !member.moved),
             Change::Fallback(used) => self.fallback = *used,
+            Change::Turn(turned) => self.turned = *turned,
             Change::Grow(true) => {
                 let more = self.more();
                 self.members.extend(more.map(|backend| (backend, FRESH)));
@@ -116,9 +153,9 @@ impl Setup {
         }
     }
 
-    /// Whether somebody was silent for too long.
-    pub fn pass(&mut self, now: Duration) -> bool {
-        let mut fails = false;
+    /// Whether somebody was silent for too long, or begins to be in the way of new flows that cannot be pinned.
+    pub fn pass(&mut self, now: Duration, crowded: bool) -> bool {
+        let mut fails = std::mem::replace(&mut self.crowded, crowded) != crowded;
         for member in self.members.values_mut() {
             if let Some(Down::Silent { since }) = member.down
                 && now >= since + GRACE
@@ -142,7 +179,16 @@ impl Setup {
 
     /// Whether nobody promises anything to its flows.
     pub fn has_lost(&self, identity: u64) -> bool {
-        self.member(identity).is_some_and(|member| member.old_flows() != OldFlows::Stay)
+        self.member(identity).is_some_and(|member| self.old_flows(member) != OldFlows::Stay)
+    }
+
+    fn old_flows(&self, member: &Member) -> OldFlows {
+        match member.down {
+            _ if member.moved => OldFlows::Move,
+            Some(Down::Failed) => OldFlows::Fail,
+            Some(Down::Silent { .. }) if self.crowded => OldFlows::Yield,
+            Some(Down::Silent { .. }) | None => OldFlows::Stay,
+        }
     }
 
     pub fn name(&self, identity: u64) -> String {
@@ -151,12 +197,15 @@ impl Setup {
     }
 
     /// Whether somebody takes new flows.
-    pub fn anybody(&self) -> bool {
-        self.takers().next().is_some()
+    pub fn anybody(&self, service: Service) -> bool {
+        self.takers(self.fallback || self.turns(service)).next().is_some()
     }
 
-    fn takers(&self) -> impl Iterator<Item = (u8, u8)> + '_ {
-        let level = self.fallback;
+    fn turns(&self, service: Service) -> bool {
+        self.turned && service == Service::ALL[0]
+    }
+
+    fn takers(&self, level: bool) -> impl Iterator<Item = (u8, u8)> + '_ {
         let takes = move |(backend, member): &(&u8, &Member)| {
             is_fallback(**backend) == level
                 && member.weight > 0
@@ -177,31 +226,6 @@ impl Setup {
         }
     }
 
-    /// Flows go to four services in turn: TCP, UDP, TCP in turns, TCP to the least busy.
-    pub fn service_of(&self, flow: u8) -> Service {
-        let kind = flow % 4;
-        let udp = kind == 1;
-        let table = match self.shape {
-            Shape::Small => u64::from(kind) + 1,
-            Shape::Configured => {
-                static TABLES: OnceLock<[u64; 4]> = OnceLock::new();
-                TABLES.get_or_init(|| self.tables())[usize::from(kind)]
-            }
-        };
-        Service { table, udp }
-    }
-
-    fn tables(&self) -> [u64; 4] {
-        let (config, _) = self.configured();
-        let of = |protocol, scheduler| table_identity(&config.pools[0], protocol, scheduler);
-        [
-            of(Protocol::Tcp, Scheduler::Maglev),
-            of(Protocol::Udp, Scheduler::Maglev),
-            of(Protocol::Tcp, Scheduler::WeightedRoundRobin),
-            of(Protocol::Tcp, Scheduler::LeastConnections),
-        ]
-    }
-
     pub fn wanted(&self) -> Desired {
         match self.shape {
             Shape::Small => self.small(),
@@ -215,7 +239,7 @@ impl Setup {
     fn small(&self) -> Desired {
         let mut desired = Desired::default();
         for (backend, member) in &self.members {
-            let old_flows = member.old_flows();
+            let old_flows = self.old_flows(member);
             let up = member.down.is_none() && old_flows == OldFlows::Stay;
             let row = BackendRow {
                 kind: BackendKind::Ipip4 as u8,
@@ -229,40 +253,44 @@ impl Setup {
         }
         let many = self.members.range(10..).next().is_some();
         let log2_length = if many { 6 } else { 4 };
-        let by_hash: Vec<Target> = (0..1 << log2_length).map(|slot| self.taker(slot)).collect();
+        let hashed = |level| (0..1 << log2_length).map(|slot| self.taker(slot, level)).collect();
+        let by_hash: Vec<Target> = hashed(self.fallback);
         let takers: Vec<Target> =
-            self.takers().map(|(backend, _)| Target::Backend(self.identity(backend))).collect();
+            self.takers(self.fallback).map(|(backend, _)| Target::Backend(self.identity(backend))).collect();
         let turns: Vec<Target> = (0..1 << log2_length)
             .map(|slot: usize| *takers.get(slot % takers.len().max(1)).unwrap_or(&Target::Nobody))
             .collect();
-        for (identity, discipline, protocol) in [
-            (1, Discipline::Hash, PROTO_TCP),
-            (2, Discipline::Hash, PROTO_UDP),
-            (3, Discipline::RoundRobin, PROTO_TCP),
-            (4, Discipline::Least, PROTO_TCP),
-        ] {
+        let disciplines = [Discipline::Hash, Discipline::Hash, Discipline::RoundRobin, Discipline::Least];
+        for (service, discipline) in Service::ALL.into_iter().zip(disciplines) {
+            let turned = self.turns(service);
+            let identity = u64::from(service.0) + if turned { 101 } else { 1 };
             let all = discipline.pins_all();
             let table = DesiredTable {
                 log2_length,
-                cur: if all { turns.clone() } else { by_hash.clone() },
+                cur: match (turned, all) {
+                    (true, _) => hashed(true),
+                    (false, true) => turns.clone(),
+                    (false, false) => by_hash.clone(),
+                },
                 est: all.then(|| by_hash.clone()),
                 discipline,
                 pools: Vec::new(),
-                pool_set: [3, 0, 0],
+                pool_set: [if turned { 2 } else { 3 }, 0, 0],
                 idle: T1,
-                protocol,
+                protocol: service.protocol(),
             };
             desired.tables.insert(identity, table);
+            desired.vips.insert(service.key(), service.entry(identity));
         }
         desired
     }
 
     /// By weighted chance, so that a change moves few slots.
-    fn taker(&self, slot: u64) -> Target {
+    fn taker(&self, slot: u64, level: bool) -> Target {
         let chance = |(backend, weight): &(u8, u8)| {
             mix(slot << 8 | u64::from(*backend) | 1 << 40) % 1000 * u64::from(*weight)
         };
-        let best = self.takers().max_by_key(chance);
+        let best = self.takers(level).max_by_key(chance);
         best.map_or(Target::Nobody, |(backend, _)| Target::Backend(self.identity(backend)))
     }
 
@@ -278,12 +306,13 @@ impl Setup {
         };
         let (near, far) = (pool(false), pool(true));
         let service = |name: &str, port, protocol: &str, scheduler: &str| {
+            let pool = if name == "tcp" && self.turned { "far" } else { "web" };
             format!(
-                "- {{name: {name}, vip: 203.0.113.10, ports: {port}, protocol: {protocol}, pool: web, scheduler: {scheduler}}}\n"
+                "- {{name: {name}, vip: {VIP}, ports: {port}, protocol: {protocol}, pool: {pool}, scheduler: {scheduler}}}\n"
             )
         };
         let text = format!(
-            "interfaces: [eth0]\nseed: 7\npools:\n  web: {{forward: ipip, fallback: [far], idle_timeout: {{tcp: 10s, udp: 10s}}, backends: [{}]}}\n  far: {{forward: ipip, backends: [{}]}}\nservices:\n{}{}{}{}",
+            "interfaces: [eth0]\nseed: 7\npools:\n  web: {{forward: ipip, fallback: [far], idle_timeout: {{tcp: 10s, udp: 10s}}, backends: [{}]}}\n  far: {{forward: ipip, idle_timeout: {{tcp: 10s, udp: 10s}}, backends: [{}]}}\nservices:\n{}{}{}{}",
             near.0,
             far.0,
             service("tcp", 80, "tcp", "maglev"),
@@ -300,22 +329,12 @@ impl Setup {
                 if member.drained || member.moved {
                     world.shares.insert((pool, place), 0);
                 }
-                if member.old_flows() != OldFlows::Stay {
-                    world.old_flows.insert((pool, place), member.old_flows());
+                if self.old_flows(member) != OldFlows::Stay {
+                    world.old_flows.insert((pool, place), self.old_flows(member));
                 }
             }
         }
         (config, world)
-    }
-}
-
-impl Member {
-    fn old_flows(&self) -> OldFlows {
-        match self.down {
-            _ if self.moved => OldFlows::Move,
-            Some(Down::Failed) => OldFlows::Fail,
-            Some(Down::Silent { .. }) | None => OldFlows::Stay,
-        }
     }
 }
 
