@@ -42,7 +42,7 @@ fn write(image: &mut Image, slots: &[Slot]) {
 
 /// A tag in the first slot, or in the second.
 const fn tag(second: bool, number: u32) -> u32 {
-    (second as u32) << 31 | number + 1
+    ((second as u32) << 31) | (number + 1)
 }
 
 fn words_of(pins: &[Pin]) -> Vec<AtomicU64> {

@@ -253,11 +253,9 @@ pub fn explore(scenario: &Scenario) -> Seen {
                 open.push((next, way));
             }
         }
-        if ends {
-            if let Err(broken) = machine.probe(scenario) {
-                seen.broken = Some(told(scenario, &way, &broken));
-                return seen;
-            }
+        if ends && let Err(broken) = machine.probe(scenario) {
+            seen.broken = Some(told(scenario, &way, &broken));
+            return seen;
         }
     }
     seen
