@@ -179,7 +179,8 @@ fn a_reload_of_mode_and_limits_together_leaves_no_backend_behind_a_device_that_c
 #[test]
 fn a_backend_that_left_the_file_while_no_agent_ran_is_left_alone_by_the_kernel() -> Result<()> {
     let Some(stage) = Stage::set("uncared", 2)? else { return Ok(()) };
-    let mut config = stage.config();
+    let pool = "    idle_timeout: {tcp: 1s, udp: 1s}\n".to_owned();
+    let mut config = Config { pool, ..stage.config() };
     let mut balancer = stage.start(&config)?;
     let managed = |index| -> Result<bool> {
         let shown = stage.balancer.ip(&format!("neigh show {}", stage::address(index, false)))?;

@@ -10,7 +10,7 @@ use tests::balancer::Balancer;
 use tests::lab::{self, Signal, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, URLS};
 
-const HEALTH: &str = "{type: http, path: /healthz, interval: 200ms, timeout: 200ms, rise: 1, fall: 2}";
+const HEALTH: &str = "{type: http, path: /healthz, interval: 500ms, timeout: 500ms, rise: 1, fall: 2}";
 
 const HOLD: Duration = Duration::from_secs(2);
 
@@ -32,7 +32,10 @@ fn web(balancer: &Balancer) -> Result<PoolStatus> {
 fn wait_for_use_of(balancer: &Balancer, pool: &str) -> Result<Instant> {
     wait_for(&format!("{pool} is in use"), PATIENCE, || web(balancer).is_ok_and(|web| web.in_use == pool))
         .with_context(|| balancer.process.log())?;
-    Ok(Instant::now())
+    let then = Instant::now();
+    let told = || balancer.command(&["verify"]).is_ok_and(|verified| verified.code == Some(0));
+    wait_for("the kernel knows", PATIENCE, told)?;
+    Ok(then)
 }
 
 /// Who answers the client.
