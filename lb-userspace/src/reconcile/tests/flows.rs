@@ -306,7 +306,7 @@ proptest! {
     /// Tables of 16 and 64 slots: nothing in the rule goes by their length.
     #[test]
     fn no_connection_changes_its_backend_whatever_happens_to_others(
-        steps in prop::collection::vec(step(), 1..60),
+        steps in prop::collection::vec(step(), 1..40),
     ) {
         run(Shape::Small, &steps)?;
     }

@@ -31,6 +31,7 @@ impl Shape {
             let mut image = Image::empty(&self.capacity(), Meta::default());
             image.backends.truncate(128);
             image.load_weights.truncate(128);
+            image.egress.truncate(4);
             image
         };
         EMPTY[self as usize].get_or_init(empty).clone()
