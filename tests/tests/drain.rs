@@ -335,3 +335,30 @@ fn a_backend_that_leaves_the_file_is_gone_when_nothing_is_left_of_it() -> Result
     ensure!(lab::failures(&requests).len() <= 6, "{:?}", lab::failures(&requests));
     Ok(())
 }
+
+#[test]
+fn an_agent_that_starts_lets_nobody_go_and_calls_nobody_drained_before_it_has_counted() -> Result<()> {
+    let Some(stage) = Stage::set("recount", 3)? else { return Ok(()) };
+    let mut config = with_echo(&stage);
+    let mut balancer = stage.start(&config)?;
+    let (_servers, old) = crowd(&stage)?;
+    config.backends.pop();
+    balancer.reload(&config.to_string())?;
+    balancer.command(&["backend", "drain", "web/web1"])?.expect(0, &[])?;
+    let is_pinned = |name| backend(&balancer, name).is_ok_and(|b| b.slots_old == 0 && b.pins > 0);
+    wait_for("flows are pinned", PATIENCE, || is_pinned("web1") && is_pinned("web3"))?;
+
+    balancer.process.kill();
+    balancer.restart()?;
+    wait_for("pins are counted", PATIENCE, || backend(&balancer, "web1").is_ok_and(|web1| web1.pins > 0))?;
+    let log = balancer.process.log();
+    let left = backend(&balancer, "web3").with_context(|| log.clone())?;
+    ensure!(left.exit.is_some_and(|exit| exit.cause == "removed") && left.pins > 0, "{}", left.state);
+    ensure!(!log.contains("backend is gone") && !log.contains("backend drained"), "{log}");
+    old.wait_until_answered(Instant::now(), PATIENCE)?;
+    ensure!(old.lost().is_empty(), "{:?}", old.lost());
+    drop(old);
+    wait_for("web3 is gone", PATIENCE, || backend(&balancer, "web3").is_err())?;
+    balancer.process.wait_for_log("backend drained", PATIENCE)?;
+    Ok(())
+}

@@ -207,7 +207,8 @@ impl Core {
     fn cut_off(&self, overrides: &mut Overrides, now: Uptime) -> bool {
         let due = overrides.due(now);
         for key in &due {
-            let left = self.remaining_at(key);
+            // Who may have more by now has moved before it is counted.
+            let left = Remaining { uncounted: false, ..self.remaining_at(key) };
             overrides.cut_off(key, left);
             let Remaining { pins, slots_old, .. } = left;
             match overrides.exit(key) {

@@ -462,7 +462,7 @@ impl Core {
         let idle = udp.map(|table| table.idle).max().unwrap_or_default();
         let emptied = self.image.backends.get(usize::from(id)).is_some_and(Row::is_emptied);
         let quic = !emptied && self.named.gets(Instant::now(), id, idle);
-        Remaining { pins, slots_new, slots_old, quic }
+        Remaining { pins, slots_new, slots_old, quic, uncounted: !self.tracking.is_counted(id) }
     }
 
     fn state(

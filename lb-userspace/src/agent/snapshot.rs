@@ -141,6 +141,9 @@ pub struct Remaining {
     /// QUIC connections, which have no pins, sent to it a short while ago.
     #[serde(default)]
     pub quic: bool,
+    /// Flows may have been pinned to it since pins were counted.
+    #[serde(default)]
+    pub uncounted: bool,
 }
 
 impl Remaining {

@@ -265,7 +265,7 @@ impl Snapshot {
         let identity = backend_identity(&pool.name, pool.forward, backend.address);
         let id = self.index.ids.get(&identity).copied();
         let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
-        let Remaining { pins, slots_new, slots_old, quic: _ } = view.remaining;
+        let Remaining { pins, slots_new, slots_old, quic: _, uncounted: _ } = view.remaining;
         Ok(BackendStatus {
             pool: pool.name.clone(),
             name: backend.name.clone(),

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
+use lb_common::slots::Slot;
 use tracing::debug;
 
 use super::desired::{Desired, meet};
@@ -59,6 +60,12 @@ pub struct Tracking {
     resting: HashSet<u16>,
     /// Ids that a whole cycle found unpinned, for the next plan.
     unpinned: HashSet<u16>,
+    /// By backend id: whether no slot has named it since the cycle that is under way began.
+    unnamed: Vec<bool>,
+    /// The same for the last whole cycle: what it found of these is all there is.
+    counted: Vec<bool>,
+    /// Whether slots were written since a cycle began, or nothing was counted yet.
+    recount: bool,
     /// What the tables are on their way to.
     pub desired: Desired,
     paced: Instant,
@@ -79,6 +86,9 @@ impl Tracking {
             began: now,
             resting: HashSet::new(),
             unpinned: HashSet::new(),
+            unnamed: Vec::new(),
+            counted: Vec::new(),
+            recount: true,
             desired: Desired::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
             moves_left: 0,
@@ -162,7 +172,9 @@ impl Tracking {
         for op in ops {
             if let MapOp::WriteSlots { first, words } = op {
                 self.sweeper.written(*first, words.len());
+                self.name(words);
             }
+            self.recount |= matches!(op, MapOp::WriteSlots { .. } | MapOp::SetTableWord { .. });
             if !hands.apply(op)? {
                 if let MapOp::ExpectFailed { table, .. } = op {
                     hands.apply(&MapOp::SetClosing { table: *table, closing: 0 })?;
@@ -171,6 +183,22 @@ impl Tracking {
             }
         }
         Ok(true)
+    }
+
+    /// From now on slots name these, and packets make pins to them.
+    fn name(&mut self, words: &[u32]) {
+        for id in words.iter().map(|&word| Slot::from_bits(word)).flat_map(|slot| [slot.cur(), slot.est()]) {
+            for free in [&mut self.unnamed, &mut self.counted] {
+                if let Some(free) = free.get_mut(usize::from(id)) {
+                    *free = false;
+                }
+            }
+        }
+    }
+
+    /// Whether `found` has all pins of an id that no slot names: none was made since it was counted.
+    pub fn is_counted(&self, id: u16) -> bool {
+        self.counted.get(usize::from(id)).copied().unwrap_or_default()
     }
 
     /// Says how many slots may move in this second for a better spread alone: none while pins fail, or are half full.
@@ -192,7 +220,7 @@ impl Tracking {
     fn sweep<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
         let now = hands.now();
         if !self.sweeper.is_busy() {
-            if now < self.began + CYCLE || !self.has_to_sweep(hands.image()) {
+            if now < self.began + CYCLE || !(self.recount || self.has_to_sweep(hands.image())) {
                 return Ok(false);
             }
             self.begin_cycle(hands, now)?;
@@ -228,14 +256,14 @@ impl Tracking {
     fn begin_cycle<H: Hands>(&mut self, hands: &mut H, now: Instant) -> Result<(), H::Error> {
         self.began = now;
         let image = hands.image();
-        let mut resting = self.leaving_ids(image);
-        if !resting.is_empty() {
-            for (_, slot) in image.live_slots() {
-                resting.remove(&slot.cur());
-                resting.remove(&slot.est());
+        let mut unnamed = vec![true; image.backends.len()];
+        for (_, slot) in image.live_slots() {
+            for id in [slot.cur(), slot.est()] {
+                unnamed[usize::from(id)] = false;
             }
         }
-        self.resting = resting;
+        self.resting = self.leaving_ids(image).into_iter().filter(|&id| unnamed[usize::from(id)]).collect();
+        (self.unnamed, self.recount) = (unnamed, false);
         // No packet is at work with words from before.
         self.carry_out(hands, &[MapOp::Grace])?;
         let rules = Rules::of(&self.desired, hands.image());
@@ -248,6 +276,7 @@ impl Tracking {
         if !found.clear.is_empty() {
             self.carry_out(hands, &runs(found.clear.iter().copied()))?;
         }
+        self.counted = std::mem::take(&mut self.unnamed);
         let resting = std::mem::take(&mut self.resting);
         self.unpinned = resting.into_iter().filter(|&id| found.of(id).pins == 0).collect();
         self.set_loads(hands, &found);

@@ -50,7 +50,7 @@ fn a_drain_has_a_deadline_or_none_and_ends_with_enable() {
     assert_eq!((exit.since, exit.deadline), (NOW, Some(NOW + 2 * MINUTE)));
     assert!(overrides.due(NOW + MINUTE).is_empty());
     assert_eq!(overrides.due(NOW + 2 * MINUTE), [web1()]);
-    let left = Remaining { pins: 3, slots_new: 0, slots_old: 1, quic: false };
+    let left = Remaining { pins: 3, slots_new: 0, slots_old: 1, quic: false, uncounted: false };
     overrides.cut_off(&web1(), left);
     assert!(overrides.due(NOW + 3 * MINUTE).is_empty(), "told twice");
     let exit = overrides.exit(&web1()).unwrap();
@@ -209,7 +209,7 @@ fn what_is_kept_comes_back_as_it_was() {
     let web2 = key("web", "10.0.0.2");
     overrides.set_weight(&web2, entry(&without, &web2), 3);
     overrides.drain(&web2, entry(&without, &web2), NOW, Some(MINUTE));
-    overrides.cut_off(&web2, Remaining { pins: 1, slots_new: 2, slots_old: 3, quic: true });
+    overrides.cut_off(&web2, Remaining { pins: 1, slots_new: 2, slots_old: 3, quic: true, uncounted: false });
     let config = overrides.effective(&file, &without);
     let store = Store::new(&directory.0);
     assert!(store.recover().pools.is_empty(), "of nothing");
