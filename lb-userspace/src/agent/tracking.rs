@@ -115,7 +115,7 @@ impl Core {
     /// What becomes of the flows of backends that are down, or whose time is over.
     pub(super) fn old_flows(&self, now: Instant) -> HashMap<BackendRef, OldFlows> {
         let mut old_flows = HashMap::new();
-        let without_room = self.without_room(now);
+        let (without_room, most_are_down) = (self.without_room(now), self.most_are_down());
         for (key, pool, backend) in keys(&self.config) {
             let Some(fsm) = self.fsms.get(&key).filter(|fsm| fsm.state() == State::Down) else { continue };
             let flows = &self.config.pools[pool].flows;
@@ -124,7 +124,7 @@ impl Core {
                 OnDown::Keep => false,
                 OnDown::Move => true,
                 // Answered by the host itself, or silent for long while most others answer: else it may be us.
-                OnDown::Auto => fsm.is_hard() || down_for >= flows.down_grace && !self.most_are_down(pool),
+                OnDown::Auto => fsm.is_hard() || down_for >= flows.down_grace && !most_are_down[pool],
             };
             let set = pool_set([self.config.pools[pool].name.as_str()]);
             if fails {
@@ -148,12 +148,13 @@ impl Core {
         tables.filter_map(|table| Some(self.image.table_states.get(usize::from(table))?.pools)).collect()
     }
 
-    fn most_are_down(&self, pool: usize) -> bool {
-        let states = keys(&self.config)
-            .filter(|(_, of, _)| *of == pool)
-            .map(|(key, ..)| self.fsms.get(&key).is_some_and(|fsm| fsm.state() == State::Down));
-        let (down, all) = states.fold((0, 0), |(down, all), is_down| (down + usize::from(is_down), all + 1));
-        down * 2 > all
+    /// By pool.
+    fn most_are_down(&self) -> Vec<bool> {
+        let mut down = vec![0; self.config.pools.len()];
+        for (key, pool, _) in keys(&self.config) {
+            down[pool] += usize::from(self.fsms.get(&key).is_some_and(|fsm| fsm.state() == State::Down));
+        }
+        down.iter().zip(&self.config.pools).map(|(down, pool)| down * 2 > pool.backends.len()).collect()
     }
 
     /// Whether a grace time, or the room for pins, has run out since the last plan.

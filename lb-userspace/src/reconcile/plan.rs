@@ -16,7 +16,7 @@ use lb_common::abi::{
 };
 use lb_common::slots::Slot;
 
-use super::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target};
+use super::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target, meet};
 use super::image::Image;
 use super::moves::runs;
 use super::op::MapOp;
@@ -231,7 +231,12 @@ impl Planner<'_> {
 
     /// Whether a backend takes new flows by its pins, and whether it is to have old ones.
     fn flags(&mut self, id: u16, flags: u8, wanted: &DesiredBackend) {
-        let goes = matches!(wanted.old_flows, OldFlows::Fail | OldFlows::Move);
+        let goes = match wanted.old_flows {
+            OldFlows::Stay | OldFlows::Yield => false,
+            // Else they would lose their pins for another that failed, and what comes back does not get them back.
+            OldFlows::Fail => self.somebody_takes_from(wanted),
+            OldFlows::Move => true,
+        };
         let now = wanted.row.flags & Backend::ACCEPTING | flags & Backend::EMPTIED;
         if !goes {
             let now = now & !Backend::EMPTIED;
@@ -248,6 +253,20 @@ impl Planner<'_> {
         } else {
             self.emptied.insert(id);
         }
+    }
+
+    /// Whether a table whose flows may have pins to a backend that failed leads to anybody else.
+    fn somebody_takes_from(&self, failed: &DesiredBackend) -> bool {
+        let takes = |target: &Target| match target {
+            Target::Nobody => false,
+            Target::Pass => true,
+            Target::Backend(identity) => {
+                let other = self.desired.backends.get(identity);
+                other.is_some_and(|other| matches!(other.old_flows, OldFlows::Stay))
+            }
+        };
+        let mut tables = self.desired.tables.values().filter(|table| meet(table.pool_set, failed.pool));
+        tables.any(|table| table.cur.iter().any(takes))
     }
 
     /// Backends that are in no configuration any more go once nothing names them; their ways out with them.
@@ -351,8 +370,6 @@ impl Planner<'_> {
             self.add.push(MapOp::SetTableWord { table, word });
             return Ok(());
         }
-        self.pools(table, wanted.pool_set);
-
         let old_first = word.first_row() * SLOTS_PER_ROW;
         let grown = wanted.log2_length.saturating_sub(word.log2_length());
         let length = word.length() << grown;
@@ -374,6 +391,8 @@ impl Planner<'_> {
         let taking: HashSet<u16> = cur.iter().copied().collect();
         let going = Going::of(self.desired, ids);
         let mut words = Vec::new();
+        let at_rest = |(offset, slot): (usize, &Slot)| *slot == Slot::clean(cur[offset >> shift]);
+        let rests = now.iter().enumerate().all(at_rest);
         for (index, slot) in (first..).zip(&now) {
             let content = ((index - first) >> shift) as usize;
             let mut next = match &est {
@@ -390,6 +409,7 @@ impl Planner<'_> {
                 words.push((index, next.bits()));
             }
         }
+        self.pools(table, wanted.pool_set, rests);
         self.add.extend(runs(words));
         Ok(())
     }
@@ -425,11 +445,11 @@ impl Planner<'_> {
     }
 
     /// Pins of a table may be of pools that it had before: until it is at rest, they stay in the set.
-    fn pools(&mut self, table: u16, wanted: [u64; 3]) {
+    fn pools(&mut self, table: u16, wanted: [u64; 3], rests: bool) {
         let before = self.image.table_states[usize::from(table)].pools;
-        let both = [0, 1, 2].map(|word| before[word] | wanted[word]);
-        if both != before {
-            self.add.push(MapOp::SetPools { table, pools: both });
+        let pools = if rests { wanted } else { [0, 1, 2].map(|word| before[word] | wanted[word]) };
+        if pools != before {
+            self.add.push(MapOp::SetPools { table, pools });
         }
     }
 }

@@ -176,6 +176,7 @@ fn planned_with(image: &Image, state: &State, goes: &[(u16, OldFlows)]) -> Vec<M
         let identity = identity_in_first_pool(state, backend_address(*host));
         let backend = desired.backends.get_mut(&identity).expect("a backend");
         backend.old_flows = *old_flows;
+        backend.pool = [u64::MAX; 3];
         backend.row.flags = 0;
     }
     plan_at_once(image, &desired, &capacity()).expect("within the limits")
@@ -234,7 +235,9 @@ fn old_flows_do_not_leave_a_failed_backend_for_nobody_nor_for_another_that_faile
         flip(&mut state, 0, false);
         flip(&mut state, 2, false);
         state.pools.get_mut(&0).unwrap().on_empty = on_empty;
-        planned_with(&image, &state, &all).iter().for_each(|op| image.apply(op));
+        let ops = planned_with(&image, &state, &all);
+        assert!(!ops.iter().any(|op| matches!(op, MapOp::DropPins { .. })), "{on_empty:?}");
+        ops.iter().for_each(|op| image.apply(op));
         for (before, now) in before.iter().zip(words(&image)) {
             assert_eq!(now.est(), before.est(), "{on_empty:?}");
         }
@@ -261,6 +264,26 @@ fn pins_to_a_failed_backend_that_were_made_while_nobody_was_up_go_once_somebody_
     let drop =
         ops.iter().position(|op| *op == MapOp::DropPins { id: dead }).expect("old flows were pinned there");
     assert_eq!(ops[drop - 1], MapOp::Grace, "first nobody finds it in a slot");
+}
+
+#[test]
+fn a_table_forgets_the_pools_that_it_had_before_when_it_is_at_rest() {
+    let (mut image, state) = (fresh(), simple(2));
+    applied(&mut image, &state);
+    let all = [u64::MAX; 3];
+    let pools = image.table_states[0].pools;
+    assert_ne!(pools, all);
+    image.apply(&MapOp::SetPools { table: 0, pools: all });
+    let mut moving = image.clone();
+    let forgets = [MapOp::SetPools { table: 0, pools }];
+    assert_eq!(planned_with(&image, &state, &[]), forgets);
+    let slots = words(&moving);
+    let first = TableWord::from_bits(moving.tables[0]).first_row() * SLOTS_PER_ROW;
+    for slot in [Slot::new(slots[0].cur(), slots[0].cur(), false, true), Slot::clean(slots[0].cur())] {
+        moving.apply(&MapOp::WriteSlots { first, words: vec![slot.bits()] });
+        let expected = if slot.is_clean() { &forgets[..] } else { &[] };
+        assert_eq!(planned_with(&moving, &state, &[]), expected, "{slot:?}");
+    }
 }
 
 #[test]
