@@ -69,6 +69,9 @@ const LOOK_AFTER: Duration = Duration::from_secs(5);
 /// Deadlines of drains and the ends of drains are looked for this often.
 const LOOK_AT_EXITS: Duration = Duration::from_secs(1);
 
+/// Slots that could not be looked after are left alone so long: what is wrong may last, and all else goes on.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
 /// The service manager hears of changes this often.
 const TELL_STATUS: Duration = Duration::from_secs(1);
 
@@ -146,6 +149,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut look_at_exits = every(LOOK_AT_EXITS);
     let mut flushes = every(FLUSH_TRACE);
     let mut slots = every(tracking::TICK);
+    let mut slots_failed: Option<Instant> = None;
     loop {
         tokio::select! {
             Some((key, probe)) = probes.recv() => {
@@ -190,8 +194,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);
             }
-            _ = slots.tick() => {
-                if let Err(error) = core.look_after_slots() {
+            _ = slots.tick(), if slots_failed.is_none_or(|at| at.elapsed() >= TRY_AGAIN) => {
+                let looked_after = core.look_after_slots();
+                slots_failed = looked_after.is_err().then(Instant::now);
+                if let Err(error) = looked_after {
                     error!(error = %format!("{:#}", anyhow::Error::from(error)), "slots on the move are not looked after; trying again");
                 }
                 continue;

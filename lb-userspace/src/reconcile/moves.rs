@@ -93,7 +93,12 @@ impl Moves {
     /// begin to wait, those that no longer are end it. Pins that failed begin everything anew.
     pub fn observe(&mut self, image: &Image, now: Instant) {
         let tick = self.ticks(now);
+        let before = self.tables.len();
         self.tables.retain(|table, _| image.tables.get(usize::from(*table)).is_some_and(|word| *word != 0));
+        if self.tables.len() < before {
+            // Its flows may go by another one now, and those that have no pin are not in that one's count.
+            self.tables.values_mut().for_each(|table| table.quiet = now);
+        }
         for (number, word) in (0u16..).zip(image.tables.iter().map(|&bits| TableWord::from_bits(bits))) {
             if word == TableWord::default() {
                 continue;

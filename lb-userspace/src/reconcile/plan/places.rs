@@ -149,14 +149,18 @@ pub(super) fn words(image: &Image, row: u16) -> Vec<u32> {
     (first..first + word.length()).map(|index| image.slot(index).bits()).collect()
 }
 
-/// Whether two tables are at rest and lead every flow to the same backend.
+/// Whether two tables are at rest and lead every flow to the same backend. Of tables that pin every flow no slot is ever
+/// clean: they rest where new flows go to the same backends and old ones do.
 fn equal(image: &Image, one: u16, other: u16) -> bool {
+    let pins_all = |row: u16| TableWord::from_bits(image.tables[usize::from(row)]).discipline().pins_all();
+    let both_pin_all = pins_all(one) && pins_all(other);
     let (one, other) = (words(image, one), words(image, other));
     let longest = one.len().max(other.len());
     let at = |words: &[u32], index: usize| Slot::from_bits(words[index * words.len() / longest]);
+    let rests = |slot: Slot| slot.is_clean() || both_pin_all;
     !one.is_empty()
         && !other.is_empty()
-        && (0..longest).all(|index| at(&one, index).is_clean() && at(&one, index) == at(&other, index))
+        && (0..longest).all(|index| rests(at(&one, index)) && at(&one, index) == at(&other, index))
 }
 
 fn free_rows(image: &Image) -> Vec<u16> {

@@ -287,6 +287,40 @@ fn a_table_forgets_the_pools_that_it_had_before_when_it_is_at_rest() {
 }
 
 #[test]
+fn a_service_that_takes_turns_goes_by_the_shared_table_again_after_it_changed_its_pool() {
+    let mut state = simple(2);
+    let mut other = state.pools[&0].clone();
+    other.name = 1;
+    other.backends = BTreeMap::from([(50, (100, true)), (51, (100, true))]);
+    state.pools.insert(1, other);
+    let first = state.services.get_mut(&0).expect("a service");
+    first.kind.scheduler = Scheduler::WeightedRoundRobin;
+    let mut second = first.clone();
+    second.pool = 1;
+    state.services.insert(1, second);
+    let mut run = Run::new();
+    run.step(state.desired(), &[0]).expect("the first tables");
+    state.services.get_mut(&0).expect("a service").pool = 1;
+    run.step(state.desired(), &[0]).expect("tables that others share");
+    assert_eq!(run.image.table_states.iter().filter(|state| state.identity != 0).count(), 1);
+}
+
+#[test]
+fn where_a_table_was_left_for_another_the_other_has_no_quiet_behind_it() {
+    let begin = Instant::now();
+    let mut image = image_of(&[Slot::new(B, A, true, true); 2], Discipline::RoundRobin);
+    image.apply(&MapOp::SetTableWord { table: 1, word: TableWord::from_bits(image.tables[0]) });
+    let mut moves = Moves::new(begin);
+    moves.observe(&image, begin);
+    let late = begin + T1;
+    image.apply(&MapOp::SetTableWord { table: 1, word: TableWord::default() });
+    moves.observe(&image, late);
+    let course = |_| Some(Course { idle: T1, est: Some((1, vec![C, B])) });
+    assert_eq!(moves.due(&image, begin + T1 + SLACK, course), []);
+    assert_eq!(moves.due(&image, late + T1 + SLACK, course).len(), 1);
+}
+
+#[test]
 fn a_backend_whose_flows_are_moved_is_left_even_for_nobody() {
     let (mut image, state) = (fresh(), simple(1));
     applied(&mut image, &state);
