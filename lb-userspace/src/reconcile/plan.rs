@@ -11,8 +11,8 @@ mod vips;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW,
-    TableWord,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, BackendKind, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2,
+    SLOTS_PER_ROW, TableWord,
 };
 use lb_common::slots::Slot;
 
@@ -183,6 +183,9 @@ impl Planner<'_> {
         };
         let mut ids: HashMap<u64, u16> = HashMap::new();
         let mut free = Vec::new();
+        let tunnels = self.desired.backends.values().filter(|wanted| wanted.next_hop.is_some());
+        let tunnels: HashMap<_, _> =
+            tunnels.filter_map(|wanted| Some((tunnel_to(&wanted.row)?, path_of(&wanted.next_hop)))).collect();
         for id in 1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16 {
             let row = &self.image.backends[usize::from(id)];
             let wanted = self.desired.backends.get(&row.identity).filter(|wanted| {
@@ -201,8 +204,13 @@ impl Planner<'_> {
                     self.weight(id, wanted.weight);
                 }
                 None if *row == Backend::default() => free.push(id),
-                // Until nothing names it: see `leaving`.
-                None => {}
+                // Until nothing names it: see `leaving`. Its pool may reach the same backend by another tunnel now, and
+                // so knows the way.
+                None => {
+                    let path = tunnel_to(row).and_then(|to| tunnels.get(&to)).copied();
+                    let path = path.filter(|path| path.bits() != row.path);
+                    self.add.extend(path.map(|path| MapOp::SetPath { id, path }));
+                }
             }
         }
         let mut free = free.into_iter();
@@ -474,6 +482,15 @@ impl Going {
     fn leaves(&self, est: u16, to: u16) -> bool {
         let better = to != BACKEND_NOBODY && !self.failed.contains(&to) && !self.moved.contains(&to);
         est != to && (self.failed.contains(&est) && better || self.moved.contains(&est))
+    }
+}
+
+/// Where a row's tunnel ends: whether that is an IPv6 address, and the address.
+fn tunnel_to(row: &Backend) -> Option<(bool, [u64; 2])> {
+    match BackendKind::from_raw(row.kind)? {
+        BackendKind::Ipip4 | BackendKind::Gue4 => Some((false, row.address)),
+        BackendKind::Ipip6 | BackendKind::Gue6 => Some((true, row.address)),
+        BackendKind::Nobody | BackendKind::Pass | BackendKind::L2 => None,
     }
 }
 

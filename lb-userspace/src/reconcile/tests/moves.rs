@@ -321,6 +321,31 @@ fn where_a_table_was_left_for_another_the_other_has_no_quiet_behind_it() {
 }
 
 #[test]
+fn flows_that_are_left_in_another_tunnel_follow_the_next_hop_of_their_backend() {
+    let (mut image, mut state) = (fresh(), simple(2));
+    applied(&mut image, &state);
+    let before = id_of(&image, &state, 2);
+    state.pools.get_mut(&0).unwrap().forward = Forward::Gue { port: 6080 };
+    let ops = |image: &Image, state: &State| {
+        let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+        plan(image, &state.desired(), &capacity(), &leave).expect("within the limits").ops
+    };
+    ops(&image, &state).iter().for_each(|op| image.apply(op));
+    assert!(words(&image).iter().any(|slot| slot.est() == before), "old flows stay in their tunnel");
+    state.hops.insert(2, Some((INGRESS + 1, 1400, 9)));
+    let now = ops(&image, &state);
+    now.iter().for_each(|op| image.apply(op));
+    let path = |id: u16| image.backends[usize::from(id)].path;
+    assert_eq!(path(before), path(id_of(&image, &state, 2)), "{now:?}");
+    assert_eq!(ops(&image, &state), []);
+    // A next hop that is lost may come back.
+    state.hops.insert(2, None);
+    ops(&image, &state)
+        .iter()
+        .for_each(|op| assert!(!matches!(op, MapOp::SetPath { id, .. } if *id == before)));
+}
+
+#[test]
 fn a_backend_whose_flows_are_moved_is_left_even_for_nobody() {
     let (mut image, state) = (fresh(), simple(1));
     applied(&mut image, &state);
