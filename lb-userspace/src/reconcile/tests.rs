@@ -446,9 +446,9 @@ fn is_right(
     }
 }
 
-/// Whether a forwarded packet went where the backend's next hop is, or was.
-fn knows_next_hop(desired: &Desired, identity: u64, path: Path, egress: &Egress) -> bool {
-    desired.backends.get(&identity).is_some_and(|backend| {
+/// Whether a forwarded packet went where its backend's next hop is, or was; by whatever pool or tunnel that is known.
+fn knows_next_hop(desired: &Desired, row: &BackendRow, path: Path, egress: &Egress) -> bool {
+    desired.backends.values().filter(|backend| backend.row.address == row.address).any(|backend| {
         backend.next_hop.as_ref().is_some_and(|(mac, way)| *mac == path.mac() && way == egress)
     })
 }
@@ -813,7 +813,7 @@ impl<'d> Probes<'d> {
         let Some(row) = end.took else { return Ok(()) };
         let path = Path::from_bits(row.path);
         let egress = &image.egress[usize::from(path.egress())];
-        let knows = |state| knows_next_hop(state, row.identity, path, egress);
+        let knows = |state| knows_next_hop(state, &row, path, egress);
         if lost || knows(self.old) || knows(self.next) {
             Ok(())
         } else {
