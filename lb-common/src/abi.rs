@@ -565,7 +565,8 @@ const _: () = assert!(size_of::<TableState>() == 64);
 impl TableState {
     /// `closing`: what cannot be pinned is dropped.
     pub const CLOSING: u64 = 1;
-    /// `closing`: no pin is made, and what needs one is dropped: the pins are on their way to other maps.
+    /// `closing`: no pin is made or given another backend, and what needs a new one is dropped: the pins are on their
+    /// way to other maps.
     pub const FROZEN: u64 = 2;
 }
 

@@ -259,6 +259,10 @@ pub fn attempt<T: Tables>(
         if id == BACKEND_NOBODY {
             return Verdict::of(id);
         }
+        if tables.closing(asked.table()) == TableState::FROZEN {
+            // Followed as it is.
+            return Verdict::FULL;
+        }
         Pin::new(tag, id, first_state(says), now)
     } else {
         Pin::new(tag, pin.backend(), next_state(pin.state(), says), now)

@@ -12,6 +12,7 @@ use tests::lab::Signal;
 use tests::stage::{self, PATIENCE};
 
 const CONNECTIONS: usize = 5000;
+const FEW: usize = 600;
 
 /// One crowd at a time: another one beside it would show in the stalls.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -121,6 +122,37 @@ fn the_agent_dies_and_is_replaced(crowd: &mut Crowd) -> Result<()> {
     let build = other_build(&crowd.stage.lab)?;
     crowd.balancer.upgrade(&build)?;
     crowd.tell("agent replaced");
+    Ok(())
+}
+
+/// Connections that a drained backend keeps in dirty slots, then by their pins alone.
+#[test]
+fn connections_live_through_other_limits_in_the_midst_of_a_drain_and_after_it() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(mut crowd) = Crowd::gather("otherlimits", 4, FEW, FEW_PINS, POOL)? else { return Ok(()) };
+    crowd.config.backends[0] = stage::weighted(0, false, 0);
+    crowd.reload()?;
+    crowd.wait_until_served_by(&[1, 2, 3])?;
+    other_limits(&mut crowd, "limits: {slots: 4194304, backends: 8000, pins: 131072}\n")?;
+    other_limits(&mut crowd, "limits: {slots: 65536, backends: 50, vips: 64, pins: 65536}\n")?;
+    crowd.settles()?;
+    // Nothing but pins holds those of web1 from now on.
+    other_limits(&mut crowd, "limits: {pins: 8192}\n")?;
+    other_limits(&mut crowd, "")?;
+    crowd.wait_until_served_by(&[1, 2, 3])?;
+    crowd.verdict()
+}
+
+fn other_limits(crowd: &mut Crowd, limits: &str) -> Result<()> {
+    let rows = crowd.balancer.tables()?.pins.words().len();
+    limits.clone_into(&mut crowd.config.top);
+    crowd.reload()?;
+    ensure!(crowd.balancer.tables()?.pins.words().len() != rows, "{limits}: the maps are the same");
+    // Each has spoken by the new maps.
+    sleep(IDLE);
+    crowd.tell(limits.trim_end());
+    let places = crowd.places();
+    ensure!(places.get("web1").is_some_and(|kept| *kept > FEW / 8), "{limits}: {places:?}");
     Ok(())
 }
 

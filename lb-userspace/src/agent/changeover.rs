@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use lb_common::abi::{Pin, TableState};
 use tracing::{info, warn};
 
 use super::commands::Held;
-use super::core::{BackendKey, Core, NextHops, keys, preflight};
+use super::core::{BackendKey, Core, NextHops, ReconcileError, keys, preflight};
 use super::interfaces::{self, Wanted};
 use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
 use crate::capacity::Capacity;
@@ -18,7 +19,10 @@ use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
 use crate::reconcile::desired::{LoadTime, World, desired, ways_to};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{counter_rows, plan_at_once, present_vips};
+use crate::reconcile::op::MapOp;
+use crate::reconcile::pins::coarse_ns;
+use crate::reconcile::plan::{carried, counter_rows, image_of, plan_at_once, present_vips};
+use crate::reconcile::repin::{copy, renew};
 
 impl Core {
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
@@ -34,12 +38,16 @@ impl Core {
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
         preflight(&config, &capacity)?;
+        // What somebody else wrote into them is undone, or left behind.
+        self.image = self.datapath.maps.image()?;
+        self.index.take();
+        // Beside what is in use there may be less room than in empty maps.
+        let wanted = desired(&config, &World::default());
         if same_maps {
-            // What somebody else wrote into them is undone.
-            self.image = self.datapath.maps.image()?;
-            self.index.take();
-            // Beside what is in use there may be less room than in empty maps.
-            plan_at_once(&self.image, &desired(&config, &World::default()), &capacity)?;
+            plan_at_once(&self.image, &wanted, &capacity)?;
+        } else {
+            let ops = carried(&self.image, &capacity).context(NO_ROOM)?;
+            plan_at_once(&image_of(&ops, &capacity, self.image.meta), &wanted, &capacity)?;
         }
         interfaces::refuse_local_vips(&config, resolver).await?;
         let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
@@ -109,51 +117,54 @@ impl Core {
         Ok(())
     }
 
-    /// Fills new maps of another size beside those in use and turns the interfaces over to them, one after the other: a
-    /// packet meets the old tables or the new ones, which lead it to the same backends.
+    /// Carries everything over to new maps of another size and turns the interfaces over to them, one after the other; then
+    /// brings in what differs. No pin is made from before the first pin is copied until after the last interface: a packet
+    /// meets the old tables or the new ones, which lead it to the same backend.
     async fn turn_over(
         &mut self,
         capacity: Capacity,
         wanted: &Wanted,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
-        let mut next = self.datapath.renewed(capacity, LoadTime::of(&self.config))?;
-        let world = self.steered_world(Instant::now());
-        let image = match self.fill(&mut next, &world) {
+        let old = LoadTime::of_meta(self.datapath.meta());
+        let mut next = self.datapath.renewed(capacity, LoadTime::of(&self.config).with(old.features))?;
+        let image = match carry(&mut next, &mut self.datapath.maps, &self.image) {
             Ok(image) => image,
             Err(error) => {
+                set_closing(&mut self.datapath.maps, &self.image, 0)?;
                 next.abandon()?;
                 return Err(error);
             }
         };
-        let old = std::mem::replace(&mut self.datapath, next);
+        let mut old = std::mem::replace(&mut self.datapath, next);
         if let Err(error) = self.attach(wanted) {
             let failed = std::mem::replace(&mut self.datapath, old);
             let before = self.carrying(resolver).await;
-            self.attach(&before)?;
+            let attached = self.attach(&before);
+            set_closing(&mut self.datapath.maps, &self.image, 0)?;
+            attached?;
             failed.abandon()?;
             return Err(error.into());
         }
-        self.image = image;
-        self.index.take();
-        self.begin_tracking()?;
-        // Which next hops can be used depends on the interfaces that are attached now.
-        self.changed = true;
+        self.take_over(image, &mut old.maps)?;
         self.datapath.retire_others()?;
-        info!("new maps are in force; counters go on, flows stay where they are");
-        Ok(())
+        self.reconcile().context("the tables cannot be written")
     }
 
-    /// Puts tables and counters into new maps. Returns what lies there then.
-    fn fill(&self, next: &mut Datapath, world: &World) -> anyhow::Result<Image> {
-        let mut image = next.maps.image()?;
-        for op in plan_at_once(&image, &desired(&self.config, world), next.capacity())? {
-            next.maps.apply(&op)?;
-            image.apply(&op);
-        }
-        inherit(next, &self.datapath.maps, &self.image, &image)?;
-        next.complete();
-        Ok(Image { meta: *next.meta(), ..image })
+    /// All interfaces go by new maps, in which `image` lies: their tables thaw.
+    pub(super) fn take_over(&mut self, image: Image, before: &mut Maps) -> Result<(), ReconcileError> {
+        // Of packets that began with the old program.
+        before.apply(&MapOp::Grace)?;
+        renew(before.pins().words(), image.pins.words(), Pin::age_of(coarse_ns()));
+        self.image = Image { meta: *self.datapath.meta(), ..image };
+        self.index.take();
+        // Ids are the same.
+        let found = std::mem::take(&mut self.tracking.found);
+        self.begin_tracking()?;
+        self.tracking.found = found;
+        self.changed = true;
+        info!("new maps are in force; counters go on, flows stay where they are");
+        Ok(())
     }
 
     /// Takes features out of the program that only the tables of before needed.
@@ -192,6 +203,42 @@ impl Core {
             })
             .collect()
     }
+}
+
+const NO_ROOM: &str = "what is in use now does not fit the new limits; take it out of the file and reload before, or leave them as they are";
+
+/// Puts what lies in the maps before, with `from` in them, into new ones beside them, and freezes the tables of both. Returns
+/// what lies in the new ones then.
+pub(super) fn carry(next: &mut Datapath, before: &mut Maps, from: &Image) -> anyhow::Result<Image> {
+    let ops = carried(from, next.capacity()).context(NO_ROOM)?;
+    for op in &ops {
+        next.maps.apply(op)?;
+    }
+    let image = Image { pins: next.maps.pins(), ..image_of(&ops, next.capacity(), *next.meta()) };
+    inherit(next, before, from, &image)?;
+    set_closing(before, from, TableState::FROZEN)?;
+    let copied = copy(before.pins().words(), image.pins.words(), Pin::age_of(coarse_ns()));
+    if copied.dropped > 0 {
+        warn!(
+            pins = copied.from,
+            dropped = copied.dropped,
+            "there is no room for all pins; those that were silent for longest are gone, and their flows go where their slots lead"
+        );
+    }
+    for (_, id) in image.ids() {
+        next.maps.set_active(id, before.active(id));
+    }
+    next.complete();
+    Ok(image)
+}
+
+/// Freezes all tables, or thaws them. No packet goes by what was before.
+pub(super) fn set_closing(maps: &mut Maps, image: &Image, closing: u64) -> Result<(), MapsError> {
+    for (table, _) in (0u16..).zip(&image.tables).filter(|(_, word)| **word != 0) {
+        maps.apply(&MapOp::SetClosing { table, closing })?;
+    }
+    maps.apply(&MapOp::Grace)?;
+    Ok(())
 }
 
 /// Gives new maps, in which `to` lies, what the maps before, with `from` in them, have counted.

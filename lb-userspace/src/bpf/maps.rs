@@ -309,6 +309,11 @@ impl Maps {
         (word(STATE_FAILED), word(STATE_TURN))
     }
 
+    /// How many flows a backend has, where its table goes by it.
+    pub fn active(&self, id: u16) -> u64 {
+        self.loads.load_word(usize::from(id), 0)
+    }
+
     /// Sets right how many flows a backend has, by a count of its pins.
     pub fn set_active(&self, id: u16, active: u64) {
         self.loads.store_word(usize::from(id), 0, active);

@@ -12,6 +12,7 @@ pub mod moves;
 pub mod op;
 pub mod pins;
 pub mod plan;
+pub mod repin;
 pub mod servers;
 pub mod sweep;
 pub mod tracking;

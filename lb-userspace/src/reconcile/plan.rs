@@ -4,6 +4,7 @@
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
 //! packet can reach any more. A next hop that is lost is a removal.
 
+mod carry;
 mod places;
 mod servers;
 mod vips;
@@ -22,6 +23,7 @@ use super::moves::runs;
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
+pub use carry::{carried, image_of};
 use places::Places;
 pub use vips::{VipEntry, VipMap, counter_rows, ports, present_vips};
 
@@ -530,9 +532,15 @@ struct Regions {
 const UNIT_ROWS: u32 = (1 << SHORTEST_TABLE_LOG2) / SLOTS_PER_ROW;
 
 impl Regions {
-    fn of(image: &Image) -> Self {
-        let mut taken = vec![false; image.slots.len() / UNIT_ROWS as usize];
+    /// Of so many rows that no table takes.
+    fn empty(rows: usize) -> Self {
+        let mut taken = vec![false; rows / UNIT_ROWS as usize];
         taken[..(RESERVED_SLOT_ROWS / UNIT_ROWS) as usize].fill(true);
+        Self { taken }
+    }
+
+    fn of(image: &Image) -> Self {
+        let Self { mut taken } = Self::empty(image.slots.len());
         for word in image.tables.iter().map(|&bits| TableWord::from_bits(bits)) {
             if word != TableWord::default() {
                 let first = (word.first_row() / UNIT_ROWS) as usize;

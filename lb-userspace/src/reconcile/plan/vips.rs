@@ -206,36 +206,54 @@ impl Planner<'_> {
         if present == wanted {
             return Ok(());
         }
-        let half_log2 = F::half_log2(self.capacity);
-        let row = idle_half(F::live(self.image), half_log2);
-        let rule_row = rule_half::<F>(self.capacity, row);
-        let rules = RuleList::of(&wanted, self.capacity.rule_half_rows())?;
-        let entries: Vec<_> = wanted
-            .iter()
-            .filter_map(|(key, entry)| {
-                let target = match entry {
-                    VipEntry::Service(target) => *target,
-                    VipEntry::Address { flags, rules: own } => VipTarget::address(
-                        own.len() as u16,
-                        *flags,
-                        rules.first(own, rule_row * RULES_PER_ROW),
-                    ),
-                };
-                F::entry(key.0, PortKey(key.1), target)
-            })
-            .collect();
-        let layout =
-            buckets::lay_out(&entries, half_log2).ok_or(PlanError::Buckets { limit: self.capacity.vips })?;
         // The half that was live before may still be read by who loaded its word.
         self.add.push(MapOp::Grace);
-        if let Some(rules) = rules.rows() {
-            self.add.push(MapOp::WriteRules { row: rule_row, rules });
-        }
-        let word = VipWord::new(layout.seed, row, layout.log2_buckets);
-        self.add.push(F::write(row, layout.buckets));
-        self.add.push(F::set(if entries.is_empty() { VipWord::default() } else { word }));
+        self.add.extend(written::<F>(&wanted, F::live(self.image), self.capacity)?);
         Ok(())
     }
+}
+
+/// The writes of entries into maps that have none.
+pub fn lay_out(vips: &VipMap, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
+    let mut ops = Vec::new();
+    let (v4, v6): (VipMap, VipMap) =
+        vips.clone().into_iter().partition(|((address, _), _)| address.is_ipv4());
+    if !v4.is_empty() {
+        ops.extend(written::<V4>(&v4, VipWord::default(), capacity)?);
+    }
+    if !v6.is_empty() {
+        ops.extend(written::<V6>(&v6, VipWord::default(), capacity)?);
+    }
+    Ok(ops)
+}
+
+/// The writes of a family's entries into the half that is not live, and of the word that makes it live.
+fn written<F: Family>(wanted: &VipMap, live: VipWord, capacity: &Capacity) -> Result<Vec<MapOp>, PlanError> {
+    let half_log2 = F::half_log2(capacity);
+    let row = idle_half(live, half_log2);
+    let rule_row = rule_half::<F>(capacity, row);
+    let rules = RuleList::of(wanted, capacity.rule_half_rows())?;
+    let entries: Vec<_> = wanted
+        .iter()
+        .filter_map(|(key, entry)| {
+            let target = match entry {
+                VipEntry::Service(target) => *target,
+                VipEntry::Address { flags, rules: own } => {
+                    VipTarget::address(own.len() as u16, *flags, rules.first(own, rule_row * RULES_PER_ROW))
+                }
+            };
+            F::entry(key.0, PortKey(key.1), target)
+        })
+        .collect();
+    let layout = buckets::lay_out(&entries, half_log2).ok_or(PlanError::Buckets { limit: capacity.vips })?;
+    let mut ops = Vec::new();
+    if let Some(rules) = rules.rows() {
+        ops.push(MapOp::WriteRules { row: rule_row, rules });
+    }
+    let word = VipWord::new(layout.seed, row, layout.log2_buckets);
+    ops.push(F::write(row, layout.buckets));
+    ops.push(F::set(if entries.is_empty() { VipWord::default() } else { word }));
+    Ok(ops)
 }
 
 /// Rules of all entries of a family, one list after the other; equal lists once.
