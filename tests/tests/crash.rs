@@ -68,7 +68,19 @@ impl Crash {
     /// Has the running agent take a file, and waits until all of its backends serve.
     fn settle(&self, config: &Config) -> Result<()> {
         self.balancer.reload(&config.to_string())?;
-        self.balancer.wait_for_backends(config.backends.len(), PATIENCE)
+        self.balancer.wait_for_backends(config.backends.len(), PATIENCE)?;
+        self.is_written()
+    }
+
+    /// Waits until the slots that may take their time are written, too.
+    fn is_written(&self) -> Result<()> {
+        let mut told = Ok(String::new());
+        let agrees = || {
+            told = self.balancer.xlb(&["verify"]);
+            told.is_ok()
+        };
+        let waited = wait_for("the kernel has what the agent wants", PATIENCE, agrees);
+        waited.or_else(|late| told.map(drop).context(late))
     }
 
     fn places(&self) -> Result<Places> {
@@ -161,11 +173,11 @@ impl Crash {
     }
 
     fn is_complete(&self) -> Result<()> {
+        self.is_written()?;
         let places = self.places()?;
         ensure!(places == self.places[1], "flows are not where the file leads them");
         let pins = self.pins()?;
         ensure!(pins == self.pins, "pinned are {pins:?}, not {:?}", self.pins);
-        self.balancer.xlb(&["verify"])?;
         Ok(())
     }
 
@@ -231,7 +243,7 @@ fn tables_and_program(config: &mut Config) {
     config.services.push(stage::service("six", &[VIP6], "80", "tcp"));
 }
 
-/// What lies in new maps is written anew; flows of a backend that leaves move as well.
+/// What lies in the old maps is carried over to new ones; new flows of a backend that leaves move as well.
 fn limits(config: &mut Config) {
     config.top.push_str("limits: {slots: 65536, vips: 64}\n");
     config.backends.remove(0);

@@ -21,7 +21,7 @@ use crate::reconcile::desired::{LoadTime, World, desired, ways_to};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
-use crate::reconcile::plan::{carried, counter_rows, image_of, plan_at_once, present_vips};
+use crate::reconcile::plan::{PlanError, carried, counter_rows, image_of, plan_at_once, present_vips};
 use crate::reconcile::repin::{copy, renew};
 
 impl Core {
@@ -42,12 +42,10 @@ impl Core {
         self.image = self.datapath.maps.image()?;
         self.index.take();
         // Beside what is in use there may be less room than in empty maps.
-        let wanted = desired(&config, &World::default());
         if same_maps {
-            plan_at_once(&self.image, &wanted, &capacity)?;
+            plan_at_once(&self.image, &desired(&config, &World::default()), &capacity)?;
         } else {
-            let ops = carried(&self.image, &capacity).context(NO_ROOM)?;
-            plan_at_once(&image_of(&ops, &capacity, self.image.meta), &wanted, &capacity)?;
+            fit(&self.image, &config, &capacity).context(NO_ROOM)?;
         }
         interfaces::refuse_local_vips(&config, resolver).await?;
         let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
@@ -167,6 +165,27 @@ impl Core {
         Ok(())
     }
 
+    /// Goes on, over new maps, where the tables of an earlier agent are; false where these do not fit, and nothing is done.
+    pub(super) fn begin_as_before(
+        &mut self,
+        image: &Image,
+        maps: &mut Maps,
+        wanted: &Wanted,
+    ) -> anyhow::Result<bool> {
+        if let Err(reason) = fit(image, &self.config, self.datapath.capacity()) {
+            warn!(%reason, "the earlier agent's tables do not fit the new limits; flows that are pinned go where their slots lead");
+            return Ok(false);
+        }
+        let carried = carry(&mut self.datapath, maps, image)?;
+        if let Err(error) = self.attach(wanted) {
+            set_closing(maps, image, 0)?;
+            set_closing(&mut self.datapath.maps, &carried, 0)?;
+            return Err(error.into());
+        }
+        self.take_over(carried, maps)?;
+        Ok(true)
+    }
+
     /// Takes features out of the program that only the tables of before needed.
     pub async fn settle(&mut self, resolver: &Resolver) -> anyhow::Result<()> {
         if self.refit(LoadTime::of(&self.config).with(ways_to(&self.image.backends)))? {
@@ -205,12 +224,18 @@ impl Core {
     }
 }
 
-const NO_ROOM: &str = "what is in use now does not fit the new limits; take it out of the file and reload before, or leave them as they are";
+const NO_ROOM: &str = "the new limits must hold what is in use now as well; raise them, or take it out of the file and reload before they change";
+
+/// Whether a configuration fits beside what lies in an image, in maps of this size.
+fn fit(image: &Image, config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
+    let beside = image_of(&carried(image, capacity)?, capacity, image.meta);
+    plan_at_once(&beside, &desired(config, &World::default()), capacity).map(drop)
+}
 
 /// Puts what lies in the maps before, with `from` in them, into new ones beside them, and freezes the tables of both. Returns
 /// what lies in the new ones then.
 pub(super) fn carry(next: &mut Datapath, before: &mut Maps, from: &Image) -> anyhow::Result<Image> {
-    let ops = carried(from, next.capacity()).context(NO_ROOM)?;
+    let ops = carried(from, next.capacity())?;
     for op in &ops {
         next.maps.apply(op)?;
     }

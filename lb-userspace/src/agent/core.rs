@@ -156,11 +156,15 @@ impl Core {
     pub async fn begin(&mut self, wanted: &Wanted, resolver: &Resolver) -> anyhow::Result<()> {
         let backends = |image: &Image| (image.neighbours(), image.addresses());
         let before = self.datapath.predecessor.take();
-        let before = before.map(|maps| Ok::<_, MapsError>((maps.image()?, maps))).transpose()?;
+        let mut before = before.map(|maps| Ok::<_, MapsError>((maps.image()?, maps))).transpose()?;
         let (neighbours, addresses) = backends(before.as_ref().map_or(&self.image, |(image, _)| image));
+        let carried = match &mut before {
+            Some((image, maps)) => self.begin_as_before(image, maps, wanted)?,
+            None => false,
+        };
         self.reconcile().context("the first tables cannot be written")?;
         self.let_leavers_go()?;
-        if !self.datapath.adopted {
+        if !self.datapath.adopted && !carried {
             if let Some((image, maps)) = &before {
                 inherit(&mut self.datapath, maps, image, &self.image)?;
             }

@@ -100,9 +100,11 @@ impl Datapath {
             Ok(()) => {}
             Err(reason) if reason.is_misfit() => {
                 tracing::warn!(%reason, "the maps of an earlier agent do not fit; new ones are filled beside them, then the program is swapped");
-                let mut this = Self::fresh(fs, capacity, &new_meta(load_time))?;
-                this.predecessor = Maps::of_generation(&generation, &before).ok();
-                return Ok(this);
+                let predecessor = Maps::of_generation(&generation, &before).ok();
+                // What lies in them is carried over, if it can be read.
+                let features = predecessor.as_ref().map_or(0, |_| before.features);
+                let meta = new_meta(load_time.with(Features::from_bits(features)));
+                return Ok(Self { predecessor, ..Self::fresh(fs, capacity, &meta)? });
             }
             Err(error) => return Err(error.into()),
         }

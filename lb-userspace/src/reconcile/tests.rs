@@ -5,6 +5,7 @@ mod flows;
 mod interleavings;
 mod moves;
 mod precedence;
+mod repin;
 mod room;
 mod servers;
 mod sweeps;
