@@ -552,7 +552,7 @@ pub struct TableState {
     pub origin: u64,
     /// Pins that could not be made. Written by the packet path.
     pub failed: u64,
-    /// Not 0 while the agent moves `est`: what cannot be pinned is dropped.
+    /// `CLOSING` while the agent moves `est`, `FROZEN` while all is carried to other maps, else 0.
     pub closing: u64,
     /// New flows of a table that takes turns. Written by the packet path.
     pub turn: u64,
@@ -565,8 +565,8 @@ const _: () = assert!(size_of::<TableState>() == 64);
 impl TableState {
     /// `closing`: what cannot be pinned is dropped.
     pub const CLOSING: u64 = 1;
-    /// `closing`: no pin is made or given another backend, and what needs a new one is dropped: the pins are on their
-    /// way to other maps.
+    /// `closing`: no pin is made or given another backend, and no slot changes: they are on their way to other maps. What
+    /// would need a pin goes to `est`, where it needs none.
     pub const FROZEN: u64 = 2;
 }
 

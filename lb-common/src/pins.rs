@@ -306,7 +306,7 @@ fn insert<T: Tables>(
 
 /// There is no room for a pin, or it changes without end: a pin that is there is followed as it is. A flow that cannot
 /// be pinned goes where it needs no pin. The agent hears of it before it moves `est`: the addition is a full barrier,
-/// and `closing` is read after it.
+/// and `closing` is read after it. In a frozen table no `est` moves.
 #[inline(always)]
 fn follow_or_fail<T: Tables>(tables: &T, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
     let Some(bucket) = tables.pin_bucket(hash.spread()) else { return Verdict::INCONSISTENT };
@@ -318,7 +318,11 @@ fn follow_or_fail<T: Tables>(tables: &T, asked: Asked, hash: FlowHash, slot: Slo
     let new = asked.says().begins();
     tables.count_pin(if new { PinEvent::FailedNew } else { PinEvent::FailedOld });
     tables.add_failed(asked.table());
-    if tables.closing(asked.table()) != 0 { Verdict::UNPINNED } else { Verdict::of(slot.est()) }
+    if tables.closing(asked.table()) == TableState::CLOSING {
+        Verdict::UNPINNED
+    } else {
+        Verdict::of(slot.est())
+    }
 }
 
 #[inline(always)]

@@ -17,12 +17,12 @@ use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
-use crate::reconcile::desired::{LoadTime, World, desired, ways_to};
+use crate::reconcile::desired::{Desired, LoadTime, World, desired, ways_to};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
 use crate::reconcile::plan::{PlanError, carried, counter_rows, image_of, plan_at_once, present_vips};
-use crate::reconcile::repin::{copy, renew};
+use crate::reconcile::repin::{Spread, copy, renew};
 
 impl Core {
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
@@ -42,10 +42,11 @@ impl Core {
         self.image = self.datapath.maps.image()?;
         self.index.take();
         // Beside what is in use there may be less room than in empty maps.
+        let asked = desired(&config, &World::default());
         if same_maps {
-            plan_at_once(&self.image, &desired(&config, &World::default()), &capacity)?;
+            plan_at_once(&self.image, &asked, &capacity)?;
         } else {
-            fit(&self.image, &config, &capacity).context(NO_ROOM)?;
+            fit(&self.image, &asked, &capacity).context(NO_ROOM)?;
         }
         interfaces::refuse_local_vips(&config, resolver).await?;
         let wanted = Wanted::look_up(&config, &mut self.links, resolver).await?;
@@ -130,6 +131,7 @@ impl Core {
             Ok(image) => image,
             Err(error) => {
                 set_closing(&mut self.datapath.maps, &self.image, 0)?;
+                self.begin_tracking()?;
                 next.abandon()?;
                 return Err(error);
             }
@@ -140,6 +142,7 @@ impl Core {
             let before = self.carrying(resolver).await;
             let attached = self.attach(&before);
             set_closing(&mut self.datapath.maps, &self.image, 0)?;
+            self.begin_tracking()?;
             attached?;
             failed.abandon()?;
             return Err(error.into());
@@ -153,13 +156,16 @@ impl Core {
     pub(super) fn take_over(&mut self, image: Image, before: &mut Maps) -> Result<(), ReconcileError> {
         // Of packets that began with the old program.
         before.apply(&MapOp::Grace)?;
-        renew(before.pins().words(), image.pins.words(), Pin::age_of(coarse_ns()));
+        let (old, now) = (before.pins(), Pin::age_of(coarse_ns()));
+        renew(old.words(), image.pins.words(), now);
+        let spread =
+            Spread::of(self.tracking.spread.take(), old.words().len(), image.pins.words().len(), now);
         self.image = Image { meta: *self.datapath.meta(), ..image };
         self.index.take();
         // Ids are the same.
         let found = std::mem::take(&mut self.tracking.found);
         self.begin_tracking()?;
-        self.tracking.found = found;
+        (self.tracking.found, self.tracking.spread) = (found, spread);
         self.changed = true;
         info!("new maps are in force; counters go on, flows stay where they are");
         Ok(())
@@ -172,7 +178,8 @@ impl Core {
         maps: &mut Maps,
         wanted: &Wanted,
     ) -> anyhow::Result<bool> {
-        if let Err(reason) = fit(image, &self.config, self.datapath.capacity()) {
+        let asked = desired(&self.config, &World::default());
+        if let Err(reason) = fit(image, &asked, self.datapath.capacity()) {
             warn!(%reason, "the earlier agent's tables do not fit the new limits; flows that are pinned go where their slots lead");
             return Ok(false);
         }
@@ -226,10 +233,10 @@ impl Core {
 
 const NO_ROOM: &str = "the new limits must hold what is in use now as well; raise them, or take it out of the file and reload before they change";
 
-/// Whether a configuration fits beside what lies in an image, in maps of this size.
-fn fit(image: &Image, config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
+/// Whether what is desired fits beside what lies in an image, in maps of this size.
+pub(super) fn fit(image: &Image, wanted: &Desired, capacity: &Capacity) -> Result<(), PlanError> {
     let beside = image_of(&carried(image, capacity)?, capacity, image.meta);
-    plan_at_once(&beside, &desired(config, &World::default()), capacity).map(drop)
+    plan_at_once(&beside, wanted, capacity).map(drop)
 }
 
 /// Puts what lies in the maps before, with `from` in them, into new ones beside them, and freezes the tables of both. Returns

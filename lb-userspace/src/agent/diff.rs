@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::changeover::fit;
 use super::core::{BackendKey, keys, preflight};
 use super::overrides::{End, Exit, Overrides, Uptime};
 use super::snapshot::Snapshot;
@@ -160,7 +161,7 @@ impl Comparison {
             if capacity != self.capacity {
                 warnings
                     .push("limits: new maps are filled beside those in use, and take their place".to_owned());
-                return Ok(());
+                return fit(&self.image, new, &capacity);
             }
             plan_at_once(&self.image, new, &capacity).map(drop)
         });

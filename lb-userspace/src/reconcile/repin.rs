@@ -2,13 +2,13 @@
 //!
 //! A pin knows the upper half of its flow's hash, and its bucket as many bits of the lower half as there are buckets
 //! for. So among more buckets its place is one of several, and it is put into all of them: each of these is as full
-//! as the one it came from, and the flow finds its own. The others are never used again and expire. Among fewer
+//! as the one it came from, and the flow finds its own. The others go once it has, or expire. Among fewer
 //! buckets several become one: of equal tags the one that was used last stays, and of more than there is room for, those
 //! that were silent for longest go.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use lb_common::abi::{PINS_PER_BUCKET, Pin};
+use lb_common::abi::{PINS_PER_BUCKET, Pin, PinState};
 
 /// What became of the pins.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -92,4 +92,56 @@ fn load(word: &AtomicU64) -> Pin {
 fn sources(number: usize, old: usize, new: usize) -> impl Iterator<Item = usize> {
     let first = if new > old { number & old.wrapping_sub(1) } else { number };
     (first..old).step_by(new.max(1))
+}
+
+/// Pins that lie in several buckets, since nobody knows which of them their flows look into. A flow that speaks shows
+/// its own.
+#[derive(Debug)]
+pub struct Spread {
+    /// How many buckets there were.
+    old: usize,
+    /// When they were copied.
+    copied: u16,
+    next: usize,
+    /// Flows of this pass that had several.
+    several: u64,
+}
+
+impl Spread {
+    /// Of pins that have just been copied from so many words to so many, by which some may have been spread already.
+    pub fn of(before: Option<Self>, old_words: usize, new_words: usize, now: u16) -> Option<Self> {
+        let old = old_words / PINS_PER_BUCKET;
+        let old = before.map_or(old, |before| before.old.min(old));
+        let is_spread = old > 0 && old * PINS_PER_BUCKET < new_words;
+        is_spread.then_some(Self { old, copied: now, next: 0, several: 0 })
+    }
+
+    /// Goes over so many buckets, and takes out what flows have shown not to use. True once no flow has several pins.
+    pub fn step(&mut self, pins: &[AtomicU64], count: usize, now: u16) -> bool {
+        let groups = (buckets(pins) / self.old).max(1);
+        let until = self.old.min(self.next + (count / groups).max(1));
+        for first in self.next..until {
+            self.look(pins, first, now);
+        }
+        self.next = until % self.old;
+        self.next == 0 && std::mem::take(&mut self.several) == 0
+    }
+
+    fn look(&mut self, words: &[AtomicU64], first: usize, now: u16) {
+        let since = Pin::new(0, 0, PinState::Syn, self.copied).idle(now);
+        let places = (first..buckets(words)).step_by(self.old).flat_map(|number| bucket(words, number));
+        let mut pins: Vec<(&AtomicU64, Pin)> =
+            places.map(|place| (place, load(place))).filter(|(_, pin)| !pin.is_free()).collect();
+        pins.sort_unstable_by_key(|(_, pin)| (pin.tag(), pin.idle(now)));
+        for copies in pins.chunk_by(|(_, one), (_, other)| one.tag() == other.tag()) {
+            let [(_, used), others @ ..] = copies else { continue };
+            self.several += u64::from(!others.is_empty());
+            if used.idle(now) >= since {
+                continue;
+            }
+            for (place, pin) in others.iter().filter(|(_, pin)| pin.idle(now) >= since) {
+                _ = place.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst);
+            }
+        }
+    }
 }

@@ -14,6 +14,7 @@ use super::image::Image;
 use super::moves::{Course, Moves, runs};
 use super::op::MapOp;
 use super::plan::{Leave, PlanError, Unpinned, plan};
+use super::repin::Spread;
 use super::sweep::{Found, Rules, Sweeper};
 use crate::capacity::Capacity;
 
@@ -51,6 +52,8 @@ pub trait Hands {
 pub struct Tracking {
     pub moves: Moves,
     sweeper: Sweeper,
+    /// Pins that came from fewer buckets, as long as a flow has several.
+    pub spread: Option<Spread>,
     /// What the last whole cycle found.
     pub found: Found,
     /// When the last whole cycle ended.
@@ -81,6 +84,7 @@ impl Tracking {
         Self {
             moves: Moves::new(now),
             sweeper: Sweeper::default(),
+            spread: None,
             found: Found::default(),
             swept: now,
             began: now,
@@ -107,8 +111,11 @@ impl Tracking {
         if !closing.is_empty() {
             let mut ops = vec![MapOp::Grace];
             ops.extend(closing.into_iter().map(|table| MapOp::SetClosing { table, closing: 0 }));
+            ops.push(MapOp::Grace);
             tracking.carry_out(hands, &ops)?;
         }
+        // What failed until now is no sign of what is to come.
+        hands.read_states();
         let now = hands.now();
         tracking.moves.observe(hands.image(), now);
         Ok(tracking)
@@ -226,7 +233,9 @@ impl Tracking {
             self.begin_cycle(hands, now)?;
         }
         let pins = hands.image().pins.clone();
-        match self.sweeper.step(pins.words(), BUCKETS_A_LOOK, hands.age(), now) {
+        let age = hands.age();
+        self.spread.take_if(|spread| spread.step(pins.words(), BUCKETS_A_LOOK, age));
+        match self.sweeper.step(pins.words(), BUCKETS_A_LOOK, age, now) {
             Some(found) => self.end_cycle(hands, found),
             None => Ok(false),
         }

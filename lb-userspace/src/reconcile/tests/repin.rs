@@ -10,7 +10,7 @@ use lb_common::wire::TcpFlags;
 use super::*;
 use crate::reconcile::memory::Held;
 use crate::reconcile::plan::{carried, image_of};
-use crate::reconcile::repin::{Copied, copy, renew};
+use crate::reconcile::repin::{Copied, Spread, copy, renew};
 
 const NOW: u16 = 1000;
 
@@ -158,7 +158,7 @@ fn limits_that_what_is_in_use_does_not_fit_are_refused_by_name() {
 
 /// Packets meet the same backends while the tables of both are frozen, and no pin is made or turned.
 #[test]
-fn a_flow_with_a_pin_stays_and_one_without_waits_while_tables_are_frozen() {
+fn while_tables_are_frozen_pins_hold_and_what_has_none_goes_where_it_needs_none() {
     let (flows, ids, row) = (64u64, 4, 256);
     let capacity = Capacity::new(&LIMITS);
     let hash = |flow: u64| FlowHash::from_bits(flow.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
@@ -198,9 +198,83 @@ fn a_flow_with_a_pin_stays_and_one_without_waits_while_tables_are_frozen() {
             }
         }
         for says in [syn, ack] {
-            assert_eq!(memory.steer(0, hash(flows + 1), says), Err(Outcome::DropUnpinned));
+            assert_eq!(memory.steer(0, hash(flows + 1), says), Ok(1), "without a pin it is on `est`");
         }
     }
     new.apply(&MapOp::SetClosing { table: 0, closing: 0 });
     assert_eq!(new.steer(0, hash(flows + 1), syn), Ok(2));
+}
+
+#[test]
+fn a_flow_that_speaks_shows_which_of_its_copies_it_uses_and_a_silent_one_keeps_all() {
+    let (from, to) = (words(2), words(16));
+    put(&from, 0, 0, pin(7, 1, 90));
+    put(&from, 0, 1, pin(8, 1, 90));
+    put(&from, 1, 0, pin(9, 1, 0));
+    copy(&from, &to, NOW);
+    let mut spread = Spread::of(None, from.len(), to.len(), NOW).expect("there are more buckets");
+    let later = NOW + 3;
+    let use_it = |tag: u32, bucket: usize| {
+        let used = Pin::new(tag, 1, PinState::Established, later);
+        let ways = &to[bucket * PINS_PER_BUCKET..][..PINS_PER_BUCKET];
+        let way = ways.iter().find(|way| Pin::from_bits(way.load(Ordering::Relaxed)).tag() == tag);
+        way.expect("it was copied").store(used.bits(), Ordering::Relaxed);
+    };
+    let places = |tag: u32| -> Vec<usize> {
+        (0..16).filter(|&bucket| held(&to, bucket).iter().any(|(of, ..)| *of == tag)).collect()
+    };
+    use_it(7, 4);
+    // In a step or in many.
+    assert!(!spread.step(&to, 8, later) && !spread.step(&to, 100, later));
+    assert_eq!(places(7), [4]);
+    assert_eq!((places(8).len(), places(9).len()), (8, 8));
+    use_it(8, 14);
+    use_it(9, 3);
+    assert!(!spread.step(&to, 100, later), "two had several");
+    assert_eq!((places(7), places(8), places(9)), (vec![4], vec![14], vec![3]));
+    assert!(spread.step(&to, 100, later));
+    assert!(Spread::of(None, to.len(), from.len(), NOW).is_none());
+    // Back to fewer, but to more than there were first.
+    assert!(Spread::of(Some(spread), to.len(), to.len() / 2, NOW).is_some());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Also where a plan broke off.
+    #[test]
+    fn whatever_lies_in_maps_leads_packets_the_same_way_in_others_and_plans_go_on_from_there(
+        steps in prop::collection::vec(
+            (prop::collection::vec(change(), 1..6), any::<prop::sample::Index>()),
+            1..6,
+        ),
+        flow in 0u16..50_000,
+    ) {
+        let (mut image, mut state) = (fresh(), State::empty());
+        for (changes, stop) in &steps {
+            changes.iter().for_each(|change| apply(&mut state, change));
+            let Ok(ops) = plan_at_once(&image, &state.desired(), &capacity()) else { continue };
+            ops[..stop.index(ops.len() + 1)].iter().for_each(|op| image.apply(op));
+        }
+        let thawed = |capacity: &Capacity| {
+            let ops = carried(&image, capacity).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let mut after = image_of(&ops, capacity, image.meta);
+            after.table_states.iter_mut().for_each(|state| state.closing = 0);
+            Ok::<_, TestCaseError>(after)
+        };
+        let desired = state.desired();
+        let probes = Ends::of(&desired).probes();
+        for limits in [LIMITS, LARGE] {
+            let after = thawed(&Capacity::new(&limits))?;
+            for (probe, flags) in probes.iter().flat_map(|probe| SAYS.map(|flags| (probe, flags))) {
+                let (one, other) = (send(&image, probe, flow, flags), send(&after, probe, flow, flags));
+                prop_assert_eq!((one.outcome, one.took), (other.outcome, other.took), "{:?}", probe);
+            }
+            prop_assert_eq!(counter_rows(&present_vips(&after)).len(), counter_rows(&present_vips(&image)).len());
+        }
+        let mut after = thawed(&capacity())?;
+        planned(&after, &desired)?.iter().for_each(|op| after.apply(op));
+        settle(&mut after, &desired)?;
+        prop_assert!(read_back(&after, &desired) == desired, "{}", difference(&after, &desired));
+    }
 }
