@@ -239,6 +239,11 @@ impl Crowd {
         waited.with_context(|| self.look().to_string())
     }
 
+    /// Waits until every connection has answered again.
+    pub fn wait_until_all_answer(&self) -> Result<()> {
+        self.live.wait_until_all_answer(Instant::now(), PATIENCE)
+    }
+
     /// Says where it stands, for a person who looks on.
     pub fn tell(&self, what: &str) {
         println!("{what}: {}", self.look());
@@ -246,7 +251,7 @@ impl Crowd {
 
     /// Waits until every connection has answered again, and refuses whatever was not promised.
     pub fn verdict(&self) -> Result<()> {
-        self.live.wait_until_all_answer(Instant::now(), PATIENCE)?;
+        self.wait_until_all_answer()?;
         let Look { took, tally, visits, .. } = self.look();
         self.tell("in the end");
         let connections = self.live.alive().len();

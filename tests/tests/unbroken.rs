@@ -133,24 +133,33 @@ fn connections_live_through_other_limits_in_the_midst_of_a_drain_and_after_it() 
     crowd.config.backends[0] = stage::weighted(0, false, 0);
     crowd.reload()?;
     crowd.wait_until_served_by(&[1, 2, 3])?;
-    other_limits(&mut crowd, "limits: {slots: 4194304, backends: 8000, pins: 131072}\n")?;
-    other_limits(&mut crowd, "limits: {slots: 65536, backends: 50, vips: 64, pins: 65536}\n")?;
+    let (more, less) = ("slots: 4194304, backends: 8000, pins: 131072", "slots: 65536, vips: 64, pins: 65536");
+    other_limits(&mut crowd, more, Crowd::reload)?;
+    other_limits(&mut crowd, less, Crowd::reload)?;
     crowd.settles()?;
     // Nothing but pins holds those of web1 from now on.
-    other_limits(&mut crowd, "limits: {pins: 8192}\n")?;
-    other_limits(&mut crowd, "")?;
+    other_limits(&mut crowd, "pins: 8192", Crowd::reload)?;
+    other_limits(&mut crowd, "", Crowd::reload)?;
+    other_limits(&mut crowd, less, begins_anew)?;
     crowd.wait_until_served_by(&[1, 2, 3])?;
     crowd.verdict()
 }
 
-fn other_limits(crowd: &mut Crowd, limits: &str) -> Result<()> {
+fn begins_anew(crowd: &mut Crowd) -> Result<()> {
+    crowd.balancer.process.signal(Signal::KILL)?;
+    crowd.balancer.process.wait_exit(PATIENCE)?;
+    std::fs::write(&crowd.balancer.config, crowd.config.to_string())?;
+    crowd.balancer.restart()?;
+    crowd.balancer.process.wait_for_log("running", PATIENCE)
+}
+
+fn other_limits(crowd: &mut Crowd, limits: &str, take: fn(&mut Crowd) -> Result<()>) -> Result<()> {
     let rows = crowd.balancer.tables()?.pins.words().len();
-    limits.clone_into(&mut crowd.config.top);
-    crowd.reload()?;
+    crowd.config.top = format!("limits: {{{limits}}}\n");
+    take(crowd)?;
     ensure!(crowd.balancer.tables()?.pins.words().len() != rows, "{limits}: the maps are the same");
-    // Each has spoken by the new maps.
-    sleep(IDLE);
-    crowd.tell(limits.trim_end());
+    crowd.wait_until_all_answer()?;
+    crowd.tell(limits);
     let places = crowd.places();
     ensure!(places.get("web1").is_some_and(|kept| *kept > FEW / 8), "{limits}: {places:?}");
     Ok(())
