@@ -205,8 +205,10 @@ impl Proposal {
 #[inline(always)]
 pub fn decide<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
     tables.count_pin(PinEvent::Looked);
-    let id = if is_new(table, asked.says()) { tables.pick(table, asked, slot) } else { slot.est() };
-    let proposal = Proposal::new(slot, id, Pin::age_of(tables.clock()));
+    let now = Pin::age_of(tables.clock());
+    let begins = is_new(table, asked.says()) && !is_known(tables, table, asked, hash, now);
+    let id = if begins { tables.pick(table, asked, slot) } else { slot.est() };
+    let proposal = Proposal::new(slot, id, now);
     let mut tries = 0;
     while tries < TRIES {
         tries += 1;
@@ -226,6 +228,19 @@ pub fn decide<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowH
 #[inline(always)]
 const fn is_new(table: TableWord, says: Says) -> bool {
     says.begins() || says.has(Says::DATAGRAM) && table.discipline().pins_all()
+}
+
+/// Whether a flow of a table that pins every flow has its pin already: such a flow takes nobody's turn. A pin that goes
+/// between this look and the next leaves the flow where one goes of which nothing is known.
+#[inline(always)]
+fn is_known<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowHash, now: u16) -> bool {
+    if !table.discipline().pins_all() {
+        return false;
+    }
+    let Some(bucket) = tables.pin_bucket(hash.spread()) else { return false };
+    let (matching, _) = scan(tables, bucket, tag(hash));
+    let pin = Pin::from_bits(tables.word(&bucket.0[lowest(matching)]));
+    pin.tag() == tag(hash) && follows(tables, asked, pin, now)
 }
 
 /// Finds the pin of a flow or makes it: one look at the bucket, one exchange.
@@ -255,7 +270,7 @@ pub fn attempt<T: Tables>(
     if says.has(Says::GLIMPSE) {
         return Verdict::of(pin.backend());
     }
-    let next = if says.begins() && !holds(tables, pin, now) {
+    let next = if !follows(tables, asked, pin, now) {
         if id == BACKEND_NOBODY {
             return Verdict::of(id);
         }
@@ -348,6 +363,12 @@ const fn next_state(state: PinState, says: Says) -> PinState {
         PinState::Established if matches!(state, PinState::Syn) => PinState::Established,
         PinState::Syn | PinState::Established => state,
     }
+}
+
+/// Whether a packet goes where the pin of its flow says.
+#[inline(always)]
+pub fn follows<T: Tables>(tables: &T, asked: Asked, pin: Pin, now: u16) -> bool {
+    !asked.says().begins() || holds(tables, pin, now)
 }
 
 /// Whether a pin is right for a flow that begins.

@@ -9,6 +9,7 @@ mod repin;
 mod room;
 mod servers;
 mod sweeps;
+mod turns;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
