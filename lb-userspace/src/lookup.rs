@@ -10,11 +10,15 @@ mod tests;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use lb_common::abi::{Backend, BackendKind, Features, Path, VipTarget};
+use lb_common::abi::{
+    BACKEND_NOBODY, BACKEND_PASS, Backend, BackendKind, Discipline, Features, Path, SLOTS_PER_ROW, TableWord,
+    VipTarget,
+};
 use lb_common::forward::{IP, forward};
 use lb_common::outcome::{Action, Outcome};
 use lb_common::packet::{Buffer, Packet};
 use lb_common::quic::{LONGEST_SERVER_ID, ServerKey};
+use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 use lb_common::wire::{Address6, EtherType, Ethernet};
 use lb_common::{classify, parse, vlan};
@@ -24,7 +28,7 @@ pub use self::given::{FrameText, Given, GivenError};
 pub use self::seen::Seen;
 use crate::config::model::Protocol;
 use crate::reconcile::desired::protocol_number;
-use crate::reconcile::image::{Image, Traced};
+use crate::reconcile::image::{Image, Traced, Trail};
 
 /// A flow.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +58,11 @@ pub struct Explanation {
     pub slot: Option<u32>,
     /// `clean`, or how the slot is on the move.
     pub slot_state: Option<String>,
+    /// Why the backend is this one: `slot`, `pin`, `connection_id`; or `scheduler`, and then it is but the one of this
+    /// moment: see `picks`.
+    pub chosen_by: Option<String>,
+    /// Of a flow that begins, where the scheduler is no hash.
+    pub picks: Option<Picks>,
     /// What a QUIC packet's connection ID says, where its service goes by that.
     pub server: Option<NamedServer>,
     pub backend_id: Option<u16>,
@@ -72,6 +81,34 @@ pub struct Explanation {
     pub client_mtu: Option<u32>,
     /// The frame as it leaves, if it does: to the backend, or back as an answer.
     pub sent: Option<Seen>,
+}
+
+/// What a scheduler that is no hash has for a flow that begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Picks {
+    /// `in turn`, `by chance` or `by load`.
+    pub how: String,
+    /// Backends of which the flow may get any.
+    pub backends: usize,
+}
+
+impl Picks {
+    fn of(image: &Image, word: TableWord) -> Option<Self> {
+        let how = match word.discipline() {
+            Discipline::Hash => return None,
+            Discipline::RoundRobin => "in turn",
+            Discipline::Random => "by chance",
+            Discipline::Least => "by load",
+        };
+        let first = word.first_row() * SLOTS_PER_ROW;
+        let mut taking = vec![false; image.backends.len()];
+        for index in first..first + word.length() {
+            let id = image.slot(index).cur();
+            taking[usize::from(id)] |= id != BACKEND_NOBODY && id != BACKEND_PASS;
+        }
+        let backends = taking.into_iter().filter(|takes| *takes).count();
+        Some(Self { how: how.to_owned(), backends })
+    }
 }
 
 /// Whom a connection ID names.
@@ -142,7 +179,12 @@ pub fn explain(image: &Image, given: &Given, ingress: u32) -> Explanation {
         table: trail.table.map(|(table, _)| table),
         table_length: trail.table.map(|(_, word)| word.length()),
         slot: trail.slot.map(|(slot, _)| slot),
-        slot_state: trail.slot.map(|(_, slot)| slot_state(slot)),
+        slot_state: trail.table.zip(trail.slot).map(|((_, word), (_, slot))| slot_state(word, slot)),
+        chosen_by: met.map(|_| chosen_by(&trail).to_owned()),
+        picks: trail
+            .table
+            .filter(|_| trail.picked && met.is_some())
+            .and_then(|(_, word)| Picks::of(image, word)),
         server: trail.server.map(|(key, id)| NamedServer::of(&key, id, outcome)),
         backend_id: met,
         pool: None,
@@ -178,9 +220,22 @@ fn target(image: &Image, mut frame: Vec<u8>, ingress: u32) -> Option<VipTarget> 
     None
 }
 
-fn slot_state(slot: lb_common::slots::Slot) -> String {
+fn chosen_by(trail: &Trail) -> &'static str {
+    match trail {
+        // A connection ID that is followed is asked for no slot.
+        Trail { slot: None, .. } => "connection_id",
+        Trail { pinned: true, .. } => "pin",
+        Trail { picked: true, .. } => "scheduler",
+        _ => "slot",
+    }
+}
+
+fn slot_state(word: TableWord, slot: Slot) -> String {
     if slot.is_clean() {
         return "clean".to_owned();
+    }
+    if word.discipline().pins_all() {
+        return format!("a pin for each flow, est {} without", slot.est());
     }
     format!("moving: cur {} est {} D={} P={}", slot.cur(), slot.est(), slot.dirty(), slot.pins())
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::output;
-use crate::lookup::{Explanation, NamedServer};
+use crate::lookup::{Explanation, NamedServer, Picks};
 
 /// Every step of one.
 pub fn whole(told: &Explanation) -> String {
@@ -28,7 +28,15 @@ pub fn whole(told: &Explanation) -> String {
     if let Some(id) = told.backend_id {
         let name = named(told).map_or_else(String::new, |name| format!("{name} "));
         let address = told.backend_address.map_or(String::new(), |address| format!("at {address} "));
-        say("backend", format!("{name}{address}(id {id})"));
+        let by_pin = if told.chosen_by.as_deref() == Some("pin") { ", by the flow's pin" } else { "" };
+        let this = format!("{name}{address}(id {id}){by_pin}");
+        say(
+            "backend",
+            match &told.picks {
+                Some(picks) => format!("{}; say {this}", any(picks)),
+                None => this,
+            },
+        );
     }
     if let (Some(mtu), Some(client)) = (told.mtu, told.client_mtu) {
         say("way", format!("takes {mtu} bytes of IP, {client} of them the client's"));
@@ -58,6 +66,11 @@ fn frame(told: &Explanation) -> String {
 /// By name, else by index.
 fn interface(name: &Option<String>, ifindex: u32) -> String {
     name.clone().unwrap_or_else(|| format!("interface {ifindex}"))
+}
+
+/// What is certain of the backend of a flow that begins.
+fn any(picks: &Picks) -> String {
+    format!("any of {}, {}", picks.backends, picks.how)
 }
 
 fn named(told: &Explanation) -> Option<String> {
@@ -98,7 +111,8 @@ pub fn list(told: &[Explanation], verbose: bool) -> String {
 fn lines(told: &[Explanation]) -> String {
     let row = |(told, number): (&Explanation, usize)| {
         let address = || told.backend_address.map(|address| address.to_string());
-        let backend = named(told).or_else(address).unwrap_or_else(|| "-".to_owned());
+        let picks = told.picks.as_ref().map(any);
+        let backend = picks.or_else(|| named(told)).or_else(address).unwrap_or_else(|| "-".to_owned());
         vec![number.to_string(), told.outcome.clone(), backend, told.frame.to_string()]
     };
     let mut rows: Vec<_> = told.iter().zip(1..).map(row).collect();

@@ -1,4 +1,6 @@
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use etherparse::{IpFragOffset, PacketBuilder};
 
@@ -7,8 +9,11 @@ use crate::capacity::Capacity;
 use crate::config;
 use crate::nexthop::NextHop;
 use crate::reconcile::desired::{LoadTime, World, desired};
+use crate::reconcile::pins::{Pins, coarse_ns};
 use crate::reconcile::plan::plan_at_once;
-use lb_common::abi::Meta;
+use lb_common::abi::{Meta, Pin, PinState};
+use lb_common::flow::{self, FlowHash};
+use lb_common::pins;
 
 const CONFIG: &str = "
 interfaces: [eth0]
@@ -19,10 +24,12 @@ pools:
   web: {forward: ipip, backends: [10.0.0.11], health: {type: none}}
   near: {forward: l2, backends: [10.0.0.12], health: {type: none}}
   none: {forward: ipip, backends: [10.0.0.13], health: {type: none}}
+  turns: {forward: ipip, backends: [10.0.0.14, 10.0.0.15], health: {type: none}}
 services:
   - {name: www, vip: [203.0.113.10, \"2001:db8:113::10\"], ports: 80, protocol: tcp, pool: web}
   - {name: dns, vip: 203.0.113.10, ports: 53, protocol: udp, pool: near}
   - {name: empty, vip: 203.0.113.10, ports: 81, protocol: tcp, pool: none}
+  - {name: turns, vip: 203.0.113.10, ports: 90, protocol: tcp, pool: turns, scheduler: round-robin}
 ";
 
 const CLIENT: [u8; 4] = [192, 0, 2, 7];
@@ -33,7 +40,7 @@ const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
 fn tables() -> Image {
     let config = config::parse("test.yaml", CONFIG).unwrap().config;
     let mut world = World::default();
-    for (pool, last) in [(0, 11), (1, 12), (2, 13)] {
+    for (pool, backend, last) in [(0, 0, 11), (1, 0, 12), (2, 0, 13), (3, 0, 14), (3, 1, 15)] {
         let hop = NextHop {
             ifindex: 2,
             interface: "eth0".to_owned(),
@@ -45,7 +52,7 @@ fn tables() -> Image {
             kind: None,
             redirect_target: true,
         };
-        world.up.insert((pool, 0), last != 13);
+        world.up.insert((pool, backend), last != 13);
         world.next_hops.insert(Ipv4Addr::new(10, 0, 0, last).into(), hop);
     }
     let capacity = Capacity::new(&config.limits);
@@ -248,4 +255,48 @@ fn every_beginning_of_a_frame_is_told() {
     for length in 1..error.len() {
         explain(&image, &Given::new(error[..length].to_vec(), 0).unwrap(), 2);
     }
+}
+
+/// The hash of a packet's flow.
+fn hash_of(image: &Image, mut frame: Vec<u8>) -> FlowHash {
+    let tables = Traced::new(image);
+    let packet = Buffer::new(&mut frame, 0, 2);
+    let ip = parse::ipv4(&packet, IP).ok().unwrap();
+    let flow = classify::v4(&packet, &tables, &ip).ok().unwrap();
+    flow::hash4(&tables, flow.client, flow.vip, flow.ports, flow.protocol)
+}
+
+#[test]
+fn a_flow_that_begins_may_get_any_backend_of_a_scheduler_that_is_no_hash() {
+    let mut image = tables();
+    let told = |image: &Image, frame: &[u8]| explain(image, &Given::new(frame.to_vec(), 0).unwrap(), 2);
+    let syn = frame!(to_vip().tcp(40000, 90, 1, 1024).syn(), &[]);
+    let told_syn = told(&image, &syn);
+    let picks = Picks { how: "in turn".to_owned(), backends: 2 };
+    assert_eq!((told_syn.chosen_by.as_deref(), told_syn.picks.clone()), (Some("scheduler"), Some(picks)));
+
+    // What is no beginning goes by its hash, or by its pin.
+    let ack = frame!(to_vip().tcp(40000, 90, 1, 1024).ack(1), &[]);
+    let told_ack = told(&image, &ack);
+    assert_eq!((told_ack.chosen_by.as_deref(), told_ack.picks), (Some("slot"), None));
+    let age = Pin::age_of(coarse_ns());
+    for id in [told_syn.backend_id, told_ack.backend_id].into_iter().flatten() {
+        let pin = Pin::new(pins::tag(hash_of(&image, syn.clone())), id, PinState::Established, age);
+        let bucket = [pin.bits(), 0, 0, 0, 0, 0, 0, 0].map(AtomicU64::new);
+        image.pins = Pins::of(Arc::new(Vec::from(bucket)));
+        for frame in [&syn, &ack] {
+            let told = told(&image, frame);
+            assert_eq!((told.chosen_by.as_deref(), told.picks), (Some("pin"), None));
+            assert_eq!(told.backend_id, Some(id));
+        }
+    }
+    // A SYN on a flow that has long been silent begins anew.
+    let old = age.wrapping_sub(1000) & 0x7fff;
+    let pin = Pin::new(pins::tag(hash_of(&image, syn.clone())), 1, PinState::Established, old);
+    let bucket = [pin.bits(), 0, 0, 0, 0, 0, 0, 0].map(AtomicU64::new);
+    image.pins = Pins::of(Arc::new(Vec::from(bucket)));
+    assert_eq!(told(&image, &syn).chosen_by.as_deref(), Some("scheduler"));
+    // Without room for its pin a flow goes by its hash.
+    image.pins = Pins::of(Arc::new((1..=8).map(|tag| AtomicU64::new(tag << 32 | 1)).collect::<Vec<_>>()));
+    assert_eq!(told(&image, &syn).chosen_by.as_deref(), Some("slot"));
 }

@@ -7,14 +7,14 @@ use std::net::IpAddr;
 
 use lb_common::abi::{
     BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load, Meta,
-    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, PinBucket, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow,
-    SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket,
-    Vip6Bucket, VipWord,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket, PortRule, PrefixLengths, RULES_PER_ROW,
+    RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS,
+    Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::allowance::Limited;
-use lb_common::flow;
+use lb_common::flow::{self, FlowHash};
 use lb_common::outcome::Outcome;
-use lb_common::pins::PinEvent;
+use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use lb_common::quic::ServerKey;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
@@ -190,6 +190,10 @@ pub struct Trail {
     pub table: Option<(u16, TableWord)>,
     pub slot: Option<(u32, Slot)>,
     pub met: Option<u16>,
+    /// Whether the backend is one that the discipline of the table picked.
+    pub picked: bool,
+    /// Whether it is the one of the flow's pin.
+    pub pinned: bool,
     /// What a QUIC connection ID says, and whom it names.
     pub server: Option<(ServerKey, Option<u16>)>,
 }
@@ -286,6 +290,23 @@ impl Tables for Traced<'_> {
         id
     }
 
+    fn pick(&self, table: TableWord, asked: Asked, slot: Slot) -> u16 {
+        self.trail.borrow_mut().picked = table.discipline().pins_all();
+        pins::pick(self, table, asked, slot)
+    }
+
+    fn attempt(&self, table: TableWord, asked: Asked, hash: FlowHash, proposal: Proposal) -> Verdict {
+        let ways = self.pin_bucket(hash.spread()).into_iter().flat_map(|bucket| &bucket.0);
+        let mut all = ways.map(|way| Pin::from_bits(self.word(way)));
+        let own = all.find(|pin| pin.tag() == pins::tag(hash));
+        let now = Pin::age_of(self.clock());
+        if own.is_some_and(|pin| pins::follows(self, asked, pin, now)) {
+            let mut trail = self.trail.borrow_mut();
+            (trail.picked, trail.pinned) = (false, true);
+        }
+        pins::attempt(self, table, asked, hash, proposal)
+    }
+
     fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {
         Some(self.bucket.get_or_init(|| self.image.pins.bucket(spread)))
     }
@@ -319,7 +340,10 @@ impl Tables for Traced<'_> {
     }
 
     fn count_pin(&self, event: PinEvent) {
-        self.trail.borrow_mut().pins.push(event);
+        let mut trail = self.trail.borrow_mut();
+        // A flow without room for its pin goes where it needs none.
+        trail.picked &= event != PinEvent::FailedNew && event != PinEvent::FailedOld;
+        trail.pins.push(event);
     }
 
     fn count_outcome(&self, outcome: Outcome) {
