@@ -23,6 +23,7 @@ use super::snapshot::{
 use super::steering::Steering;
 use super::tracking::Tracking;
 use super::verify::{self, Verification};
+use super::yielded::Yielded;
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, Maps, MapsError, Trace};
 use crate::capacity::Capacity;
 use crate::config::model::{Check, CheckKind, Config, Pool};
@@ -83,6 +84,7 @@ pub struct Core {
     /// Whether the tables must be worked out again.
     pub(super) changed: bool,
     pub(super) tracking: Tracking,
+    pub(super) yielded: Yielded,
     /// Backends on their way out that connection IDs of QUIC name.
     pub(super) named: Named,
 }
@@ -133,6 +135,7 @@ impl Core {
             reloads: Reloads::none(),
             changed: true,
             tracking: Tracking::new(Instant::now()),
+            yielded: Yielded::default(),
             named: Named::default(),
         };
         core.begin_tracking()?;
@@ -402,7 +405,8 @@ impl Core {
                 .collect();
             let mut moving = Moving::default();
             tables.into_iter().for_each(|table| moving += index.moving(table));
-            PoolView { in_use: in_use.to_owned(), panic, moving }
+            let yielded = self.yielded.of(&pool.name);
+            PoolView { in_use: in_use.to_owned(), panic, moving, yielded }
         };
         Snapshot {
             config: Arc::clone(&self.config),

@@ -20,6 +20,7 @@ pub mod status;
 mod steering;
 mod tracking;
 pub mod verify;
+mod yielded;
 
 use std::path::PathBuf;
 use std::sync::Arc;

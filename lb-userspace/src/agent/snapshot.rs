@@ -215,6 +215,8 @@ pub struct PoolView {
     pub panic: bool,
     /// Of its tables.
     pub moving: Moving,
+    /// Slots that its backends, being down, lost with their old flows for want of room for pins.
+    pub yielded: u64,
 }
 
 #[derive(Debug)]

@@ -6,14 +6,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use lb_common::abi::Pin;
+use tracing::warn;
 
 use super::core::{BackendKey, Core, ReconcileError, keys};
 use super::snapshot::Index;
 use crate::bpf::Datapath;
 use crate::capacity::Capacity;
-use crate::config::model::OnDown;
+use crate::config::model::{Backend, Flows, OnDown};
 use crate::health::State;
-use crate::reconcile::desired::{BackendRef, OldFlows, desired, meet, pool_set};
+use crate::reconcile::desired::{BackendRef, OldFlows, backend_identity, desired, meet, pool_set};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
@@ -109,7 +110,25 @@ impl Core {
         let (tracking, mut hands) = self.hands();
         let changed = tracking.look_after(&mut hands)?;
         self.changed |= changed;
-        self.reconcile()
+        self.reconcile()?;
+        self.say_who_yields(Instant::now());
+        Ok(())
+    }
+
+    /// Counts slots that had to move for want of room for pins, and says so.
+    fn say_who_yields(&mut self, now: Instant) {
+        let slots = std::mem::take(&mut self.tracking.yielded);
+        if !slots.is_empty() {
+            for pool in &self.config.pools {
+                let of = |backend: &Backend| backend_identity(&pool.name, pool.forward, backend.address);
+                let slots = pool.backends.iter().filter_map(|backend| slots.get(&of(backend)));
+                self.yielded.add(&pool.name, slots.map(|slots| *slots as u64).sum());
+            }
+        }
+        for (pool, slots) in self.yielded.take_unsaid(now) {
+            let (pins, room) = (self.tracking.found.pins, self.image.pins.words().len());
+            warn!(%pool, slots, pins, room, "no room for pins while a backend is down: its old flows without a pin have moved; raise limits.pins");
+        }
     }
 
     /// What becomes of the flows of backends that are down, or whose time is over.
@@ -118,20 +137,13 @@ impl Core {
         let (without_room, most_are_down) = (self.without_room(now), self.most_are_down());
         for (key, pool, backend) in keys(&self.config) {
             let Some(fsm) = self.fsms.get(&key).filter(|fsm| fsm.state() == State::Down) else { continue };
-            let flows = &self.config.pools[pool].flows;
-            let down_for = fsm.since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-            let fails = match flows.on_down {
-                OnDown::Keep => false,
-                OnDown::Move => true,
-                // Answered by the host itself, or silent for long while most others answer: else it may be us.
-                OnDown::Auto => fsm.is_hard() || down_for >= flows.down_grace && !most_are_down[pool],
-            };
-            let set = pool_set([self.config.pools[pool].name.as_str()]);
-            if fails {
-                old_flows.insert((pool, backend), OldFlows::Fail);
-            } else if without_room.iter().any(|pools| meet(*pools, set)) {
-                old_flows.insert((pool, backend), OldFlows::Yield);
-            }
+            let lasts = fsm.since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            let down = Down { hard: fsm.is_hard(), lasts };
+            let of = &self.config.pools[pool];
+            let set = pool_set([of.name.as_str()]);
+            let crowded = without_room.iter().any(|pools| meet(*pools, set));
+            let becomes = down.old_flows(&of.flows, || most_are_down[pool], crowded);
+            old_flows.insert((pool, backend), becomes);
         }
         let gone = self.overrides.exits().filter(|(_, exit)| exit.is_over());
         let gone: HashSet<&BackendKey> = gone.map(|(key, _)| key).collect();
@@ -162,10 +174,63 @@ impl Core {
         let goes_on = |((pool, backend), old_flows): (BackendRef, OldFlows)| {
             let pool = &self.config.pools[pool];
             let address = pool.backends[backend].address;
-            let identity = crate::reconcile::desired::backend_identity(&pool.name, pool.forward, address);
+            let identity = backend_identity(&pool.name, pool.forward, address);
             let known = self.tracking.desired.backends.get(&identity);
             known.is_some_and(|backend| backend.old_flows < old_flows)
         };
         self.old_flows(now).into_iter().any(goes_on)
+    }
+}
+
+/// What is known of a backend that is down.
+#[derive(Debug, Clone, Copy)]
+struct Down {
+    /// Connections to it are refused or reset.
+    hard: bool,
+    lasts: Duration,
+}
+
+impl Down {
+    /// What becomes of its flows. `crowded`: new flows found no room for their pins lately.
+    fn old_flows(self, flows: &Flows, most_are_down: impl FnOnce() -> bool, crowded: bool) -> OldFlows {
+        let fails = match flows.on_down {
+            OnDown::Keep => false,
+            OnDown::Move => true,
+            // Answered by the host itself, or silent for long while most others answer: else it may be us.
+            OnDown::Auto => self.hard || self.lasts >= flows.down_grace && !most_are_down(),
+        };
+        match (fails, crowded) {
+            (true, _) => OldFlows::Fail,
+            (false, true) => OldFlows::Yield,
+            (false, false) => OldFlows::Stay,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_flows_of_a_backend_that_is_down_go_as_the_pool_says() {
+        const GRACE: Duration = Duration::from_secs(30);
+        let soon = GRACE - Duration::from_millis(1);
+        // (policy, refused, down for, most are down, no room) -> what becomes of its flows
+        for (on_down, hard, lasts, most, crowded, expected) in [
+            (OnDown::Auto, true, Duration::ZERO, false, false, OldFlows::Fail),
+            (OnDown::Auto, true, Duration::ZERO, true, true, OldFlows::Fail),
+            (OnDown::Auto, false, soon, false, false, OldFlows::Stay),
+            (OnDown::Auto, false, soon, false, true, OldFlows::Yield),
+            (OnDown::Auto, false, GRACE, false, false, OldFlows::Fail),
+            (OnDown::Auto, false, GRACE, true, false, OldFlows::Stay),
+            (OnDown::Auto, false, GRACE, true, true, OldFlows::Yield),
+            (OnDown::Keep, true, GRACE, false, false, OldFlows::Stay),
+            (OnDown::Keep, true, GRACE, false, true, OldFlows::Yield),
+            (OnDown::Move, false, Duration::ZERO, true, false, OldFlows::Fail),
+        ] {
+            let flows = Flows { on_down, down_grace: GRACE, ..Flows::default() };
+            let becomes = Down { hard, lasts }.old_flows(&flows, || most, crowded);
+            assert_eq!(becomes, expected, "{on_down:?}, {hard}, {lasts:?}, {most}, {crowded}");
+        }
     }
 }

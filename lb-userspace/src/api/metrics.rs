@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::agent::keys;
-use crate::agent::snapshot::{BackendState, Moving, Snapshot};
+use crate::agent::snapshot::{BackendState, PoolView, Snapshot};
 use crate::agent::status::{BackendStatus, ServiceStatus};
 use crate::tables::maglev::TABLE_VERSION;
 use lb_common::pins::PinEvent;
@@ -112,10 +112,18 @@ families! {
         "Slots whose old flows go to the backend";
     BACKEND_PINS Gauge "backend_pins" None, ["pool", "backend", "address"]
         "Flows that are pinned to the backend. Without these, and without slots of either kind, it is drained";
+    BACKEND_STARTING Gauge "backend_starting_percent" None, ["pool", "backend", "address"]
+        "Percent of its share that the backend gets: less than 100 while it starts slowly (slow_start)";
+    POOL_LEVEL Gauge "pool_level" None, ["pool"]
+        "Which pool takes its packets: 0 the pool itself, 1 the first of its fallbacks, and so on";
+    POOL_PANIC Gauge "pool_panic" None, ["pool"]
+        "1 while so few backends are up that packets go to all of the pool in use (panic)";
     POOL_SLOTS_MOVING Gauge "pool_slots_moving" None, ["pool"]
         "Slots of the pool's tables that are on the move: old flows stay where they are, and all are pinned";
     POOL_SLOTS_PINNED Gauge "pool_slots_pinned" None, ["pool"]
         "Slots that have moved, but for flows with pins";
+    POOL_SLOTS_YIELDED Counter "pool_slots_yielded" None, ["pool"]
+        "Slots of backends that are down whose old flows without a pin moved at once, for there was no room for pins of new ones: raise limits.pins";
     PINS Gauge "pins" None, []
         "Flows that are pinned, as the last sweep found them";
     PINS_ROOM Gauge "pins_room" None, []
@@ -221,17 +229,30 @@ impl Scrape {
                 (vec![backend.pool.clone(), backend.name.clone(), to.to_owned()], count as f64)
             })
         });
-        let of_pools = |value: fn(&Moving) -> u32| -> Vec<Sample> {
-            let pools = snapshot.config.pools.iter().zip(&snapshot.pools);
-            pools.map(|(pool, view)| (vec![pool.name.clone()], f64::from(value(&view.moving)))).collect()
-        };
-        self.add(&POOL_SLOTS_MOVING, of_pools(|moving| moving.dirty));
-        self.add(&POOL_SLOTS_PINNED, of_pools(|moving| moving.held));
+        self.add(&BACKEND_STARTING, of_each(|backend| backend.starting.unwrap_or(100.0)));
+        self.pools(snapshot);
         self.pins(snapshot)?;
         self.add(&TRANSITIONS, transitions);
         self.add(&BACKEND_PACKETS, of_each(|backend| backend.packets as f64));
         self.add(&BACKEND_BYTES, of_each(|backend| backend.bytes as f64));
         Ok(())
+    }
+
+    fn pools(&mut self, snapshot: &Snapshot) {
+        let config = &snapshot.config;
+        let of_each = |value: &dyn Fn(usize, &PoolView) -> f64| -> Vec<Sample> {
+            let pools = config.pools.iter().zip(&snapshot.pools).enumerate();
+            pools.map(|(index, (pool, view))| (vec![pool.name.clone()], value(index, view))).collect()
+        };
+        let level = |index: usize, view: &PoolView| {
+            let place = config.levels_of(index).position(|level| config.pools[level].name == view.in_use);
+            place.unwrap_or(0) as f64
+        };
+        self.add(&POOL_LEVEL, of_each(&level));
+        self.add(&POOL_PANIC, of_each(&|_, view| one_if(view.panic)));
+        self.add(&POOL_SLOTS_MOVING, of_each(&|_, view| f64::from(view.moving.dirty)));
+        self.add(&POOL_SLOTS_PINNED, of_each(&|_, view| f64::from(view.moving.held)));
+        self.add(&POOL_SLOTS_YIELDED, of_each(&|_, view| view.yielded as f64));
     }
 
     fn pins(&mut self, snapshot: &Snapshot) -> anyhow::Result<()> {

@@ -87,6 +87,8 @@ pub struct Plan {
     pub moves: usize,
     /// Whether another plan must follow at once: what it changes has to be live first.
     pub again: bool,
+    /// By the id of a backend that is down: slots that its old flows leave for want of room for pins.
+    pub yielded: BTreeMap<u16, usize>,
 }
 
 /// The writes that turn the image into what is desired; none if it is that already, or on its way.
@@ -108,6 +110,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         moved: false,
         copied: HashMap::new(),
         again: false,
+        yielded: BTreeMap::new(),
     };
     let ids = planner.backends()?;
     let present = present_vips(image);
@@ -120,7 +123,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     planner.leaving(&ids);
     planner.add.extend(gone);
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner { add: mut ops, turn, lose, mut remove, moved, again, .. } = planner;
+    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, .. } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -133,7 +136,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting, moves, again })
+    Ok(Plan { ops, waiting, moves, again, yielded })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
@@ -172,6 +175,7 @@ struct Planner<'a> {
     /// Tables that are copies of others with this plan.
     copied: HashMap<u16, u16>,
     again: bool,
+    yielded: BTreeMap<u16, usize>,
 }
 
 impl Planner<'_> {
@@ -412,6 +416,9 @@ impl Planner<'_> {
             let goes_to = est.as_ref().map_or(next.cur(), |est| est[content]);
             if going.leaves(next.est(), goes_to) || (est.is_some() && next.est() == BACKEND_NOBODY) {
                 self.left.insert(next.est());
+                if going.yielding.contains(&next.est()) {
+                    *self.yielded.entry(next.est()).or_default() += 1;
+                }
                 next = Slot::new(next.cur(), goes_to, est.is_some(), true);
             }
             self.named.extend(names(next));
@@ -468,6 +475,8 @@ impl Planner<'_> {
 struct Going {
     /// Failed, or with no room for pins beside them.
     failed: HashSet<u16>,
+    /// The latter.
+    yielding: HashSet<u16>,
     moved: HashSet<u16>,
 }
 
@@ -477,7 +486,11 @@ impl Going {
             let backends = desired.backends.iter().filter(|(_, b)| old_flows.contains(&b.old_flows));
             backends.filter_map(|(identity, _)| ids.get(identity).copied()).collect()
         };
-        Self { failed: with(&[OldFlows::Yield, OldFlows::Fail]), moved: with(&[OldFlows::Move]) }
+        Self {
+            failed: with(&[OldFlows::Yield, OldFlows::Fail]),
+            yielding: with(&[OldFlows::Yield]),
+            moved: with(&[OldFlows::Move]),
+        }
     }
 
     /// Whether flows on `est` go to `to`. From one that failed, only to one that did not.

@@ -2,7 +2,7 @@
 //! come, sweeps the pins in small steps. The rules are in `plan`, `moves` and `sweep`; who holds the tables tells the
 //! time.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
@@ -76,6 +76,9 @@ pub struct Tracking {
     moves_left: usize,
     /// Slots that wait for their turn to move.
     pub waiting: usize,
+    /// By the identity of a backend that is down: slots that its old flows have left for want of room for pins. Whoever
+    /// reports them takes them out.
+    pub yielded: BTreeMap<u64, usize>,
     failed: u64,
 }
 
@@ -97,6 +100,7 @@ impl Tracking {
             paced: now.checked_sub(PACE).unwrap_or(now),
             moves_left: 0,
             waiting: 0,
+            yielded: BTreeMap::new(),
             failed: 0,
         }
     }
@@ -150,6 +154,10 @@ impl Tracking {
             self.resting.retain(|id| leaving.contains(id));
         }
         self.carry_out(hands, &plan.ops)?;
+        for (id, slots) in plan.yielded {
+            let identity = hands.image().backends[usize::from(id)].identity;
+            *self.yielded.entry(identity).or_default() += slots;
+        }
         let now = hands.now();
         self.moves.observe(hands.image(), now);
         Ok(plan.again)

@@ -147,6 +147,26 @@ fn children_of_a_slot_that_moves_go_on_where_it_is() {
 }
 
 #[test]
+fn a_table_is_without_room_for_a_while_after_a_pin_failed_and_not_before() {
+    let begin = Instant::now();
+    let mut image = image_of(&[moving(B, A)], Discipline::Hash);
+    image.table_states[0].failed = 7;
+    let mut moves = Moves::new(begin);
+    let without_room = |moves: &Moves, now| -> Vec<u16> { moves.without_room(now).collect() };
+    for seconds in 0..10 {
+        let now = begin + Duration::from_secs(seconds);
+        moves.observe(&image, now);
+        assert!(without_room(&moves, now).is_empty(), "failed before the agent began");
+    }
+    let late = begin + T1;
+    image.table_states[0].failed += 1;
+    moves.observe(&image, late);
+    assert_eq!(without_room(&moves, late), [0]);
+    moves.observe(&image, late + T1);
+    assert!(without_room(&moves, late + T1).is_empty(), "pins can be had again");
+}
+
+#[test]
 fn where_every_flow_is_pinned_est_follows_after_a_quiet_t1() {
     let begin = Instant::now();
     let slots = [Slot::new(B, A, true, true), Slot::new(B, B, true, true)];
