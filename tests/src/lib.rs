@@ -4,6 +4,7 @@ pub mod balancer;
 pub mod crowd;
 pub mod fixtures;
 pub mod fuzz;
+pub mod held;
 pub mod kernel;
 pub mod lab;
 pub mod manager;

@@ -246,3 +246,47 @@ fn metrics_tell_of_reloads_and_of_backends_that_come_and_go() -> Result<()> {
     ensure!(taken.get(since, &[])? > before.get(since, &[])?);
     Ok(())
 }
+
+#[test]
+fn metrics_tell_of_pools_in_use_and_of_backends_that_start_slowly() -> Result<()> {
+    let Some(stage) = Stage::set("levels", 3)? else { return Ok(()) };
+    let far =
+        "  far: {forward: ipip, health: {type: none}, backends: [{address: 10.111.0.13, name: web3}]}\n";
+    let mut config = Config {
+        top: "metrics: {listen: '127.0.0.1:9465'}".to_owned(),
+        health: "{type: http, path: /healthz, interval: 500ms, timeout: 500ms, rise: 1, fall: 2}".to_owned(),
+        pool: "    fallback: far\n    failback_hold: 0s\n    panic: 60%\n    slow_start: 1h\n".to_owned(),
+        ..stage.config()
+    };
+    config.backends.pop();
+    let yaml = config.to_string().replace("services:\n", &format!("{far}services:\n"));
+    let balancer = Balancer::start(&stage.balancer, &stage.lab.dir().join("xlb"), &yaml)?;
+    balancer.wait_for_backends(3, PATIENCE)?;
+    let is = |level: f64, panic: f64, starting: [f64; 2]| -> Result<bool> {
+        let scrape = over_tcp(&balancer)?;
+        let percent = |name: &str, address: &str| {
+            let labels = [("pool", "web"), ("backend", name), ("address", address)];
+            scrape.get("xlb_backend_starting_percent", &labels)
+        };
+        // One that begins has little of its share, and more from minute to minute.
+        let alike = |is: f64, wanted: f64| (is - wanted).abs() < 15.0;
+        Ok(scrape.get("xlb_pool_level", &[("pool", "web")])? == level
+            && scrape.get("xlb_pool_level", &[("pool", "far")])? == 0.0
+            && scrape.get("xlb_pool_panic", &[("pool", "web")])? == panic
+            && alike(percent("web1", "10.111.0.11")?, starting[0])
+            && alike(percent("web2", "10.111.0.12")?, starting[1]))
+    };
+    let wait = |what: &str, level, panic, starting| {
+        wait_for(what, PATIENCE, || is(level, panic, starting).is_ok_and(|is| is))
+            .with_context(|| format!("{:?}", over_tcp(&balancer).map(|scrape| scrape.samples)))
+    };
+    wait("the pool itself", 0.0, 0.0, [100.0; 2])?;
+    stage.backends[0].nginx.set_healthy(false)?;
+    wait("panic", 0.0, 1.0, [100.0; 2])?;
+    stage.backends[1].nginx.set_healthy(false)?;
+    wait("the fallback", 1.0, 0.0, [100.0; 2])?;
+    for backend in &stage.backends[..2] {
+        backend.nginx.set_healthy(true)?;
+    }
+    wait("the pool itself, in the beginning", 0.0, 0.0, [0.0; 2])
+}

@@ -29,6 +29,7 @@ mod flood;
 mod host;
 mod http;
 mod incidents;
+mod late;
 mod live;
 mod process;
 mod quic;
@@ -59,6 +60,7 @@ pub use self::http::{
     HttpLoad, Request, Response, RunningLoad, backends, failures, http_get, http_get_within, http_load,
 };
 pub use self::incidents::{Death, Incident, Kind, LONG_STALL, Tally};
+pub use self::late::LateServer;
 pub use self::live::{LiveConnections, LiveLoad, NamingServer, STALL};
 pub use self::process::Process;
 pub use self::quic::{QuicClients, QuicConnection, quic_server};
