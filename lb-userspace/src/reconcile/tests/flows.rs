@@ -297,7 +297,7 @@ fn run(shape: Shape, steps: &[Step]) -> Result<(), TestCaseError> {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 4 * ProptestConfig::default().cases,
+        cases: cases(512),
         failure_persistence: None,
         max_shrink_iters: 20_000,
         ..ProptestConfig::default()
@@ -314,7 +314,7 @@ proptest! {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 12,
+        cases: cases(6),
         failure_persistence: None,
         max_shrink_iters: 200,
         ..ProptestConfig::default()
