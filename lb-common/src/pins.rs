@@ -220,7 +220,7 @@ pub fn decide<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowH
             break;
         }
     }
-    follow_or_fail(tables, asked, hash, slot)
+    follow_or_fail(tables, table, asked, hash, slot)
 }
 
 /// Whether the flow of a packet without a pin begins. Without a hash, nothing but a pin could say that a datagram's
@@ -323,14 +323,20 @@ fn insert<T: Tables>(
 /// be pinned goes where it needs no pin. The agent hears of it before it moves `est`: the addition is a full barrier,
 /// and `closing` is read after it. In a frozen table no `est` moves.
 #[inline(always)]
-fn follow_or_fail<T: Tables>(tables: &T, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
+fn follow_or_fail<T: Tables>(
+    tables: &T,
+    table: TableWord,
+    asked: Asked,
+    hash: FlowHash,
+    slot: Slot,
+) -> Verdict {
     let Some(bucket) = tables.pin_bucket(hash.spread()) else { return Verdict::INCONSISTENT };
     let (matching, _) = scan(tables, bucket, tag(hash));
     let pin = Pin::from_bits(tables.word(&bucket.0[lowest(matching)]));
     if pin.tag() == tag(hash) {
         return Verdict::of(pin.backend());
     }
-    let new = asked.says().begins();
+    let new = is_new(table, asked.says());
     tables.count_pin(if new { PinEvent::FailedNew } else { PinEvent::FailedOld });
     tables.add_failed(asked.table());
     if tables.closing(asked.table()) == TableState::CLOSING {

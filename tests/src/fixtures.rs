@@ -5,6 +5,7 @@ mod balancer;
 mod build;
 mod check;
 mod decap;
+mod moving;
 mod quic;
 mod site;
 
@@ -12,6 +13,7 @@ pub use balancer::{Expect, Row, errors_of_flows, rows, sticky_flows};
 pub use build::{Dice, Transport, packet};
 pub use check::{check, xdp_verdict};
 pub use decap::{DecapRow, DecapSite, check_decap, decap_rows};
+pub use moving::{MovingRow, Staged, ages, moving_rows};
 pub use quic::{quic_flows, quic_openings};
 pub use site::{AWAY, INGRESS, SEED, Setting, VIP4, VIP6, capacity, image, interface, meta};
 

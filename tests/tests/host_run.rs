@@ -3,8 +3,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
-use lb_common::abi::{BACKEND_NOBODY, Backend, Discipline, Path, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, Backend, Discipline, PINS_PER_BUCKET, Path, SLOTS_PER_ROW, TableWord};
 use lb_common::decap::decap;
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, DecapOutcome, Outcome};
@@ -13,11 +15,12 @@ use lb_common::slots::Slot;
 use lb_common::wire::Mac;
 use lb_userspace::reconcile::desired::desired;
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
+use lb_userspace::reconcile::pins::Pins;
 use lb_userspace::reconcile::plan::plan_at_once;
 use proptest::prelude::*;
 use tests::fixtures::{
-    self, AWAY, DecapSite, Dice, HEADROOM, INGRESS, Row, Setting, Transport, VIP4, VIP6, check, check_decap,
-    decap_rows, packet, rows,
+    self, AWAY, DecapSite, Dice, HEADROOM, INGRESS, Row, Setting, Transport, VIP4, VIP6, ages, check,
+    check_decap, decap_rows, moving_rows, packet, rows,
 };
 
 /// What became of a frame.
@@ -111,6 +114,43 @@ fn every_fixture_ends_as_its_row_says() {
         }
     }
     assert!(failures.is_empty(), "{} rows:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_fixture_of_flows_on_the_move_ends_as_its_row_says_and_leaves_the_pin_that_it_should() {
+    let images = images();
+    let mut failures = Vec::new();
+    for moving in &moving_rows() {
+        let row = &moving.row;
+        let staged = moving.staged(&images[&row.setting]);
+        let mut image = images[&row.setting].clone();
+        staged.ops.iter().for_each(|op| image.apply(op));
+        // One bucket: it is that of every flow.
+        let pins: Vec<AtomicU64> = staged.pins.map(AtomicU64::new).into();
+        assert_eq!(pins.len(), PINS_PER_BUCKET);
+        image.pins = Pins::of(Arc::new(pins));
+        image.meta.pin_rate = u64::from(moving.budget);
+        let before = *ages().start();
+        let run = run(&image, &row.frame);
+        assert_sound(&row.name, &row.frame, &run);
+        let (spread, pins) =
+            run.trail.bucket.unwrap_or_else(|| panic!("{}: no pin was looked for", row.name));
+        assert_eq!(spread, staged.spread, "{}", row.name);
+        let met = run.trail.backend.map(|(id, _)| id);
+        let checks = [
+            check(row, run.outcome, &run.output),
+            staged.check(&pins, &(before..=*ages().end())),
+            if met == staged.to { Ok(()) } else { Err(format!("at {met:?} instead of {:?}", staged.to)) },
+            if run.trail.pins == moving.events {
+                Ok(())
+            } else {
+                Err(format!("counts {:?}", run.trail.pins))
+            },
+        ];
+        failures
+            .extend(checks.into_iter().filter_map(Result::err).map(|error| format!("{}: {error}", row.name)));
+    }
+    assert!(failures.is_empty(), "{} faults:\n{}", failures.len(), failures.join("\n"));
 }
 
 #[test]

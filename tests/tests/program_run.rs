@@ -3,20 +3,24 @@
 //!
 //! Needs root and BPF; without them it fails, unless XLB_SKIP_ROOT is set.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
-use lb_common::abi::{self, Features, Traffic, constant, map};
+use lb_common::abi::{self, Features, PINS_PER_BUCKET, Pin, Traffic, constant, map};
 use lb_common::decap::decap;
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
+use lb_common::pins::PinEvent;
 use lb_userspace::bpf::{BALANCER, DECAP, Datapath, DecapProgram, Maps, figures};
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
+use lb_userspace::reconcile::op::MapOp;
 use lb_userspace::reconcile::plan::plan_at_once;
 use tests::fixtures::{
-    self, DecapSite, Dice, HEADROOM, INGRESS, Row, SEED, Setting, check, check_decap, decap_rows, rows,
-    xdp_verdict,
+    self, DecapSite, Dice, HEADROOM, INGRESS, MovingRow, Row, SEED, Setting, Staged, ages, check,
+    check_decap, decap_rows, moving_rows, rows, xdp_verdict,
 };
 use tests::kernel::{RunDir, left_out};
 
@@ -39,7 +43,10 @@ struct Kernel {
 
 impl Kernel {
     fn load(setting: Setting, features: Features) -> Self {
-        let load_time = LoadTime { features, ..setting.load_time() };
+        Self::load_with(setting, LoadTime { features, ..setting.load_time() })
+    }
+
+    fn load_with(setting: Setting, load_time: LoadTime) -> Self {
         let dir = RunDir::new().expect("a fresh run directory");
         let capacity = fixtures::capacity();
         let mut datapath = Datapath::open(dir.fs().unwrap_or_else(|e| panic!("{e:#}")), capacity, load_time)
@@ -87,6 +94,66 @@ impl Kernel {
         self.assert_outcomes(name);
         self.assert_traffic(name, &trail);
         (outcome, out)
+    }
+
+    /// Runs the frame of a row among what the row needs; then everything is as it was. Returns outcome and output.
+    fn compare_moving(&mut self, moving: &MovingRow) -> (Outcome, Vec<u8>) {
+        let name = &moving.row.name;
+        let at_rest = self.image.clone();
+        let staged = moving.staged(&at_rest);
+        self.carry_out(&staged.ops);
+        self.image = self.datapath.maps.image().expect("a copy of the maps");
+        for (way, bits) in staged.pins.iter().enumerate() {
+            self.image.pins.words()[self.first_way(&staged) + way].store(*bits, Ordering::SeqCst);
+        }
+        let counted = |kernel: &Self| {
+            PinEvent::ALL.map(|event| kernel.datapath.maps.counters().pin_event(event).expect("a counter"))
+        };
+        let (events, before) = (counted(self), *ages().start());
+        let (.., trail) = host(&self.image, &moving.row.frame);
+        let ran = self.compare(name, &moving.row.frame);
+        let ages = before..=*ages().end();
+        self.assert_pins(name, &staged, &trail, &ages);
+        let mut expected = events;
+        moving.events.iter().for_each(|event| expected[*event as usize] += 1);
+        assert_eq!(counted(self), expected, "{name}: what is counted of pins");
+        let failed =
+            moving.events.iter().any(|event| matches!(event, PinEvent::FailedNew | PinEvent::FailedOld));
+        let told = self.datapath.maps.failed_and_turn(staged.table).0;
+        assert_eq!(told, u64::from(failed), "{name}: what the agent is told");
+        self.image.pins.words().iter().for_each(|word| word.store(0, Ordering::SeqCst));
+        self.carry_out(&staged.undo);
+        self.image = at_rest;
+        ran
+    }
+
+    fn carry_out(&mut self, ops: &[MapOp]) {
+        for op in ops {
+            self.datapath.maps.apply(op).unwrap_or_else(|error| panic!("{op:?}: {}", chain(&error)));
+        }
+    }
+
+    /// The place of the bucket's first pin.
+    fn first_way(&self, staged: &Staged) -> usize {
+        let buckets = self.image.pins.words().len() / PINS_PER_BUCKET;
+        (staged.spread as usize & (buckets - 1)) * PINS_PER_BUCKET
+    }
+
+    /// The bucket is as the row wants it and as on the host, but for the time; no other has a pin.
+    fn assert_pins(&self, name: &str, staged: &Staged, trail: &Trail, ages: &RangeInclusive<u16>) {
+        let first = self.first_way(staged);
+        let words: Vec<u64> =
+            self.image.pins.words().iter().map(|word| word.load(Ordering::SeqCst)).collect();
+        let bucket = std::array::from_fn(|way| words[first + way]);
+        staged.check(&bucket, ages).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let ageless = |bits: u64| {
+            let pin = Pin::from_bits(bits);
+            (pin.tag(), pin.backend(), pin.state())
+        };
+        let (_, expected) = trail.bucket.unwrap_or_else(|| panic!("{name}: no pin was looked for"));
+        assert_eq!(bucket.map(ageless), expected.map(ageless), "{name}: pins");
+        let others = words[..first].iter().chain(&words[first + PINS_PER_BUCKET..]);
+        assert!(others.copied().all(|bits| bits == 0), "{name}: a pin in another bucket");
     }
 
     fn assert_outcomes(&self, name: &str) {
@@ -172,6 +239,31 @@ fn every_fixture_ends_in_the_kernel_as_on_the_host_and_as_its_row_says() {
         let figures = figures(setting.features()).unwrap_or_else(|error| panic!("{error:#}"));
         eprintln!("{setting:?}: {frames} fixtures, {figures:?}");
     }
+}
+
+#[test]
+fn every_fixture_of_flows_on_the_move_ends_in_the_kernel_as_on_the_host_and_leaves_the_same_pins() {
+    if left_out(
+        "every_fixture_of_flows_on_the_move_ends_in_the_kernel_as_on_the_host_and_leaves_the_same_pins",
+    ) {
+        return;
+    }
+    let rows = moving_rows();
+    let mut frames = 0;
+    for (setting, budget) in
+        [(Setting::Everything, true), (Setting::Everything, false), (Setting::Kinds, true)]
+    {
+        let pin_rate = if budget { setting.load_time().pin_rate } else { 0 };
+        let mut kernel = Kernel::load_with(setting, LoadTime { pin_rate, ..setting.load_time() });
+        for moving in rows.iter().filter(|moving| moving.row.setting == setting && moving.budget == budget) {
+            let (outcome, output) = kernel.compare_moving(moving);
+            let row = &moving.row;
+            check(row, outcome, &output).unwrap_or_else(|error| panic!("{}: {error}", row.name));
+        }
+        frames += kernel.finish();
+    }
+    assert_eq!(frames, rows.len() as u64, "every row has its turn");
+    eprintln!("{frames} fixtures of flows on the move");
 }
 
 #[test]

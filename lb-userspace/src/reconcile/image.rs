@@ -4,12 +4,13 @@
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::atomic::AtomicU64;
 
 use lb_common::abi::{
     BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load, Meta,
-    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket, PortRule, PrefixLengths, RULES_PER_ROW,
-    RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS,
-    Vip4Bucket, Vip6Bucket, VipWord,
+    PINS_PER_BUCKET, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket, PortRule, PrefixLengths,
+    RULES_PER_ROW, RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6,
+    VIP_WORDS, Vip4Bucket, Vip6Bucket, VipWord,
 };
 use lb_common::allowance::Limited;
 use lb_common::flow::{self, FlowHash};
@@ -186,6 +187,8 @@ pub struct Trail {
     pub vip: Option<(u32, Traffic)>,
     pub backend: Option<(u16, Traffic)>,
     pub pins: Vec<PinEvent>,
+    /// What it chose the bucket of pins by, and the pins in that as it left them.
+    pub bucket: Option<(u32, [u64; PINS_PER_BUCKET])>,
     /// The table, its word, the slot in it and the slot's word.
     pub table: Option<(u16, TableWord)>,
     pub slot: Option<(u32, Slot)>,
@@ -203,7 +206,7 @@ pub struct Traced<'i> {
     image: &'i Image,
     keys: [u64; HASH_KEYS],
     /// The one bucket that a packet looks at, as it was then: what the packet writes stays here.
-    bucket: OnceCell<PinBucket>,
+    bucket: OnceCell<(u32, PinBucket)>,
     trail: RefCell<Trail>,
 }
 
@@ -213,7 +216,9 @@ impl<'i> Traced<'i> {
     }
 
     pub fn into_trail(self) -> Trail {
-        self.trail.into_inner()
+        let bucket = self.bucket.into_inner();
+        let bucket = bucket.map(|(spread, pins)| (spread, pins.0.map(AtomicU64::into_inner)));
+        Trail { bucket, ..self.trail.into_inner() }
     }
 }
 
@@ -308,7 +313,7 @@ impl Tables for Traced<'_> {
     }
 
     fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {
-        Some(self.bucket.get_or_init(|| self.image.pins.bucket(spread)))
+        Some(&self.bucket.get_or_init(|| (spread, self.image.pins.bucket(spread))).1)
     }
 
     fn clock(&self) -> u64 {
@@ -336,7 +341,8 @@ impl Tables for Traced<'_> {
 
     /// As if this were the first after a quiet time.
     fn admit(&self, limited: Limited) -> bool {
-        limited.is_pin() || self.image.meta.icmp_rate > 0
+        let Meta { pin_rate, icmp_rate, .. } = self.image.meta;
+        if limited.is_pin() { pin_rate > 0 } else { icmp_rate > 0 }
     }
 
     fn count_pin(&self, event: PinEvent) {

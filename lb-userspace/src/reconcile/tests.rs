@@ -481,8 +481,14 @@ fn fresh() -> Image {
     let all = lb_common::abi::Features::ALL
         .iter()
         .fold(Default::default(), |all: lb_common::abi::Features, f| all.with(f.0));
-    let meta =
-        Meta { abi_version: ABI_VERSION, seed: 7, features: all.bits(), icmp_rate: 1000, ..Meta::default() };
+    let meta = Meta {
+        abi_version: ABI_VERSION,
+        seed: 7,
+        features: all.bits(),
+        icmp_rate: 1000,
+        pin_rate: 1000,
+        ..Meta::default()
+    };
     Image::empty(&capacity(), meta)
 }
 
@@ -1334,6 +1340,25 @@ fn words(image: &Image) -> Vec<Slot> {
 fn identity_in_first_pool(state: &State, address: IpAddr) -> u64 {
     let pool = &state.config().pools[0];
     backend_identity(&pool.name, pool.forward, address)
+}
+
+/// Slots of a table that takes turns are never clean: its copy is given up all the same.
+#[test]
+fn a_service_that_goes_to_a_pool_in_turns_shares_its_table_once_old_flows_are_silent() {
+    let (mut image, mut state) = (fresh(), simple(4));
+    applied(&mut image, &state);
+    apply(&mut state, &Change::AddPool(2, 1, Forward::Ipip, 0));
+    let turns = Kind { scheduler: Scheduler::WeightedRoundRobin, ..PLAIN };
+    let vips = BTreeSet::from([0, 2]);
+    apply(&mut state, &Change::AddService(0, 2, vips, BTreeSet::from([1]), false, turns));
+    applied(&mut image, &state);
+    assert_eq!(image.tables.iter().filter(|word| **word != 0).count(), 2, "old flows are of one VIP alone");
+    settled(&mut image, &state);
+    assert!(
+        read_back(&image, &state.desired()) == state.desired(),
+        "{}",
+        difference(&image, &state.desired())
+    );
 }
 
 #[test]
