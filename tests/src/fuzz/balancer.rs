@@ -6,13 +6,14 @@ use lb_common::allowance::MOST_RATE;
 use lb_common::forward::forward;
 use lb_common::outcome::Outcome;
 use lb_common::packet::Buffer;
+use lb_common::pins::PinEvent;
 use lb_userspace::bpf::Datapath;
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::op::MapOp;
 use lb_userspace::reconcile::plan::plan_at_once;
 
-use super::Subject;
+use super::{Subject, moving};
 use crate::fixtures::{self, HEADROOM, INGRESS, Setting, xdp_verdict};
 use crate::kernel::RunDir;
 
@@ -28,10 +29,13 @@ pub enum Change {
     Spoiled,
     /// As `Full`, with less room in front of the frame than a tunnel header takes.
     Cramped,
+    /// As `Full`, with slots on the move, pins, and tables that are no hash.
+    Moving,
 }
 
 impl Change {
-    pub const ALL: [Self; 5] = [Self::Nothing, Self::Full, Self::Mute, Self::Spoiled, Self::Cramped];
+    pub const ALL: [Self; 6] =
+        [Self::Nothing, Self::Full, Self::Mute, Self::Spoiled, Self::Cramped, Self::Moving];
 }
 
 /// The balancer as a frame meets it.
@@ -62,21 +66,27 @@ impl Variant {
         let full = all.fold(Features::default(), |all, (feature, _)| all.with(*feature));
         let (features, icmp_rate) = match self.change {
             Change::Nothing | Change::Spoiled => (load_time.features, MOST_RATE),
-            Change::Full | Change::Cramped => (full, MOST_RATE),
+            Change::Full | Change::Cramped | Change::Moving => (full, MOST_RATE),
             Change::Mute => (full, 0),
         };
-        LoadTime { features, icmp_rate, ..load_time }
+        LoadTime { features, icmp_rate, pin_rate: MOST_RATE, ..load_time }
     }
 
     fn room(self) -> usize {
         if self.change == Change::Cramped { CRAMPED } else { HEADROOM }
     }
 
-    /// Backend rows that are other than they should be.
-    fn spoils(self, image: &Image) -> Vec<MapOp> {
-        if self.change != Change::Spoiled {
-            return Vec::new();
+    /// What is other than the agent would have it once all is at rest.
+    fn changes(self, image: &Image) -> Vec<MapOp> {
+        match self.change {
+            Change::Spoiled => Self::spoils(image),
+            Change::Moving => moving::stirred(image),
+            Change::Nothing | Change::Full | Change::Mute | Change::Cramped => Vec::new(),
         }
+    }
+
+    /// Backend rows that are other than they should be.
+    fn spoils(image: &Image) -> Vec<MapOp> {
         let rows = (0u16..).zip(&image.backends);
         let odd = rows.filter(|(id, backend)| id % 2 == 1 && backend.kind > BackendKind::Pass as u8);
         odd.map(|(id, backend)| {
@@ -130,18 +140,18 @@ pub struct Balancer {
     outcomes: Vec<u64>,
     vips: Vec<Traffic>,
     backends: Vec<Traffic>,
+    pin_events: [u64; PinEvent::ALL.len()],
 }
 
 impl Balancer {
     /// On the host only.
     pub fn on_host(variant: Variant, way: HostWay) -> Self {
-        let LoadTime { features, icmp_rate, .. } = variant.load_time();
         let mut image = fixtures::image(variant.setting);
-        image.meta.features = features.bits();
-        image.meta.icmp_rate = icmp_rate;
-        for op in variant.spoils(&image) {
+        image.meta = fixtures::meta(variant.load_time());
+        for op in variant.changes(&image) {
             image.apply(&op);
         }
+        image.pins = moving::room();
         Self::over(variant, image, way, None)
     }
 
@@ -155,7 +165,7 @@ impl Balancer {
         for op in plan_at_once(&datapath.maps.image()?, &desired, &capacity)? {
             datapath.maps.apply(&op)?;
         }
-        for op in variant.spoils(&datapath.maps.image()?) {
+        for op in variant.changes(&datapath.maps.image()?) {
             datapath.maps.apply(&op)?;
         }
         datapath.complete();
@@ -165,11 +175,15 @@ impl Balancer {
     }
 
     fn over(variant: Variant, image: Image, way: HostWay, kernel: Option<Kernel>) -> Self {
+        if variant.change == Change::Moving {
+            moving::pin_fixtures(&image, way);
+        }
         Self {
             ended: vec![0; Outcome::ALL.len()],
             outcomes: vec![0; Outcome::ALL.len()],
             vips: vec![Traffic::default(); fixtures::capacity().vips as usize],
             backends: vec![Traffic::default(); image.backends.len()],
+            pin_events: [0; PinEvent::ALL.len()],
             variant,
             image,
             way,
@@ -186,6 +200,21 @@ impl Balancer {
         if let Some((id, traffic)) = run.trail.backend {
             add(&mut self.backends[usize::from(id)], traffic);
         }
+        run.trail.pins.iter().for_each(|event| self.pin_events[*event as usize] += 1);
+    }
+
+    /// Takes in whose turn it is, and sees to it that host and kernel are asked at the same time.
+    fn catch_up(&mut self) {
+        let Some(kernel) = &self.kernel else { return };
+        if self.variant.change != Change::Moving {
+            return;
+        }
+        for (table, state) in (0u16..).zip(&mut self.image.table_states) {
+            if state.identity != 0 {
+                state.turn = kernel.datapath.maps.failed_and_turn(table).1;
+            }
+        }
+        moving::avoid_the_next_age();
     }
 }
 
@@ -197,7 +226,7 @@ impl Kernel {
                 let (verdict, length) = self.datapath.test_run_behind(METADATA, frame, &mut self.out)?;
                 (verdict, usize::from(METADATA)..length)
             }
-            Change::Nothing | Change::Full | Change::Mute | Change::Spoiled => {
+            Change::Nothing | Change::Full | Change::Mute | Change::Spoiled | Change::Moving => {
                 let (verdict, length) = self.datapath.test_run(frame, &mut self.out)?;
                 (verdict, 0..length)
             }
@@ -212,9 +241,10 @@ impl Subject for Balancer {
     }
 
     fn run(&mut self, frame: &[u8]) -> Result<usize, String> {
+        self.catch_up();
         let run = (self.way)(&self.image, frame, self.variant.room());
         self.note(&run);
-        let HostRun { outcome, output, .. } = run;
+        let HostRun { outcome, output, trail } = run;
         if let Some(kernel) = &mut self.kernel {
             let (verdict, out) = kernel.run(self.variant, frame).map_err(|error| format!("{error:#}"))?;
             let expected = xdp_verdict(outcome.action());
@@ -225,6 +255,9 @@ impl Subject for Balancer {
             }
             if out != output {
                 return Err(super::hunt::differing(out, &output, &format!("{outcome:?}")));
+            }
+            if let Some(bucket) = trail.bucket {
+                moving::compared(&self.image, bucket)?;
             }
         }
         Ok(outcome as usize)
@@ -245,6 +278,9 @@ impl Subject for Balancer {
         for (id, expected) in (0..).zip(&mut self.backends) {
             compare(&mut wrong, &format!("backend {id}"), counters.backend(id).map_err(unread)?, expected);
         }
+        for (event, expected) in PinEvent::ALL.into_iter().zip(&mut self.pin_events) {
+            compare(&mut wrong, event.counter(), counters.pin_event(event).map_err(unread)?, expected);
+        }
         if wrong.is_empty() { Ok(()) } else { Err(wrong.join("; ")) }
     }
 
@@ -253,7 +289,8 @@ impl Subject for Balancer {
     }
 
     fn tables_are_unchanged(&self) -> Result<bool> {
-        self.kernel.as_ref().map_or(Ok(true), |kernel| Ok(kernel.datapath.maps.image()? == self.image))
+        let Some(kernel) = &self.kernel else { return Ok(true) };
+        Ok(moving::settled(&kernel.datapath.maps.image()?) == moving::settled(&self.image))
     }
 }
 

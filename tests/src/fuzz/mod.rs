@@ -9,6 +9,7 @@ pub mod corpus;
 mod decap;
 mod hunt;
 mod layers;
+mod moving;
 mod mutate;
 mod repair;
 
