@@ -1,7 +1,6 @@
 //! What changes of a pool break: the same flows and the same changes over ways to choose a backend, with and without
 //! memory. In user space alone, and the same for the same seed.
 
-mod memory;
 mod model;
 mod slots;
 mod steering;
@@ -95,7 +94,7 @@ fn simulate(arguments: &Flows, steerings: Vec<Box<dyn Steering>>) -> Result<Simu
                     way.lose(died);
                 }
             }
-            Event::Tick => ways.iter_mut().for_each(|way| way.tick(now)),
+            Event::Tick => ways.iter_mut().try_for_each(|way| way.tick(now))?,
         }
     }
     Ok(Simulated { ways, packets, model })
@@ -182,9 +181,10 @@ impl Way {
         }
     }
 
-    fn tick(&mut self, now: Duration) {
-        self.steering.tick(now);
+    fn tick(&mut self, now: Duration) -> Result<()> {
+        self.steering.tick(now)?;
         self.most_bytes = self.most_bytes.max(self.steering.state().bytes);
+        Ok(())
     }
 }
 

@@ -1,61 +1,54 @@
 //! xlb's way: slots that remember flows only while they are on the move. The packet path's own rule over memory that the
-//! agent's own engine changes.
+//! agent's own engine changes, in the time of the simulation.
 
-use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
-use lb_common::abi::{Backend, BackendKind, Discipline, Pin, PortKey};
+use lb_common::abi::{BACKEND_NOBODY, Backend, BackendKind, Discipline, Pin, PortKey};
 use lb_common::flow::FlowHash;
 use lb_common::pins::{PinEvent, Says};
 use lb_common::wire::{PROTO_TCP, TcpFlags};
-use lb_userspace::config::model::{Ports, Vip};
+use lb_userspace::capacity::Capacity;
+use lb_userspace::config::model::{Limits, Ports, Vip};
 use lb_userspace::reconcile::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target};
 use lb_userspace::reconcile::entries::{DesiredVip, Lead, mark_key};
-use lb_userspace::reconcile::moves::{Course, Moves, runs};
-use lb_userspace::reconcile::plan::{Leave, Unpinned, plan};
-use lb_userspace::reconcile::sweep::{Rules, Sweeper};
+use lb_userspace::reconcile::memory::Held;
+use lb_userspace::reconcile::tracking::{Hands, Tracking};
 
-use super::memory::{Memory, TABLE};
 use super::model::{self, Pool};
 use super::steering::{Packet, State, Steering};
 
 /// The protected idle time of TCP.
 pub const PROTECTED: Duration = Duration::from_secs(15 * 60);
 
-/// All pins are looked at this often.
-const SWEEP: Duration = Duration::from_secs(30);
+/// The number of the one table.
+const TABLE: u16 = 0;
+
+/// Backend ids: more than are configured and have pins at a time.
+const IDS: u16 = 512;
+
+/// The agent looks after slots and pins this often in a tick of the simulation, which is longer than its own.
+const LOOKS: usize = 2;
 
 pub struct Slots {
-    memory: Memory,
-    begin: Instant,
-    moves: Moves,
-    swept: Duration,
-    pins: u64,
+    held: Held,
+    tracking: Tracking,
+    now: Duration,
 }
 
 impl Slots {
+    /// Room for so many pins, rounded up to a power of two.
     pub fn new(pins: u32) -> Self {
-        let begin = Instant::now();
-        Self {
-            memory: Memory::new(1 << model::log2_length(), pins),
-            begin,
-            moves: Moves::new(begin),
-            swept: Duration::ZERO,
-            pins: 0,
-        }
+        let limits = Limits { vips: 1, backends: 1, slots: 1 << model::log2_length(), pins };
+        let held = Held::new(Capacity::new(&limits), IDS);
+        let tracking = Tracking::new(held.now());
+        Self { held, tracking, now: Duration::ZERO }
     }
 
-    fn sweep(&mut self, now: Duration) {
-        let (at, age) = (self.begin + now, Pin::age_of(now.as_nanos() as u64));
-        let mut sweeper = Sweeper::default();
-        sweeper.begin(&self.memory.image, Rules { longest: PROTECTED, ..Rules::default() }, at);
-        let found = self.memory.with_pins(|pins| sweeper.step(pins, pins.len(), age, at));
-        if let Some(found) = found {
-            self.memory.apply(&runs(found.clear));
-            self.pins = found.pins;
-        }
+    fn set_clock(&mut self, now: Duration) {
+        self.held.memory.pass(now.saturating_sub(self.now));
+        self.now = now;
     }
 }
 
@@ -105,57 +98,43 @@ impl Steering for Slots {
         "xlb: pins while a slot moves".to_owned()
     }
 
-    /// All at once: an agent that spreads a change over seconds breaks no fewer flows.
     fn change(&mut self, now: Duration, pool: &Pool) -> Result<()> {
-        self.memory.refresh();
-        let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
-        let wanted = desired(pool);
-        loop {
-            let plan = plan(&self.memory.image, &wanted, &self.memory.capacity, &leave)?;
-            self.memory.apply(&plan.ops);
-            if !plan.again {
-                break;
+        self.set_clock(now);
+        Ok(self.tracking.reconcile(&mut self.held, desired(pool))?)
+    }
+
+    fn tick(&mut self, now: Duration) -> Result<()> {
+        self.set_clock(now);
+        for _ in 0..LOOKS {
+            let changed = self.tracking.look_after(&mut self.held)?;
+            if changed || self.tracking.is_paced(self.held.now()) {
+                let wanted = self.tracking.desired.clone();
+                self.tracking.reconcile(&mut self.held, wanted)?;
             }
         }
-        self.moves.observe(&self.memory.image, self.begin + now);
         Ok(())
     }
 
-    fn tick(&mut self, now: Duration) {
-        let at = self.begin + now;
-        self.memory.refresh();
-        self.moves.observe(&self.memory.image, at);
-        let course = Course { idle: PROTECTED, est: None };
-        for (_, ops) in
-            self.moves.due(&self.memory.image, at, |table| (table == TABLE).then(|| course.clone()))
-        {
-            self.memory.apply(&ops);
-        }
-        if now - self.swept >= SWEEP {
-            self.swept = now;
-            self.sweep(now);
-        }
-    }
-
     fn packet(&mut self, now: Duration, packet: Packet) -> u16 {
-        self.memory.now_ns = now.as_nanos() as u64;
+        self.set_clock(now);
         let flags = match packet {
             Packet { begins: true, .. } => TcpFlags::SYN,
             Packet { ends: true, .. } => TcpFlags::FIN | TcpFlags::ACK,
             _ => TcpFlags::ACK,
         };
         let says = Says::tcp(TcpFlags { data_offset: 5 << 4, flags });
-        let id = self.memory.steer(FlowHash::from_bits(packet.hash), says);
+        let steered = self.held.memory.steer(TABLE, FlowHash::from_bits(packet.hash), says);
+        let id = steered.unwrap_or(BACKEND_NOBODY);
         // Ids begin at 1 as well, but are the plan's to give.
-        (self.memory.image.backends[usize::from(id)].identity - 1) as u16
+        (self.held.image.backends[usize::from(id)].identity.wrapping_sub(1)) as u16
     }
 
     /// Of pins, what the last sweep found.
     fn state(&self) -> State {
         State {
-            bytes: self.pins * size_of::<Pin>() as u64,
-            reserved: self.memory.reserved(),
-            looked: self.memory.count(PinEvent::Looked),
+            bytes: self.tracking.found.pins * size_of::<Pin>() as u64,
+            reserved: (self.held.image.pins.words().len() * size_of::<Pin>()) as u64,
+            looked: self.held.memory.count(PinEvent::Looked),
         }
     }
 }

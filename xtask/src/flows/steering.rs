@@ -32,7 +32,9 @@ pub trait Steering {
     /// The pool is another from now on.
     fn change(&mut self, now: Duration, pool: &Pool) -> Result<()>;
     /// Every few seconds.
-    fn tick(&mut self, _now: Duration) {}
+    fn tick(&mut self, _now: Duration) -> Result<()> {
+        Ok(())
+    }
     fn packet(&mut self, now: Duration, packet: Packet) -> u16;
     fn state(&self) -> State;
 }
