@@ -133,7 +133,8 @@ fn connections_live_through_other_limits_in_the_midst_of_a_drain_and_after_it() 
     crowd.config.backends[0] = stage::weighted(0, false, 0);
     crowd.reload()?;
     crowd.wait_until_served_by(&[1, 2, 3])?;
-    let (more, less) = ("slots: 4194304, backends: 8000, pins: 131072", "slots: 65536, vips: 64, pins: 65536");
+    let (more, less) =
+        ("slots: 4194304, backends: 8000, pins: 131072", "slots: 65536, vips: 64, pins: 65536");
     other_limits(&mut crowd, more, Crowd::reload)?;
     other_limits(&mut crowd, less, Crowd::reload)?;
     crowd.settles()?;
