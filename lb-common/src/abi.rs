@@ -374,6 +374,7 @@ impl VipTarget {
         self.0 & (flag as u64) << 16 != 0
     }
 
+    #[inline(always)]
     pub const fn flags(self) -> u16 {
         (self.0 >> 16) as u16
     }

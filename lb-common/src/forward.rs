@@ -131,7 +131,7 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
         if found.slot.is_clean() {
             found.slot.cur()
         } else {
-            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role).to(flow.target);
             let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
             let says = if begins { Says::NEW_DATAGRAM } else { says };
             tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
@@ -206,7 +206,7 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
         if found.slot.is_clean() {
             found.slot.cur()
         } else {
-            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role);
+            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role).to(flow.target);
             let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
             let says = if begins { Says::NEW_DATAGRAM } else { says };
             tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?

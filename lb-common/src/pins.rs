@@ -9,6 +9,7 @@
 
 use crate::abi::{
     BACKEND_NOBODY, Backend, Discipline, PINS_PER_BUCKET, Pin, PinBucket, PinState, TableState, TableWord,
+    VipTarget,
 };
 use crate::allowance::Limited;
 use crate::atomic::{add, is_zero, word};
@@ -32,9 +33,18 @@ impl Says {
     /// UDP, and it begins (a QUIC Initial).
     pub const NEW_DATAGRAM: Self = Self(1 << 9 | 1 << 10);
 
+    /// Together with the others: what is hashed is a client, and its flow is all that it sends.
+    const CLIENT: Self = Self(1 << 11);
+
     #[inline(always)]
     pub const fn tcp(flags: TcpFlags) -> Self {
         Self(flags.flags as u32)
+    }
+
+    /// What it says to a service that may hash clients. Without a branch.
+    #[inline(always)]
+    pub const fn to(self, target: VipTarget) -> Self {
+        Self(self.0 | (target.flags() & VipTarget::SOURCE_HASH) as u32 * Self::CLIENT.0)
     }
 
     #[inline(always)]
@@ -206,7 +216,9 @@ impl Proposal {
 pub fn decide<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowHash, slot: Slot) -> Verdict {
     tables.count_pin(PinEvent::Looked);
     let now = Pin::age_of(tables.clock());
-    let begins = is_new(table, asked.says()) && !is_known(tables, table, asked, hash, now);
+    let begins = is_new(table, asked.says())
+        && !is_of_old_client(tables, asked, slot)
+        && !is_known(tables, table, asked, hash, now);
     let id = if begins { tables.pick(table, asked, slot) } else { slot.est() };
     let proposal = Proposal::new(slot, id, now);
     let mut tries = 0;
@@ -228,6 +240,13 @@ pub fn decide<T: Tables>(tables: &T, table: TableWord, asked: Asked, hash: FlowH
 #[inline(always)]
 const fn is_new(table: TableWord, says: Says) -> bool {
     says.begins() || says.has(Says::DATAGRAM) && table.discipline().pins_all()
+}
+
+/// A connection that begins says nothing of the client's others: they may be silent ones to `est`. So while that takes
+/// connections, this one goes there, too.
+#[inline(always)]
+fn is_of_old_client<T: Tables>(tables: &T, asked: Asked, slot: Slot) -> bool {
+    asked.says().has(Says::CLIENT) && tables.backend(slot.est()).is_some_and(Backend::accepts)
 }
 
 /// Whether a flow of a table that pins every flow has its pin already: such a flow takes nobody's turn. A pin that goes
@@ -350,6 +369,9 @@ fn follow_or_fail<T: Tables>(
 const fn first_state(says: Says) -> PinState {
     if says.has(Says::DATAGRAM) {
         PinState::Datagram
+    } else if says.has(Says::CLIENT) {
+        // One of its connections ends or begins, the client does not.
+        PinState::Established
     } else if says.ends() {
         PinState::Finishing
     } else if says.begins() {
@@ -374,13 +396,14 @@ const fn next_state(state: PinState, says: Says) -> PinState {
 /// Whether a packet goes where the pin of its flow says.
 #[inline(always)]
 pub fn follows<T: Tables>(tables: &T, asked: Asked, pin: Pin, now: u16) -> bool {
-    !asked.says().begins() || holds(tables, pin, now)
+    let says = asked.says();
+    !says.begins() || holds(tables, says, pin, now)
 }
 
 /// Whether a pin is right for a flow that begins.
 #[inline(always)]
-fn holds<T: Tables>(tables: &T, pin: Pin, now: u16) -> bool {
-    (matches!(pin.state(), PinState::Syn) || pin.idle(now) < FRESH)
+fn holds<T: Tables>(tables: &T, says: Says, pin: Pin, now: u16) -> bool {
+    (says.has(Says::CLIENT) || matches!(pin.state(), PinState::Syn) || pin.idle(now) < FRESH)
         && tables.backend(pin.backend()).is_some_and(Backend::accepts)
 }
 
