@@ -7,6 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use lb_userspace::agent::status::BackendStatus;
 use lb_userspace::config::model::Protocol;
 use lb_userspace::lookup::Query;
 use tests::balancer::{Balancer, failing_build, place};
@@ -70,6 +71,12 @@ impl Crash {
         self.balancer.reload(&config.to_string())?;
         self.balancer.wait_for_backends(config.backends.len(), PATIENCE)?;
         self.is_written()
+    }
+
+    fn has_written(&self, config: &Config) -> bool {
+        let up = |backends: Vec<BackendStatus>| backends.iter().filter(|b| b.state == "up").count();
+        self.balancer.backends().is_ok_and(|backends| up(backends) == config.backends.len())
+            && self.balancer.xlb(&["verify"]).is_ok()
     }
 
     /// Waits until the slots that may take their time are written, too.
@@ -144,6 +151,10 @@ impl Crash {
             process.signal(Signal::HUP)?;
             ended = ends_or("the reload ends", &|| process.log().contains("reload"))?;
         }
+        // Slots that may take their time are written after that.
+        if !ended {
+            ended = ends_or("all is written", &|| self.has_written(&self.after))?;
+        }
         if let Some(status) = process.exit() {
             let aborted = status.signal() == Some(Signal::ABORT.as_raw());
             ensure!(aborted, "{point} after {passes}: {status}:\n{}", process.log());
@@ -174,6 +185,11 @@ impl Crash {
 
     fn is_complete(&self) -> Result<()> {
         self.is_written()?;
+        self.is_as_after()
+    }
+
+    /// Looks at what is pinned, with an agent or without.
+    fn is_as_after(&self) -> Result<()> {
         let places = self.places()?;
         ensure!(places == self.places[1], "flows are not where the file leads them");
         let pins = self.pins()?;
@@ -187,10 +203,9 @@ impl Crash {
         if dead {
             self.sound()?;
         } else {
-            self.balancer.wait_for_backends(self.after.backends.len(), PATIENCE)?;
-            self.is_complete()?;
-            // What it has not died of yet it would die of later.
+            // What it has not died of yet it would die of later: sweeps pass the place, too.
             self.balancer.process.kill();
+            self.is_as_after()?;
         }
         self.completes()?;
         self.settle(&self.before.clone())?;
