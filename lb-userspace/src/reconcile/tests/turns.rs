@@ -36,3 +36,15 @@ fn a_flow_that_is_known_takes_no_turn() {
         assert_eq!((1..=6).map(home).collect::<Vec<_>>(), [1, 2, 1, 2, 1, 2], "{name}");
     }
 }
+
+#[test]
+fn services_share_a_table_that_takes_turns_whether_they_went_by_a_hash_before_or_are_new() {
+    let (mut image, mut state) = (fresh(), simple(4));
+    settled(&mut image, &state);
+    let service = state.services.get_mut(&0).expect("a service");
+    service.kind.scheduler = Scheduler::WeightedRoundRobin;
+    service.vips.insert(1);
+    settled(&mut image, &state);
+    let tables = image.table_states.iter().filter(|state| state.identity != 0).count();
+    assert_eq!(tables, 1, "a private copy stays for ever");
+}
