@@ -44,7 +44,8 @@ impl Says {
     /// What it says to a service that may hash clients. Without a branch.
     #[inline(always)]
     pub const fn to(self, target: VipTarget) -> Self {
-        Self(self.0 | (target.flags() & VipTarget::SOURCE_HASH) as u32 * Self::CLIENT.0)
+        let client = (target.flags() & VipTarget::SOURCE_HASH) as u32 * Self::CLIENT.0;
+        Self(self.0 | client)
     }
 
     #[inline(always)]
