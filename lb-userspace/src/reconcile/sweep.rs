@@ -1,7 +1,7 @@
 //! Sweeps over the pins: takes out those whose flow has long been silent, counts the others by backend, and finds
 //! slots that no pin holds any more. Goes in bounded steps; a cycle is one pass over all buckets.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -97,6 +97,8 @@ struct Cycle {
     free: u64,
     expired: u64,
     candidates: HashMap<u16, Candidates>,
+    /// The same by their first slot. No two tables share one.
+    places: BTreeMap<u32, u16>,
     rules: Rules,
 }
 
@@ -138,7 +140,7 @@ impl Sweeper {
 
     /// Begins a cycle. A grace must have passed since the slots of the image were written.
     pub fn begin(&mut self, image: &Image, rules: Rules, now: Instant) {
-        let mut candidates = HashMap::new();
+        let (mut candidates, mut places) = (HashMap::new(), BTreeMap::new());
         for (number, word) in (0u16..).zip(image.tables.iter().map(|&bits| TableWord::from_bits(bits))) {
             if word == TableWord::default() || word.discipline().pins_all() {
                 continue;
@@ -148,6 +150,7 @@ impl Sweeper {
             let slots: Vec<_> = slots.filter(|(_, slot)| slot.pins() && !slot.dirty()).collect();
             if !slots.is_empty() {
                 let held = vec![false; word.length() as usize];
+                places.insert(first, number);
                 candidates.insert(number, Candidates { word, slots, held });
             }
         }
@@ -158,6 +161,7 @@ impl Sweeper {
             free: 0,
             expired: 0,
             candidates,
+            places,
             rules,
         });
     }
@@ -166,9 +170,13 @@ impl Sweeper {
     /// where it has been already.
     pub fn written(&mut self, first: u32, slots: usize) {
         let Some(cycle) = &mut self.cycle else { return };
-        for table in cycle.candidates.values_mut() {
-            let base = table.word.first_row() * SLOTS_PER_ROW;
-            let written = first.max(base)..(first + slots as u32).min(base + table.word.length());
+        let end = first + slots as u32;
+        for (&base, number) in cycle.places.range(..end).rev() {
+            let Some(table) = cycle.candidates.get_mut(number) else { continue };
+            let written = first.max(base)..end.min(base + table.word.length());
+            if written.is_empty() {
+                break;
+            }
             for index in written {
                 table.held[(index - base) as usize] = true;
             }
