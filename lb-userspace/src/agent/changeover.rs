@@ -34,7 +34,7 @@ impl Core {
         found: NextHops,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
-        let (Held { overrides, config }, ended) = self.with_file(&file);
+        let (Held { overrides, config }, ended, cut) = self.with_file(&file);
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
         preflight(&config, &capacity)?;
@@ -82,7 +82,7 @@ impl Core {
             return Err(error);
         }
         self.start_checks();
-        self.file_in_effect(&ended);
+        self.file_in_effect(&ended, &cut);
         if let Err(error) = self.let_leavers_go() {
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the tables are not up to date; trying again with the next event");
         }

@@ -65,6 +65,12 @@ pub enum CommandError {
     NotWritten(#[source] ReconcileError),
 }
 
+/// A backend whose deadline has passed, and what it still had then.
+pub(super) struct Cut {
+    key: BackendKey,
+    left: Remaining,
+}
+
 /// What was said of backends, and the configuration that is in effect with it.
 pub(super) struct Held {
     pub overrides: Overrides,
@@ -112,12 +118,13 @@ impl Core {
         let mut next = self.overrides.clone();
         let said = apply(&mut next, command.action, &key, entry, now, pool);
         if next != self.overrides {
-            self.cut_off(&mut next, now);
+            let cut = self.cut_off(&mut next, now);
             let config = next.effective(&self.config, &self.file);
             self.store.save(&next, &config).map_err(CommandError::NotKept)?;
             info!(pool = %key.pool, backend = %backend.name, address = %key.address, "by command: {said}");
             self.drained.remove(&key);
             (self.overrides, self.config, self.changed) = (next, Arc::new(config), true);
+            self.tell_cut(&cut);
         }
         self.reconcile().map_err(CommandError::NotWritten)?;
         let warnings = self.caution(&key.pool).into_iter().collect();
@@ -157,18 +164,19 @@ impl Core {
         })
     }
 
-    /// What holds with another file.
-    pub(super) fn with_file(&self, file: &Config) -> (Held, Vec<Ended>) {
+    /// What holds with another file, and what is to be told once it is in effect.
+    pub(super) fn with_file(&self, file: &Config) -> (Held, Vec<Ended>, Vec<Cut>) {
         let now = overrides::uptime();
         let (mut overrides, ended) = self.overrides.with_file(&self.config, file, now);
-        self.cut_off(&mut overrides, now);
+        let cut = self.cut_off(&mut overrides, now);
         let config = overrides.effective(&self.config, file);
-        (Held { overrides, config }, ended)
+        (Held { overrides, config }, ended, cut)
     }
 
     /// Another file is in effect.
-    pub(super) fn file_in_effect(&mut self, ended: &[Ended]) {
+    pub(super) fn file_in_effect(&mut self, ended: &[Ended], cut: &[Cut]) {
         tell(ended);
+        self.tell_cut(cut);
         let overrides = &self.overrides;
         self.drained.retain(|key| overrides.exit(key).is_some());
         self.keep();
@@ -189,8 +197,10 @@ impl Core {
         }
         let now = overrides::uptime();
         let mut overrides = self.overrides.clone();
-        if self.cut_off(&mut overrides, now) {
+        let cut = self.cut_off(&mut overrides, now);
+        if !cut.is_empty() {
             (self.overrides, self.changed) = (overrides, true);
+            self.tell_cut(&cut);
             self.keep();
         }
         let complete = self.overrides.exits().filter(|(key, _)| !self.drained.contains(*key));
@@ -203,15 +213,23 @@ impl Core {
         }
     }
 
-    /// Notes what backends still have whose deadline has passed. Returns whether there were any.
-    fn cut_off(&self, overrides: &mut Overrides, now: Uptime) -> bool {
-        let due = overrides.due(now);
-        for key in &due {
+    /// Notes what backends still have whose deadline has passed.
+    fn cut_off(&self, overrides: &mut Overrides, now: Uptime) -> Vec<Cut> {
+        let due = overrides.due(now).into_iter();
+        let cut = due.map(|key| {
             // Who may have more by now has moved before it is counted.
-            let left = Remaining { uncounted: false, ..self.remaining_at(key) };
-            overrides.cut_off(key, left);
-            let Remaining { pins, slots_old, .. } = left;
-            match overrides.exit(key) {
+            let left = Remaining { uncounted: false, ..self.remaining_at(&key) };
+            overrides.cut_off(&key, left);
+            Cut { key, left }
+        });
+        cut.collect()
+    }
+
+    /// Says whose deadline has passed, once that holds.
+    fn tell_cut(&self, cut: &[Cut]) {
+        for Cut { key, left } in cut {
+            let Remaining { pins, slots_old, .. } = *left;
+            match self.overrides.exit(key) {
                 Some(Exit { cause: Cause::Disable, .. }) | None => {}
                 Some(_) if left.is_empty() => {}
                 Some(_) => {
@@ -219,7 +237,6 @@ impl Core {
                 }
             }
         }
-        !due.is_empty()
     }
 
     /// Lets go of backends that have left the file and that nothing names any more. Returns whether there were any.
