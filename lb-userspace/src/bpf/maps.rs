@@ -319,7 +319,7 @@ impl Maps {
         self.loads.store_word(usize::from(id), 0, active);
     }
 
-    /// Carries out one operation; false where the rest of its sequence must not be. Only the resets of counters and entries of
+    /// Carries out one operation; false where what hangs on it must not be. Only the resets of counters and entries of
     /// servers can fail.
     pub fn apply(&mut self, op: &MapOp) -> Result<bool, MapsError> {
         fail_point!("apply");

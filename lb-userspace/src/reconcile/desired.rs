@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
-use lb_common::abi::{Backend, BackendKind, Discipline, Egress, Features, Meta};
+use lb_common::abi::{
+    BACKEND_NOBODY, BACKEND_PASS, Backend, BackendKind, Discipline, Egress, Features, Meta,
+};
 use lb_common::encap::outer_sum;
 use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
@@ -49,6 +51,17 @@ pub enum Target {
     Pass,
     /// A backend, by its identity.
     Backend(u64),
+}
+
+impl Target {
+    /// What slots name it by, with the id of each identity.
+    pub fn id(&self, ids: &HashMap<u64, u16>) -> u16 {
+        match self {
+            Self::Nobody => BACKEND_NOBODY,
+            Self::Pass => BACKEND_PASS,
+            Self::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
+        }
+    }
 }
 
 /// Everything but the id and the place of the egress row.

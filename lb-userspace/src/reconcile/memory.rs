@@ -105,7 +105,7 @@ impl Memory {
         steer(self, table, hash, says)
     }
 
-    /// Carries one operation out; false where the rest of its sequence must not be. A grace is for who runs packets.
+    /// Carries one operation out; false where what hangs on it must not be. A grace is for who runs packets.
     pub fn apply(&self, op: &MapOp) -> bool {
         match op {
             MapOp::SetTableWord { table, word } => set(&self.tables[usize::from(*table)], word.bits()),

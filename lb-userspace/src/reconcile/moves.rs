@@ -3,10 +3,10 @@
 //! Knows when each dirty slot began and whether a pin failed since; the words themselves lie in the image. A restart
 //! knows neither, and begins anew: that delays, and breaks nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_NOBODY, BACKEND_PASS, SLOTS_PER_ROW, TableState, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, TableState, TableWord};
 use lb_common::slots::Slot;
 
 use super::desired::{Desired, Target};
@@ -16,28 +16,35 @@ use super::op::MapOp;
 /// How much longer than its idle time a flow is waited for: the clock of the pins is coarse.
 pub const SLACK: Duration = Duration::from_secs(3);
 
+/// Slots that `est` follows in at once, but for those of the first table: how long tables are closing, and a look takes.
+pub const MOST_AT_ONCE: usize = 1 << 18;
+
 /// What a table should become, as far as its moves must know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Course {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Course<'d> {
     /// How long a silent flow is protected (T1).
     pub idle: Duration,
     /// Of a table that is no hash: where flows without a pin should go, by content slot; with the logarithm of
     /// the number of content slots.
-    pub est: Option<(u32, Vec<u16>)>,
+    pub est: Option<(u32, &'d [Target])>,
 }
 
-impl Course {
+impl<'d> Course<'d> {
     /// Of a table that is desired.
-    pub fn of(desired: &Desired, image: &Image, ids: &HashMap<u64, u16>, table: u16) -> Option<Self> {
+    pub fn of(desired: &'d Desired, image: &Image, table: u16) -> Option<Self> {
         let wanted = desired.tables.get(&image.table_states.get(usize::from(table))?.identity)?;
-        let id_of = |target: &Target| match target {
-            Target::Nobody => BACKEND_NOBODY,
-            Target::Pass => BACKEND_PASS,
-            Target::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
-        };
-        let est = wanted.est.as_ref().map(|est| (wanted.log2_length, est.iter().map(id_of).collect()));
+        let est = wanted.est.as_ref().map(|est| (wanted.log2_length, est.as_slice()));
         Some(Self { idle: wanted.idle, est })
     }
+}
+
+/// What lets `est` of a table follow: its slots, with their words then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Due {
+    pub table: u16,
+    /// Pins that had failed when the wait was over.
+    pub failed: u64,
+    pub words: Vec<(u32, u32)>,
 }
 
 /// Of one table.
@@ -49,6 +56,10 @@ struct Table {
     /// When a slot became dirty, in units of `TICK` since `Moves::origin`, plus one; 0 where it is not.
     starts: Vec<u32>,
     dirty: u32,
+    /// The least of `starts` but for 0; 0 where no slot is dirty.
+    earliest: u32,
+    /// Whether every `est` of a table that is no hash was seen to be as it should, with nothing written since.
+    settled: bool,
     /// Since when no pin has failed, for tables that are no hash.
     quiet: Instant,
     /// When the last pin is known to have failed.
@@ -63,7 +74,7 @@ const TICK: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Moves {
     origin: Instant,
-    tables: HashMap<u16, Table>,
+    tables: BTreeMap<u16, Table>,
 }
 
 /// How many slots of a table are on the move.
@@ -81,7 +92,7 @@ pub struct Progress {
 impl Moves {
     /// `now`: nothing is known of the time before. What is dirty began now.
     pub fn new(now: Instant) -> Self {
-        Self { origin: now, tables: HashMap::new() }
+        Self { origin: now, tables: BTreeMap::new() }
     }
 
     fn ticks(&self, now: Instant) -> u32 {
@@ -90,7 +101,7 @@ impl Moves {
     }
 
     /// Takes in what has been written, after it was written and a grace has passed: slots that are dirty from now on
-    /// begin to wait, those that no longer are end it. Pins that failed begin everything anew.
+    /// begin to wait, those that no longer are end it. What is desired may be another, too.
     pub fn observe(&mut self, image: &Image, now: Instant) {
         let tick = self.ticks(now);
         let before = self.tables.len();
@@ -110,6 +121,8 @@ impl Moves {
                 failed,
                 starts: vec![0; length],
                 dirty: 0,
+                earliest: 0,
+                settled: false,
                 quiet: now,
                 failed_at: None,
             });
@@ -121,15 +134,11 @@ impl Moves {
                 table.starts = vec![0; length];
             }
             table.word = word;
-            if table.failed != failed {
-                table.failed = failed;
-                table.quiet = now;
-                table.failed_at = Some(now);
-                table.starts.iter_mut().filter(|start| **start != 0).for_each(|start| *start = tick);
-            }
+            table.settled = false;
+            table.begin_anew(failed, now, tick);
             let waits = !word.discipline().pins_all();
             let first = word.first_row() * SLOTS_PER_ROW;
-            table.dirty = 0;
+            (table.dirty, table.earliest) = (0, 0);
             for (slot, start) in (first..).zip(&mut table.starts) {
                 let dirty = waits && image.slot(slot).dirty();
                 table.dirty += u32::from(dirty);
@@ -138,7 +147,18 @@ impl Moves {
                     (false, _) => *start = 0,
                     _ => {}
                 }
+                if *start != 0 && (table.earliest == 0 || *start < table.earliest) {
+                    table.earliest = *start;
+                }
             }
+        }
+    }
+
+    /// Takes in pins that failed, where nothing was written since the last look: they begin the wait of their table anew.
+    pub fn observe_failures(&mut self, image: &Image, now: Instant) {
+        let tick = self.ticks(now);
+        for (number, table) in &mut self.tables {
+            table.begin_anew(image.table_states[usize::from(*number)].failed, now, tick);
         }
     }
 
@@ -148,45 +168,40 @@ impl Moves {
         self.tables.iter().filter(move |(_, table)| lately(table)).map(|(number, _)| *number)
     }
 
-    /// What lets `est` follow, for each table that has waited long enough: to be carried out one after the other.
-    pub fn due(
-        &self,
+    /// What lets `est` follow, for tables that have waited long enough: for as many as may go at once, the first ones. The
+    /// others are still due then.
+    pub fn due<'d>(
+        &mut self,
         image: &Image,
         now: Instant,
-        course: impl Fn(u16) -> Option<Course>,
-    ) -> Vec<(u16, Vec<MapOp>)> {
-        let mut due = Vec::new();
-        for (&number, table) in &self.tables {
-            if table.dirty == 0 && !table.word.discipline().pins_all() {
+        course: impl Fn(u16) -> Option<Course<'d>>,
+    ) -> Vec<Due> {
+        let (mut due, mut slots, mut ids) = (Vec::new(), 0, None);
+        for (&number, table) in &mut self.tables {
+            if table.is_at_rest() {
                 continue;
             }
             let Some(course) = course(number) else { continue };
-            let words = match &course.est {
-                None => self.finished(image, table, now, course.idle),
-                Some((log2, est)) => turned(image, table, now, course.idle, *log2, est),
+            let words = match course.est {
+                None => table.finished(image, now.saturating_duration_since(self.origin), course.idle),
+                Some(_) if now.saturating_duration_since(table.quiet) < course.idle + SLACK => continue,
+                Some((log2, est)) => {
+                    let ids = ids.get_or_insert_with(|| image.ids());
+                    let words = table.turned(image, log2, est, ids);
+                    table.settled = words.is_empty();
+                    words
+                }
             };
-            if !words.is_empty() {
-                due.push((number, finish(number, table.failed, words)));
+            if words.is_empty() {
+                continue;
             }
+            slots += words.len();
+            if slots > MOST_AT_ONCE && !due.is_empty() {
+                break;
+            }
+            due.push(Due { table: number, failed: table.failed, words });
         }
-        due.sort_by_key(|(number, _)| *number);
         due
-    }
-
-    /// Slots whose flows are all pinned, or on what is `cur` now.
-    fn finished(&self, image: &Image, table: &Table, now: Instant, idle: Duration) -> Vec<(u32, u32)> {
-        let waited = |start: u32| {
-            let began = self.origin + TICK * (start - 1);
-            // A tick is rounded down.
-            now.saturating_duration_since(began) >= idle + SLACK + TICK
-        };
-        let first = table.word.first_row() * SLOTS_PER_ROW;
-        let slots = (first..).zip(&table.starts).filter(|(_, start)| **start != 0 && waited(**start));
-        let finished = slots.map(|(index, _)| {
-            let cur = image.slot(index).cur();
-            (index, Slot::new(cur, cur, false, true).bits())
-        });
-        finished.collect()
     }
 
     /// Whether a slot of the table is dirty.
@@ -210,41 +225,70 @@ impl Moves {
     }
 }
 
-/// Slots of a table that pins every flow, whose `est` is not what it should be, once no flow can be without a pin.
-fn turned(
-    image: &Image,
-    table: &Table,
-    now: Instant,
-    idle: Duration,
-    log2: u32,
-    est: &[u16],
-) -> Vec<(u32, u32)> {
-    if now.saturating_duration_since(table.quiet) < idle + SLACK {
-        return Vec::new();
-    }
-    let shift = table.word.log2_length().saturating_sub(log2);
-    let first = table.word.first_row() * SLOTS_PER_ROW;
-    let mut words = Vec::new();
-    for offset in 0..table.word.length() {
-        let slot = image.slot(first + offset);
-        let wanted = est.get((offset >> shift) as usize).copied().unwrap_or(BACKEND_NOBODY);
-        if slot.est() != wanted {
-            words.push((first + offset, Slot::new(slot.cur(), wanted, true, true).bits()));
+impl Table {
+    /// Where pins have failed, every wait begins now.
+    fn begin_anew(&mut self, failed: u64, now: Instant, tick: u32) {
+        if self.failed == failed {
+            return;
+        }
+        self.failed = failed;
+        self.quiet = now;
+        self.failed_at = Some(now);
+        self.starts.iter_mut().filter(|start| **start != 0).for_each(|start| *start = tick);
+        if self.earliest != 0 {
+            self.earliest = tick;
         }
     }
-    words
+
+    fn is_at_rest(&self) -> bool {
+        if self.word.discipline().pins_all() { self.settled } else { self.dirty == 0 }
+    }
+
+    /// Slots whose flows are all pinned, or on what is `cur` now. `now`: since `Moves::origin`.
+    fn finished(&self, image: &Image, now: Duration, idle: Duration) -> Vec<(u32, u32)> {
+        // A tick is rounded down.
+        let waited = |start: u32| start != 0 && now.saturating_sub(TICK * (start - 1)) >= idle + SLACK + TICK;
+        if !waited(self.earliest) {
+            return Vec::new();
+        }
+        let first = self.word.first_row() * SLOTS_PER_ROW;
+        let slots = (first..).zip(&self.starts).filter(|(_, start)| waited(**start));
+        let finished = slots.map(|(index, _)| {
+            let cur = image.slot(index).cur();
+            (index, Slot::new(cur, cur, false, true).bits())
+        });
+        finished.collect()
+    }
+
+    /// Slots of a table that pins every flow, whose `est` is not what it should be. No flow may be without a pin.
+    fn turned(&self, image: &Image, log2: u32, est: &[Target], ids: &HashMap<u64, u16>) -> Vec<(u32, u32)> {
+        let shift = self.word.log2_length().saturating_sub(log2);
+        let first = self.word.first_row() * SLOTS_PER_ROW;
+        let mut words = Vec::new();
+        for offset in 0..self.word.length() {
+            let slot = image.slot(first + offset);
+            let wanted = est.get((offset >> shift) as usize).map_or(BACKEND_NOBODY, |target| target.id(ids));
+            if slot.est() != wanted {
+                words.push((first + offset, Slot::new(slot.cur(), wanted, true, true).bits()));
+            }
+        }
+        words
+    }
 }
 
-/// Lets `est` of these slots move. A flow that could not be pinned meanwhile is on the old `est`: then nothing is
-/// stored. While it is `closing`, such a flow's packets are dropped.
-pub fn finish(table: u16, failed: u64, words: Vec<(u32, u32)>) -> Vec<MapOp> {
-    let mut ops = vec![
-        MapOp::SetClosing { table, closing: TableState::CLOSING },
-        MapOp::Grace,
-        MapOp::ExpectFailed { table, failed },
-    ];
-    ops.extend(runs(words));
-    ops.extend([MapOp::Grace, MapOp::SetClosing { table, closing: 0 }]);
+/// Lets `est` of these tables follow, all at once. A flow that could not be pinned meanwhile is on the old `est`: then
+/// nothing is stored in its table. While one is `closing`, such a flow's packets are dropped.
+pub fn finish(due: Vec<Due>) -> Vec<MapOp> {
+    let tables: Vec<u16> = due.iter().map(|due| due.table).collect();
+    let close = |closing| tables.iter().map(move |&table| MapOp::SetClosing { table, closing });
+    let mut ops: Vec<MapOp> = close(TableState::CLOSING).collect();
+    ops.push(MapOp::Grace);
+    for Due { table, failed, words } in due {
+        ops.push(MapOp::ExpectFailed { table, failed });
+        ops.extend(runs(words));
+    }
+    ops.push(MapOp::Grace);
+    ops.extend(close(0));
     ops
 }
 

@@ -54,7 +54,8 @@ pub enum MapOp {
         table: u16,
         pools: [u64; 3],
     },
-    /// Ends the sequence that it stands in if a pin of the table has failed since.
+    /// What stands between it and the next of its kind, or the next grace, is left out if a pin of the table has failed
+    /// since.
     ExpectFailed {
         table: u16,
         failed: u64,

@@ -361,11 +361,7 @@ impl Planner<'_> {
         ids: &HashMap<u64, u16>,
         regions: &mut Regions,
     ) -> Result<(), PlanError> {
-        let id_of = |target: &Target| match target {
-            Target::Nobody => BACKEND_NOBODY,
-            Target::Pass => BACKEND_PASS,
-            Target::Backend(identity) => ids.get(identity).copied().unwrap_or(BACKEND_NOBODY),
-        };
+        let id_of = |target: &Target| target.id(ids);
         let cur: Vec<u16> = wanted.cur.iter().map(id_of).collect();
         let est: Option<Vec<u16>> = wanted.est.as_ref().map(|est| est.iter().map(id_of).collect());
         let word = TableWord::from_bits(self.image.tables[usize::from(table)]);

@@ -4,6 +4,7 @@
 mod changes;
 mod flows;
 mod interleavings;
+mod many;
 mod midway;
 mod moves;
 mod packets;
@@ -37,7 +38,7 @@ use super::desired::{
 };
 use super::entries::{Counted, DesiredRule, DesiredVip, Lead, entries};
 use super::image::{Image, Traced};
-use super::moves::{Course, Moves, SLACK, runs};
+use super::moves::{Course, Due, MOST_AT_ONCE, Moves, SLACK, finish, runs};
 use super::op::MapOp;
 use super::plan::{
     Leave, PlanError, Unpinned, VipEntry, counter_rows, plan, plan_at_once, ports, present_vips,

@@ -3,6 +3,7 @@
 //! time.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
@@ -11,9 +12,9 @@ use tracing::debug;
 
 use super::desired::{Desired, meet};
 use super::image::Image;
-use super::moves::{Course, Moves, runs};
+use super::moves::{Course, Moves, finish, runs};
 use super::op::MapOp;
-use super::plan::{Leave, PlanError, Unpinned, plan};
+use super::plan::{Leave, Plan, PlanError, Unpinned, plan};
 use super::repin::Spread;
 use super::sweep::{Found, Rules, Sweeper};
 use crate::capacity::Capacity;
@@ -41,8 +42,7 @@ pub trait Hands {
     fn capacity(&self) -> &Capacity;
     /// Takes in what packets write into tables' states.
     fn read_states(&mut self);
-    /// Carries one operation out, in the tables and in the image of them; false where the rest of its sequence must not
-    /// be.
+    /// Carries one operation out, in the tables and in the image of them; false where what hangs on it must not be.
     fn apply(&mut self, op: &MapOp) -> Result<bool, Self::Error>;
     /// Sets right how many flows a backend has.
     fn set_active(&mut self, id: u16, active: u64);
@@ -69,8 +69,10 @@ pub struct Tracking {
     counted: Vec<bool>,
     /// Whether slots were written since a cycle began, or nothing was counted yet.
     recount: bool,
+    /// Whether slots were written, or something else is desired, since `moves` looked at the tables.
+    unseen: bool,
     /// What the tables are on their way to.
-    pub desired: Desired,
+    pub desired: Arc<Desired>,
     paced: Instant,
     /// Slots that may still move in this second.
     moves_left: usize,
@@ -96,7 +98,8 @@ impl Tracking {
             unnamed: Vec::new(),
             counted: Vec::new(),
             recount: true,
-            desired: Desired::default(),
+            unseen: true,
+            desired: Arc::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
             moves_left: 0,
             waiting: 0,
@@ -120,8 +123,7 @@ impl Tracking {
         }
         // What failed until now is no sign of what is to come.
         hands.read_states();
-        let now = hands.now();
-        tracking.moves.observe(hands.image(), now);
+        tracking.observe(hands);
         Ok(tracking)
     }
 
@@ -130,22 +132,35 @@ impl Tracking {
         self.waiting > 0 && now >= self.paced + PACE
     }
 
-    /// Brings the tables in line with what is desired, or on their way there.
-    pub fn reconcile<H: Hands>(&mut self, hands: &mut H, wanted: Desired) -> Result<(), H::Error> {
-        self.desired = wanted;
+    /// Brings the tables in line with what is desired, or on their way there. What cannot be planned is not desired.
+    pub fn reconcile<H: Hands>(
+        &mut self,
+        hands: &mut H,
+        wanted: impl Into<Arc<Desired>>,
+    ) -> Result<(), H::Error> {
+        let wanted = wanted.into();
         // What a plan changes may have to be live before the next can go on from there.
-        while self.carry_out_plan(hands)? {}
-        Ok(())
+        loop {
+            let plan = self.plan(hands, &wanted)?;
+            self.desired = Arc::clone(&wanted);
+            if !self.carry_out_plan(hands, plan)? {
+                return Ok(());
+            }
+        }
     }
 
-    /// One plan. Returns whether another must follow at once.
-    fn carry_out_plan<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
+    fn plan<H: Hands>(&mut self, hands: &mut H, wanted: &Desired) -> Result<Plan, H::Error> {
         hands.read_states();
         // Good for one plan: an id that is free may be given away, and have pins.
         let unpinned = std::mem::take(&mut self.unpinned);
         self.pace(hands);
         let leave = Leave { unpinned: Unpinned::Ids(unpinned), moves: self.moves_left };
-        let plan = plan(hands.image(), &self.desired, hands.capacity(), &leave)?;
+        Ok(plan(hands.image(), wanted, hands.capacity(), &leave)?)
+    }
+
+    /// One plan. Returns whether another must follow at once.
+    fn carry_out_plan<H: Hands>(&mut self, hands: &mut H, plan: Plan) -> Result<bool, H::Error> {
+        self.unseen = true;
         self.waiting = plan.waiting;
         self.moves_left -= plan.moves;
         // One that comes back may have pins that the sweep has passed.
@@ -158,46 +173,59 @@ impl Tracking {
             let identity = hands.image().backends[usize::from(id)].identity;
             *self.yielded.entry(identity).or_default() += slots;
         }
-        let now = hands.now();
-        self.moves.observe(hands.image(), now);
+        self.observe(hands);
         Ok(plan.again)
+    }
+
+    /// Takes in what was written, with what packets wrote as of the last `read_states`.
+    fn observe<H: Hands>(&mut self, hands: &H) {
+        let now = hands.now();
+        if std::mem::take(&mut self.unseen) {
+            self.moves.observe(hands.image(), now);
+        } else {
+            self.moves.observe_failures(hands.image(), now);
+        }
     }
 
     /// Lets `est` follow where its time has come, and sweeps. Whether a plan may find something to do then.
     pub fn look_after<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
-        let mut changed = false;
         hands.read_states();
-        let now = hands.now();
-        self.moves.observe(hands.image(), now);
-        let (desired, image) = (&self.desired, hands.image());
-        let ids = image.ids();
-        for (table, ops) in self.moves.due(image, now, |table| Course::of(desired, image, &ids, table)) {
-            if !self.carry_out(hands, &ops)? {
-                debug!(table, "a flow could not be pinned; its slots wait anew");
-            }
-            // Ids may rest from now on.
-            changed = true;
+        self.observe(hands);
+        let (desired, image, now) = (&self.desired, hands.image(), hands.now());
+        let due = self.moves.due(image, now, |table| Course::of(desired, image, table));
+        // Ids may rest from now on.
+        let mut changed = !due.is_empty();
+        if changed {
+            self.carry_out(hands, &finish(due))?;
         }
         changed |= self.sweep(hands)?;
         Ok(changed)
     }
 
-    /// Carries operations out; false where they broke off, and nothing moved.
-    fn carry_out<H: Hands>(&mut self, hands: &mut H, ops: &[MapOp]) -> Result<bool, H::Error> {
+    /// Carries operations out. A table whose pin has failed is open again at once, and its slots wait anew.
+    fn carry_out<H: Hands>(&mut self, hands: &mut H, ops: &[MapOp]) -> Result<(), H::Error> {
+        let mut failed = false;
         for op in ops {
+            failed &= !matches!(op, MapOp::ExpectFailed { .. } | MapOp::Grace);
+            if failed {
+                continue;
+            }
             if let MapOp::WriteSlots { first, words } = op {
                 self.sweeper.written(*first, words.len());
                 self.name(words);
             }
-            self.recount |= matches!(op, MapOp::WriteSlots { .. } | MapOp::SetTableWord { .. });
-            if !hands.apply(op)? {
-                if let MapOp::ExpectFailed { table, .. } = op {
-                    hands.apply(&MapOp::SetClosing { table: *table, closing: 0 })?;
-                }
-                return Ok(false);
+            let written = matches!(op, MapOp::WriteSlots { .. } | MapOp::SetTableWord { .. });
+            self.recount |= written;
+            self.unseen |= written;
+            if !hands.apply(op)?
+                && let MapOp::ExpectFailed { table, .. } = op
+            {
+                debug!(table, "a flow could not be pinned; its slots wait anew");
+                hands.apply(&MapOp::SetClosing { table: *table, closing: 0 })?;
+                failed = true;
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     /// From now on slots name these, and packets make pins to them.

@@ -7,7 +7,6 @@ use lb_common::abi::{Discipline, Pin, PinState, TableState};
 
 use self::machine::{Act, Kind, Mutant, Packet, Scenario, Shared, explore};
 use super::*;
-use crate::reconcile::moves::finish;
 
 const A: u16 = 1;
 const B: u16 = 2;
@@ -113,7 +112,12 @@ fn guards(guarded: Scenario, unguarded: Scenario) {
 
 /// `est` follows: closing, grace, check, store, grace, open.
 fn finishing() -> Vec<Act> {
-    finish(0, 0, vec![(SLOT, moved(B).bits())]).into_iter().map(Act::Do).collect()
+    following(moved(B))
+}
+
+fn following(slot: Slot) -> Vec<Act> {
+    let due = Due { table: 0, failed: 0, words: vec![(SLOT, slot.bits())] };
+    finish(vec![due]).into_iter().map(Act::Do).collect()
 }
 
 #[test]
@@ -156,10 +160,9 @@ fn a_new_flow_that_could_not_be_pinned_is_counted() {
 
 #[test]
 fn the_mark_of_pins_stays_when_est_follows() {
-    let to = |slot: Slot| finish(0, 0, vec![(SLOT, slot.bits())]).into_iter().map(Act::Do).collect();
     let with = |acts| scenario(moving(B, A), acts, on(0, OLD, &[Kind::Data, Kind::Data]));
     let pinned = Some(machine::NOW);
-    guards(with(to(moved(B))).old_at_a(pinned), with(to(Slot::clean(B))).old_at_a(pinned));
+    guards(with(following(moved(B))).old_at_a(pinned), with(following(Slot::clean(B))).old_at_a(pinned));
 }
 
 #[test]

@@ -142,9 +142,8 @@ pub fn finishing(image: &Image, desired: &Desired) -> Vec<MapOp> {
     let begin = Instant::now();
     let mut moves = Moves::new(begin);
     moves.observe(image, begin);
-    let ids = image.ids();
-    let due = moves.due(image, begin + SLACK * 2, |table| Course::of(desired, image, &ids, table));
-    due.into_iter().flat_map(|(_, ops)| ops).collect()
+    let due = moves.due(image, begin + SLACK * 2, |table| Course::of(desired, image, table));
+    if due.is_empty() { Vec::new() } else { finish(due) }
 }
 
 /// Takes `P` off every slot that is not on the move.
