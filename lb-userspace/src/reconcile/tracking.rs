@@ -71,6 +71,8 @@ pub struct Tracking {
     recount: bool,
     /// Whether slots were written, or something else is desired, since `moves` looked at the tables.
     unseen: bool,
+    /// Whether `est` followed with the last look.
+    followed: bool,
     /// What the tables are on their way to.
     pub desired: Arc<Desired>,
     paced: Instant,
@@ -99,6 +101,7 @@ impl Tracking {
             counted: Vec::new(),
             recount: true,
             unseen: true,
+            followed: false,
             desired: Arc::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
             moves_left: 0,
@@ -193,9 +196,10 @@ impl Tracking {
         self.observe(hands);
         let (desired, image, now) = (&self.desired, hands.image(), hands.now());
         let due = self.moves.due(image, now, |table| Course::of(desired, image, table));
-        // Ids may rest from now on.
-        let mut changed = !due.is_empty();
-        if changed {
+        let followed = std::mem::replace(&mut self.followed, !due.is_empty());
+        // Ids may rest from now on. Not before the last table has its turn: a plan looks at all of them.
+        let mut changed = followed && due.is_empty();
+        if !due.is_empty() {
             self.carry_out(hands, &finish(due))?;
         }
         changed |= self.sweep(hands)?;
