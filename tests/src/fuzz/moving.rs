@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Discipline, PINS_PER_BUCKET, Pin, SLOTS_PER_ROW, TableState, TableWord,
+    BACKEND_NOBODY, BACKEND_PASS, Discipline, PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableState,
+    TableWord,
 };
 use lb_common::slots::Slot;
 use lb_userspace::reconcile::image::Image;
@@ -19,7 +20,7 @@ use crate::fixtures::{HEADROOM, capacity, moving_rows, rows};
 /// What a table is, by its number. Where chance decides, every slot has the same `cur`: both sides draw the same.
 const KINDS: [(Discipline, u64); 7] = [
     (Discipline::Hash, 0),
-    (Discipline::Hash, 0),
+    (Discipline::Hash, TableState::CLOSING),
     (Discipline::Hash, TableState::CLOSING),
     (Discipline::Hash, TableState::FROZEN),
     (Discipline::RoundRobin, 0),
@@ -71,8 +72,17 @@ pub fn room() -> Pins {
     Pins::of(Arc::new((0..words).map(|_| AtomicU64::new(0)).collect::<Vec<_>>()))
 }
 
-/// Pins the flows of all fixtures, as if their frames had come before.
+/// Of so many buckets one has no room.
+const CROWDED: usize = 4;
+
+/// Fills some buckets, and pins the flows of all fixtures, as if their frames had come before.
 pub fn pin_fixtures(image: &Image, way: HostWay) {
+    let now = Pin::age_of(coarse_ns());
+    for words in image.pins.words().chunks(PINS_PER_BUCKET).step_by(CROWDED) {
+        for (word, tag) in words.iter().zip(0xffff_fff0..) {
+            word.store(Pin::new(tag, 1, PinState::Established, now).bits(), Ordering::SeqCst);
+        }
+    }
     let frames = rows().into_iter().chain(moving_rows().into_iter().map(|moving| moving.row));
     for row in frames {
         let Some((spread, pins)) = way(image, &row.frame, HEADROOM).trail.bucket else { continue };
