@@ -170,10 +170,11 @@ fn captured(stage: &Stage, config: &Config) -> Result<Capture> {
 
 /// Outer source of each flow: one for a flow, many for many flows.
 fn check_sources(packets: &[Vec<String>], prefix: &str) -> Result<()> {
-    let mut sources: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    let mut sources: BTreeMap<&[String], BTreeSet<&str>> = BTreeMap::new();
     for packet in packets {
         ensure!(packet[0].starts_with(prefix), "{packet:?}");
-        sources.entry(&packet[1]).or_default().insert(&packet[0]);
+        // A client may use a port for several services.
+        sources.entry(&packet[1..3]).or_default().insert(&packet[0]);
     }
     ensure!(sources.values().all(|of_flow| of_flow.len() == 1), "a flow changes its source: {sources:?}");
     let different: BTreeSet<_> = sources.values().collect();
@@ -188,11 +189,11 @@ fn ipv4_tunnel_headers_are_as_promised_and_all_checksums_good() -> Result<()> {
     let wire = captured(&stage, &stage.config())?;
     for protocol in [4, 41] {
         let filter = format!("ip.proto == {protocol} && tcp");
-        let fields = ["ip.src", "tcp.srcport", "ip.dst", "ip.ttl", "ip.flags.df", "ip.id"];
+        let fields = ["ip.src", "tcp.srcport", "tcp.dstport", "ip.dst", "ip.ttl", "ip.flags.df", "ip.id"];
         let packets = wire.fields(&filter, &fields)?;
         check_sources(&packets, "10.255.0.")?;
         for packet in &packets {
-            let constant: Vec<&str> = packet[2..].iter().map(String::as_str).collect();
+            let constant: Vec<&str> = packet[3..].iter().map(String::as_str).collect();
             ensure!(
                 matches!(constant[..], ["10.111.0.11", "64", "True" | "1", "0x0000"]),
                 "protocol {protocol}: {packet:?}"
@@ -208,14 +209,14 @@ fn ipv6_tunnel_headers_are_as_promised_and_all_checksums_good() -> Result<()> {
     let wire = captured(&stage, &stage.config6())?;
     for protocol in [4, 41] {
         let filter = format!("ipv6.nxt == {protocol} && tcp");
-        let fields = ["ipv6.src", "tcp.srcport", "ipv6.dst", "ipv6.hlim", "ipv6.flow"];
+        let fields = ["ipv6.src", "tcp.srcport", "tcp.dstport", "ipv6.dst", "ipv6.hlim", "ipv6.flow"];
         let packets = wire.fields(&filter, &fields)?;
         check_sources(&packets, "fd00:255:")?;
         for packet in &packets {
-            ensure!(packet[2] == "fd00:111::b" || packet[2] == "fd00:111::11", "{packet:?}");
-            ensure!(packet[3] == "64", "{packet:?}");
+            ensure!(packet[3] == "fd00:111::b" || packet[3] == "fd00:111::11", "{packet:?}");
+            ensure!(packet[4] == "64", "{packet:?}");
         }
-        let labels: BTreeSet<&str> = packets.iter().map(|packet| packet[4].as_str()).collect();
+        let labels: BTreeSet<&str> = packets.iter().map(|packet| packet[5].as_str()).collect();
         ensure!(labels.len() >= 50, "{} flow labels", labels.len());
     }
     Ok(())

@@ -51,15 +51,25 @@ impl Planner<'_> {
             }
         }
         let leads: BTreeMap<Counted, Lead> = leads(self.desired.vips.values());
+        let by = |counted: &Counted, lead: &Lead| {
+            let target = before.get(counted).filter(|target| target.flags() & HASHED == lead.flags & HASHED);
+            target.map(|target| target.table()).filter(|row| state(*row).identity != 0)
+        };
+        // Where all rows of an identity are copies, the others join the first.
+        let standing: BTreeMap<u16, u64> = leads
+            .iter()
+            .filter_map(|(counted, lead)| by(counted, lead).map(|row| (row, lead.table)))
+            .filter(|(row, identity)| state(*row).identity == *identity)
+            .collect();
+        for (row, identity) in standing {
+            places.shared.entry(identity).or_insert(row);
+        }
         let mut free = free_rows(image);
         // By the row they come from and what they become.
         let mut copies: HashMap<(u16, u64), u16> = HashMap::new();
         let mut used: HashSet<u16> = HashSet::new();
         for (counted, lead) in &leads {
-            let from = before.get(counted).filter(|target| target.flags() & HASHED == lead.flags & HASHED);
-            let Some(row) = from.map(|target| target.table()).filter(|row| state(*row).identity != 0) else {
-                continue;
-            };
+            let Some(row) = by(counted, lead) else { continue };
             let shared = places.shared.get(&lead.table).copied();
             if Some(row) == shared {
                 continue;

@@ -250,13 +250,15 @@ impl<'d> Probes<'d> {
         let ends = |state, targets: Option<&BTreeSet<Target>>| {
             targets.is_some_and(|targets| is_right(state, targets, end.outcome, end.took))
         };
-        // A VIP that changes its pool meets, for a moment, the new members of the old one.
+        // A VIP that changes its pool meets, for a moment, the new members of the old one; one that comes to a table
+        // of another VIP, those that it is leaving.
         let moved = before != after;
-        let at_the_old_one = self.after.targets(before);
+        let (at_the_old_one, that_leave) = (self.after.targets(before), self.before.targets(after));
         let lost = end.outcome == Outcome::DropUnresolved && self.loses_its_way(packet);
         let right = ends(self.old, self.before.targets(before))
             || ends(self.next, self.after.targets(after))
             || moved && ends(self.next, at_the_old_one)
+            || moved && ends(self.old, that_leave)
             || end.took.is_some_and(|row| self.next.backends.contains_key(&row.identity) && moved);
         if !right && !lost {
             return Err(format!("ends as {:?}", end.outcome));

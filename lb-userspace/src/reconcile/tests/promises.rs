@@ -331,3 +331,27 @@ pub fn another_port_of_the_tunnel_is_another_backend() {
         assert!(ids_met.insert(state.desired().backends.into_keys().next().unwrap()), "{forward:?}");
     }
 }
+
+#[test]
+fn services_that_come_to_a_new_table_from_different_ones_share_it_in_the_end() {
+    let mut state = State::empty();
+    let service = |id, pool, vip| {
+        Change::AddService(id, pool, BTreeSet::from([vip]), BTreeSet::from([1]), false, PLAIN)
+    };
+    for change in [
+        Change::AddPool(0, 4, Forward::Ipip, 0),
+        Change::AddPool(1, 1, Forward::Ipip, 0),
+        service(0, 0, 0),
+        service(2, 1, 1),
+    ] {
+        apply(&mut state, &change);
+    }
+    let mut image = fresh();
+    settled(&mut image, &state);
+    // Both bring a table of their own along, and nobody goes by the shared one yet.
+    apply(&mut state, &Change::MoveService(2, 0));
+    apply(&mut state, &Change::RenamePool(0, 2));
+    settled(&mut image, &state);
+    let tables = image.table_states.iter().filter(|state| state.identity != 0).count();
+    assert_eq!(tables, 1, "copies stay for ever");
+}
