@@ -1,12 +1,13 @@
 //! The packet path: parse, look up, rewrite. A reader follows a packet from top to bottom.
 
 use crate::abi::{BackendKind, Features, Path, VipTarget};
-use crate::classify::{self, Role};
+use crate::classify::{self, Flow, Role};
 use crate::encap::{self, Inner, InnerFamily};
+use crate::flow::FlowHash;
 use crate::icmp::{self, Reason};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
-use crate::parse::{Parsed4, Parsed6};
+use crate::parse::{Parsed4, Parsed6, Transport};
 use crate::pins::{Asked, Says};
 use crate::quic::{self, Named};
 use crate::slots::{self, Steered};
@@ -121,28 +122,13 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     } else {
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
-    let table = flow.target.table();
-    let asked = features.has(Features::QUIC);
-    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::UNASKED };
-    let id = if let Some(id) = named.server() {
-        id
-    } else {
-        let found = slots::find(tables, table, hash)?;
-        if found.slot.is_clean() {
-            found.slot.cur()
-        } else {
-            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role).to(flow.target);
-            let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
-            let says = if begins { Says::NEW_DATAGRAM } else { says };
-            tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
-        }
-    };
+    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
     let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
     let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner)?;
-    if asked {
+    if features.has(Features::QUIC) {
         decision.outcome = named.outcome(decision.outcome);
     }
     Ok(decision)
@@ -196,28 +182,13 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     } else {
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
-    let table = flow.target.table();
-    let asked = features.has(Features::QUIC);
-    let named = if asked { quic::server(packet, tables, &flow, &ip.transport) } else { Named::UNASKED };
-    let id = if let Some(id) = named.server() {
-        id
-    } else {
-        let found = slots::find(tables, table, hash)?;
-        if found.slot.is_clean() {
-            found.slot.cur()
-        } else {
-            let says = classify::says(packet, flow.protocol, ip.transport.offset, flow.role).to(flow.target);
-            let begins = asked && quic::begins(packet, tables, &flow, &ip.transport);
-            let says = if begins { Says::NEW_DATAGRAM } else { says };
-            tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()?
-        }
-    };
+    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
     let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
     let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
     let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner)?;
-    if asked {
+    if features.has(Features::QUIC) {
         decision.outcome = named.outcome(decision.outcome);
     }
     Ok(decision)
@@ -235,6 +206,33 @@ fn sane6<T: Tables>(tables: &T, ip: &Parsed6) -> Result<(), Outcome> {
         return Err(Outcome::DropSourceVip);
     }
     if ip.hop_limit == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
+}
+
+/// The backend of a packet: that which its connection ID names, or the one of its slot, or, where that is on the move, the
+/// one of its pin.
+#[inline(always)]
+fn choose<P: Packet, T: Tables, A>(
+    packet: &P,
+    tables: &T,
+    flow: &Flow<A>,
+    transport: &Transport,
+    hash: FlowHash,
+) -> Result<(u16, Named), Outcome> {
+    let asked = tables.features().has(Features::QUIC);
+    let named = if asked { quic::server(packet, tables, flow, transport) } else { Named::UNASKED };
+    if let Some(id) = named.server() {
+        return Ok((id, named));
+    }
+    let table = flow.target.table();
+    let found = slots::find(tables, table, hash)?;
+    if found.slot.is_clean() {
+        return Ok((found.slot.cur(), named));
+    }
+    let says = classify::says(packet, flow.protocol, transport.offset, flow.role);
+    let begins = asked && quic::begins(packet, tables, flow, transport);
+    let says = if begins { Says::NEW_DATAGRAM } else { says };
+    let asked = Asked::new(table, says.to(flow.target));
+    Ok((tables.decide(found.table, asked, hash, found.slot).backend()?, named))
 }
 
 /// Rewrites the packet for its backend and sends it off.
