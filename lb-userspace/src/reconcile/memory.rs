@@ -8,14 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{
-    Backend, BackendKind, Egress, Features, Interface, Load, Meta, PINS_PER_BUCKET, Pin, PinBucket, PortRule,
-    PrefixLengths, SLOTS_PER_ROW, TableState, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+    Backend, BackendKind, Load, Meta, PINS_PER_BUCKET, Pin, PinBucket, SLOTS_PER_ROW, TableState, TableWord,
 };
 use lb_common::allowance::Limited;
 use lb_common::flow::FlowHash;
 use lb_common::outcome::Outcome;
 use lb_common::pins::{Asked, PinEvent, Says};
-use lb_common::quic::ServerKey;
 use lb_common::slots::{self, Slot};
 use lb_common::tables::Tables;
 
@@ -194,37 +192,59 @@ pub fn steer<T: Tables>(tables: &T, table: u16, hash: FlowHash, says: Says) -> R
     tables.decide(found.table, Asked::new(table, says), hash, found.slot).backend()
 }
 
+/// What `Tables` asks that the slot rule does not: there is none of it.
+macro_rules! slot_rule_alone {
+    () => {
+        fn features(&self) -> lb_common::abi::Features {
+            lb_common::abi::Features::default()
+        }
+        fn hash_key(&self, _: usize) -> u64 {
+            0
+        }
+        fn vip_word4(&self) -> lb_common::abi::VipWord {
+            lb_common::abi::VipWord::default()
+        }
+        fn vip_word6(&self) -> lb_common::abi::VipWord {
+            lb_common::abi::VipWord::default()
+        }
+        fn vip4_bucket(&self, _: u32) -> Option<&lb_common::abi::Vip4Bucket> {
+            None
+        }
+        fn vip6_bucket(&self, _: u32) -> Option<&lb_common::abi::Vip6Bucket> {
+            None
+        }
+        fn vip_filter(&self, _: u32) -> u64 {
+            0
+        }
+        fn prefix_lengths4(&self) -> lb_common::abi::PrefixLengths {
+            lb_common::abi::PrefixLengths::default()
+        }
+        fn prefix_lengths6(&self) -> lb_common::abi::PrefixLengths {
+            lb_common::abi::PrefixLengths::default()
+        }
+        fn port_rule(&self, _: u32) -> Option<&lb_common::abi::PortRule> {
+            None
+        }
+        fn egress(&self, _: u16) -> Option<&lb_common::abi::Egress> {
+            None
+        }
+        fn interface(&self, _: u32) -> Option<&lb_common::abi::Interface> {
+            None
+        }
+        fn server(&self, _: &lb_common::quic::ServerKey) -> Option<u16> {
+            None
+        }
+        fn count_outcome(&self, _: lb_common::outcome::Outcome) {}
+        fn count_vip(&self, _: u32, _: u64) {}
+        fn count_backend(&self, _: u16, _: u64) {}
+    };
+}
+#[cfg(test)]
+pub(crate) use slot_rule_alone;
+
 impl Tables for Memory {
-    fn features(&self) -> Features {
-        Features::default()
-    }
-    fn hash_key(&self, _: usize) -> u64 {
-        0
-    }
-    fn vip_word4(&self) -> VipWord {
-        VipWord::default()
-    }
-    fn vip_word6(&self) -> VipWord {
-        VipWord::default()
-    }
-    fn vip4_bucket(&self, _: u32) -> Option<&Vip4Bucket> {
-        None
-    }
-    fn vip6_bucket(&self, _: u32) -> Option<&Vip6Bucket> {
-        None
-    }
-    fn vip_filter(&self, _: u32) -> u64 {
-        0
-    }
-    fn prefix_lengths4(&self) -> PrefixLengths {
-        PrefixLengths::default()
-    }
-    fn prefix_lengths6(&self) -> PrefixLengths {
-        PrefixLengths::default()
-    }
-    fn port_rule(&self, _: u32) -> Option<&PortRule> {
-        None
-    }
+    slot_rule_alone!();
+
     fn table_word(&self, table: u16) -> Option<TableWord> {
         let word = self.tables.get(usize::from(table))?;
         Some(TableWord::from_bits(word.load(Ordering::Acquire)))
@@ -236,15 +256,6 @@ impl Tables for Memory {
     fn backend(&self, id: u16) -> Option<&Backend> {
         let flags = self.flags.get(usize::from(id))?.load(Ordering::Acquire);
         ROWS.get(usize::from(flags))
-    }
-    fn egress(&self, _: u16) -> Option<&Egress> {
-        None
-    }
-    fn interface(&self, _: u32) -> Option<&Interface> {
-        None
-    }
-    fn server(&self, _: &ServerKey) -> Option<u16> {
-        None
     }
     fn pin_bucket(&self, spread: u32) -> Option<&PinBucket> {
         let buckets = &self.buckets.0;
@@ -274,9 +285,6 @@ impl Tables for Memory {
         let kind = usize::from(limited == Limited::OldPin);
         limited.is_pin() && !self.refuses[kind].load(Ordering::SeqCst)
     }
-    fn count_outcome(&self, _: Outcome) {}
-    fn count_vip(&self, _: u32, _: u64) {}
-    fn count_backend(&self, _: u16, _: u64) {}
     fn count_pin(&self, event: PinEvent) {
         self.events[event as usize].fetch_add(1, Ordering::Relaxed);
     }

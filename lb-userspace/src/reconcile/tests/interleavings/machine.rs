@@ -5,19 +5,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 
-use lb_common::abi::{
-    Backend as Row, Egress as EgressRow, Features, Interface, Load, Pin, PinBucket, PortRule, Vip4Bucket,
-    Vip6Bucket,
-};
+use lb_common::abi::{Backend as Row, Load, Pin, PinBucket};
 use lb_common::allowance::Limited;
 use lb_common::flow::FlowHash;
 use lb_common::pins::{PinEvent, Says};
-use lb_common::quic::ServerKey;
 use lb_common::tables::Tables;
 use lb_common::wire::TcpFlags;
 
 use super::*;
-use crate::reconcile::memory::steer;
+use crate::reconcile::memory::{slot_rule_alone, steer};
 
 /// The age of a pin that is used now.
 pub const NOW: u16 = 512;
@@ -513,36 +509,8 @@ const ROWS: [Row; 4] = {
 };
 
 impl Tables for Stepped<'_> {
-    fn features(&self) -> Features {
-        Features::default()
-    }
-    fn hash_key(&self, _: usize) -> u64 {
-        0
-    }
-    fn vip_word4(&self) -> VipWord {
-        VipWord::default()
-    }
-    fn vip_word6(&self) -> VipWord {
-        VipWord::default()
-    }
-    fn vip4_bucket(&self, _: u32) -> Option<&Vip4Bucket> {
-        None
-    }
-    fn vip6_bucket(&self, _: u32) -> Option<&Vip6Bucket> {
-        None
-    }
-    fn vip_filter(&self, _: u32) -> u64 {
-        0
-    }
-    fn prefix_lengths4(&self) -> PrefixLengths {
-        PrefixLengths::default()
-    }
-    fn prefix_lengths6(&self) -> PrefixLengths {
-        PrefixLengths::default()
-    }
-    fn port_rule(&self, _: u32) -> Option<&PortRule> {
-        None
-    }
+    slot_rule_alone!();
+
     fn table_word(&self, _: u16) -> Option<TableWord> {
         Some(TableWord::from_bits(self.step(|shared| shared.table)))
     }
@@ -553,15 +521,6 @@ impl Tables for Stepped<'_> {
     fn backend(&self, id: u16) -> Option<&Row> {
         let flags = self.step(|shared| u64::from(shared.flags[usize::from(id)]));
         ROWS.get(flags as usize)
-    }
-    fn egress(&self, _: u16) -> Option<&EgressRow> {
-        None
-    }
-    fn interface(&self, _: u32) -> Option<&Interface> {
-        None
-    }
-    fn server(&self, _: &ServerKey) -> Option<u16> {
-        None
     }
     fn word(&self, place: &AtomicU64) -> u64 {
         let way = self.way(place);
@@ -614,8 +573,5 @@ impl Tables for Stepped<'_> {
     fn admit(&self, _: Limited) -> bool {
         self.scenario.admits
     }
-    fn count_outcome(&self, _: Outcome) {}
-    fn count_vip(&self, _: u32, _: u64) {}
-    fn count_backend(&self, _: u16, _: u64) {}
     fn count_pin(&self, _: PinEvent) {}
 }
