@@ -250,9 +250,12 @@ fn every_fixture_of_flows_on_the_move_ends_in_the_kernel_as_on_the_host_and_leav
     }
     let rows = moving_rows();
     let mut frames = 0;
-    for (setting, budget) in
-        [(Setting::Everything, true), (Setting::Everything, false), (Setting::Kinds, true)]
-    {
+    for (setting, budget) in [
+        (Setting::Everything, true),
+        (Setting::Everything, false),
+        (Setting::Kinds, true),
+        (Setting::Quic, true),
+    ] {
         let pin_rate = if budget { setting.load_time().pin_rate } else { 0 };
         let mut kernel = Kernel::load_with(setting, LoadTime { pin_rate, ..setting.load_time() });
         for moving in rows.iter().filter(|moving| moving.row.setting == setting && moving.budget == budget) {
