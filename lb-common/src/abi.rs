@@ -9,7 +9,7 @@ use core::sync::atomic::AtomicU64;
 use crate::wire::{Address6, Be16, Mac};
 
 /// Version of the layouts in this file. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Names of the maps, which are their names in the object, in the kernel (15 bytes at most) and below the pin directory.
 pub mod map {
@@ -32,6 +32,10 @@ pub mod map {
     pub const PINS: &str = "XLB_PINS";
     pub const LOADS: &str = "XLB_LOADS";
     pub const PIN_EVENTS: &str = "XLB_PIN_EVENTS";
+    pub const CONNECTIONS: &str = "XLB_CONNECTIONS";
+    pub const RECORDS: &str = "XLB_RECORDS";
+    pub const SOURCES: &str = "XLB_SOURCES";
+    pub const REPLIES: &str = "XLB_BE_REPLIES";
     /// Not pinned: an allowance is not worth keeping over a change of the program.
     pub const ALLOWANCES: &str = "XLB_ALLOWANCES";
 
@@ -98,6 +102,10 @@ impl Features {
     pub const ECHO: Self = Self(1 << 13);
     /// Some service goes by QUIC connection IDs.
     pub const QUIC: Self = Self(1 << 15);
+    /// Some pool translates addresses.
+    pub const NAT: Self = Self(1 << 16);
+    /// Some pool translates the client's address, too.
+    pub const FULLNAT: Self = Self(1 << 17);
     pub const ALL: &[(Self, &str)] = &[
         (Self::IPV4, "ipv4"),
         (Self::IPV6, "ipv6"),
@@ -114,6 +122,8 @@ impl Features {
         (Self::SOURCE_HASH, "source_hash"),
         (Self::ECHO, "echo"),
         (Self::QUIC, "quic"),
+        (Self::NAT, "nat"),
+        (Self::FULLNAT, "fullnat"),
     ];
 
     #[inline(always)]
@@ -138,6 +148,11 @@ pub struct Constants {
     pub pin_rate: u64,
     /// Buckets of `XLB_PINS`, a power of two, minus one.
     pub pin_mask: u64,
+    /// Buckets of `XLB_CONNECTIONS`, where sources are translated no more than there are ports of sources; from bit 32 on
+    /// `Meta::buckets_before`.
+    pub connection_buckets: u64,
+    /// The lowest port of a source address, and from bit 16 on how many there are.
+    pub source_ports: u64,
     /// Keys of the flow hash, derived from the cluster seed (`flow::keys`).
     pub hash_keys: [u64; HASH_KEYS],
 }
@@ -145,7 +160,7 @@ pub struct Constants {
 /// Number of 64-bit keys of the flow hash.
 pub const HASH_KEYS: usize = 10;
 
-const _: () = assert!(size_of::<Constants>() == 112);
+const _: () = assert!(size_of::<Constants>() == 128);
 
 /// `XLB_META`, row 0: what an agent compares before it adopts pinned maps.
 /// Written once when the maps are made; the packet path does not read it.
@@ -163,7 +178,11 @@ pub struct Meta {
     pub icmp_rate: u64,
     /// As in `Constants`.
     pub pin_rate: u64,
-    pub spare: [u64; 2],
+    /// As in `Constants`.
+    pub source_ports: u64,
+    /// Buckets of `XLB_CONNECTIONS` in the maps before these: connections from there lie where they lay. 0 for none.
+    pub buckets_before: u32,
+    pub spare: u32,
 }
 
 const _: () = assert!(size_of::<Meta>() == 64);
@@ -318,6 +337,10 @@ pub struct VipTarget(u64);
 impl VipTarget {
     /// Of a service: the flow hash is over the client's address alone.
     pub const SOURCE_HASH: u16 = 1 << 0;
+    /// Of a service: packets may belong to connections whose addresses are translated.
+    pub const TRANSLATED: u16 = 1 << 1;
+    /// Of an address: not a VIP, but one that clients' addresses are translated to. Its number is the first rule.
+    pub const SOURCE: u16 = 1 << 0;
     /// Of an address: what no service takes passes to the host's stack.
     pub const UNMAPPED_PASS: u16 = 1 << 1;
     /// Of an address: a port that no service takes is answered with an ICMP error.
@@ -388,6 +411,12 @@ impl VipTarget {
     #[inline(always)]
     pub const fn server_id_bytes(self) -> u32 {
         (self.0 >> (16 + Self::SERVER_ID_SHIFT)) as u32 & 0xf
+    }
+
+    /// One more than the number of the source that the entry stands for; 0 for none.
+    #[inline(always)]
+    pub const fn source(self) -> u32 {
+        if self.has(Self::ADDRESS) && self.has(Self::SOURCE) { self.first_rule() + 1 } else { 0 }
     }
 
     /// The row of the counters.
@@ -602,6 +631,12 @@ pub enum BackendKind {
     Gue4 = 5,
     /// IP in UDP (GUE variant 1) to an IPv6 address.
     Gue6 = 6,
+    /// Destination address and port rewritten; replies come back through the balancer.
+    Nat4 = 7,
+    Nat6 = 8,
+    /// Source rewritten, too, to an address of the balancer.
+    Fullnat4 = 9,
+    Fullnat6 = 10,
 }
 
 impl BackendKind {
@@ -616,14 +651,32 @@ impl BackendKind {
             4 => Some(Self::L2),
             5 => Some(Self::Gue4),
             6 => Some(Self::Gue6),
+            7 => Some(Self::Nat4),
+            8 => Some(Self::Nat6),
+            9 => Some(Self::Fullnat4),
+            10 => Some(Self::Fullnat6),
             _ => None,
         }
+    }
+
+    /// Whether addresses are translated, and replies come back through the balancer.
+    #[inline(always)]
+    pub const fn translates(self) -> bool {
+        self as u8 >= Self::Nat4 as u8
+    }
+
+    /// Whether the client's address is translated, too.
+    #[inline(always)]
+    pub const fn translates_source(self) -> bool {
+        self as u8 >= Self::Fullnat4 as u8
     }
 
     /// Bytes that the kind puts in front of the client's IP packet; goes into `Backend::overhead`.
     pub const fn overhead(self) -> u16 {
         match self {
             Self::Nobody | Self::Pass | Self::L2 => 0,
+            // Between families a packet changes its length, which depends on the client.
+            Self::Nat4 | Self::Nat6 | Self::Fullnat4 | Self::Fullnat6 => 0,
             Self::Ipip4 => 20,
             Self::Ipip6 => 40,
             Self::Gue4 => 28,
@@ -669,7 +722,8 @@ pub struct Backend {
     pub flags: u8,
     /// Sum over the outer IPv4 header's constant fields (`encap::outer_sum`), not complemented.
     pub outer_sum: u16,
-    /// Port to send the tunnel to; 0 where the kind has none.
+    /// Port to send the tunnel to, or the packet, where addresses are translated; 0 where the kind has none, or the
+    /// client's choice stays.
     pub port: Be16,
     /// `BackendKind::overhead`.
     pub overhead: u16,
@@ -706,6 +760,12 @@ impl Backend {
         // SAFETY: a reference is valid, aligned and initialised.
         let flags = unsafe { core::ptr::read_volatile(&self.flags) };
         flags & flag != 0
+    }
+
+    /// Of a kind that translates addresses: whether its own is IPv4.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.kind == BackendKind::Nat4 as u8 || self.kind == BackendKind::Fullnat4 as u8
     }
 
     #[inline(always)]
@@ -749,6 +809,7 @@ const _: () = assert!(size_of::<Egress>() == 64);
 pub struct Interface {
     pub mac: u64,
     pub mtu: u32,
+    /// Flags, and from bit 16 on the row of `XLB_EGRESS` that leads back out of it; 0 for none.
     pub flags: u32,
 }
 
@@ -757,6 +818,17 @@ impl Interface {
     pub const GENERIC: u32 = 1;
     /// GRO was on before xlb turned it off, and is turned on again by `xlb detach`.
     pub const RESTORE_GRO: u32 = 2;
+
+    /// The row of the way back out of it.
+    #[inline(always)]
+    pub const fn egress(&self) -> u16 {
+        (self.flags >> 16) as u16
+    }
+
+    #[must_use]
+    pub const fn with_egress(self, row: u16) -> Self {
+        Self { flags: self.flags & 0xffff | (row as u32) << 16, ..self }
+    }
 }
 
 /// Interfaces that one host can attach.
@@ -880,6 +952,56 @@ pub struct PinBucket(pub [AtomicU64; PINS_PER_BUCKET]);
 
 const _: () = assert!(size_of::<PinBucket>() == 64);
 
+/// A row of `XLB_RECORDS`: the connection whose pin lies in the same place of `XLB_CONNECTIONS`.
+///
+/// Written by whoever claimed that place, before the pin names a backend; then only `BACK` and `SEEN` change. Addresses
+/// of IPv4 are mapped. Words: the client (2), the VIP (2), `PORTS`, `BACK`, `OPENED`, `ROW`.
+#[repr(C, align(64))]
+#[derive(Debug, Default)]
+pub struct Record(pub [AtomicU64; 8]);
+
+impl Record {
+    /// Bits 0-31 both ports of the client's packets, 32-39 the protocol, 40-47 what was seen.
+    pub const PORTS: usize = 4;
+    /// The way back to the client (`Path`): where its last packet came from.
+    pub const BACK: usize = 5;
+    /// When it was opened, nanoseconds of the monotonic clock.
+    pub const OPENED: usize = 6;
+    /// Bits 0-31 the row of the VIP's counters, 32-63 the source (`connections::SourceEnd`) in its place.
+    pub const ROW: usize = 7;
+}
+
+const _: () = assert!(size_of::<Record>() == 64);
+
+/// A row of `XLB_SOURCES`: addresses that clients' are translated to.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Source {
+    pub v6: [u64; 2],
+    /// Memory in wire order.
+    pub v4: u32,
+    pub spare: u32,
+}
+
+/// Sources of a family.
+pub const MOST_SOURCES: u32 = 256;
+
+/// The backend of a place that somebody has claimed and not yet filled.
+pub const BACKEND_CLAIMED: u16 = BACKEND_PASS;
+
+/// A row of `XLB_BE_REPLIES`, by backend id, per CPU: what comes back where addresses are translated.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Replies {
+    pub packets: u64,
+    pub bytes: u64,
+    /// TCP resets by the backend.
+    pub resets: u64,
+    /// Connections that were answered, and the time this took, nanoseconds.
+    pub answered: u64,
+    pub waited: u64,
+}
+
 /// A row of `XLB_LOADS`, by backend id: how busy a backend of a table with `Discipline::Least` is.
 #[repr(C, align(8))]
 #[derive(Debug, Default)]
@@ -904,7 +1026,7 @@ impl DecapVip {
     /// `address` as it lies in memory, in wire order.
     #[inline(always)]
     pub const fn v4(address: u32) -> Self {
-        Self([0, 0xffff_0000 | (address as u64) << 32])
+        Self::v6(Address6::mapped(address))
     }
 
     #[inline(always)]
@@ -948,6 +1070,7 @@ mod user {
     }
     pod!(crate::quic::ServerKey);
     pod!(super::Bench, super::Meta, super::Constants, super::Decap, super::Interface, super::Traffic);
+    pod!(super::Replies);
 }
 
 #[cfg(test)]

@@ -15,6 +15,18 @@ pub fn word(place: &AtomicU64) -> u64 {
     place.load(core::sync::atomic::Ordering::Acquire)
 }
 
+/// One store of a word that others read.
+#[inline(always)]
+pub fn store(place: &AtomicU64, word: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: a reference is valid and aligned, and atomics may be written through a shared one.
+    unsafe {
+        core::ptr::write_volatile(place.as_ptr(), word);
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    place.store(word, core::sync::atomic::Ordering::Release);
+}
+
 /// Stores `new` where `old` lies, in one step; whether it did. A full barrier.
 #[inline(always)]
 pub fn exchange(place: &AtomicU64, old: u64, new: u64) -> bool {

@@ -65,7 +65,7 @@ fn without_ports4<P: Packet, T: Tables>(
     reason: Outcome,
 ) -> Result<Flow<u32>, Outcome> {
     let vip = vips::vip4(tables, ip.destination);
-    if vip.is_none() {
+    if vip.is_none() || is_source(tables, vip) {
         return Err(Outcome::PassNotVip);
     }
     let protocol = ip.transport.protocol;
@@ -85,6 +85,12 @@ fn without_ports4<P: Packet, T: Tables>(
         },
         reason => Err(refuse(vip, protocol, tunnelled(protocol, reason))),
     }
+}
+
+/// Whether an entry is no VIP's, but of an address that clients' are translated to: it may be the host's own.
+#[inline(always)]
+fn is_source<T: Tables>(tables: &T, entry: VipTarget) -> bool {
+    tables.features().has(Features::FULLNAT) && entry.source() != 0
 }
 
 /// The verdict on what no service can take: a VIP may leave it to the host. Not fragments of TCP and UDP: the
@@ -205,7 +211,7 @@ fn without_ports6<P: Packet, T: Tables>(
         return Err(outcome);
     }
     let vip = vips::vip6(tables, ip.destination);
-    if vip.is_none() {
+    if vip.is_none() || is_source(tables, vip) {
         return Err(Outcome::PassNotVip);
     }
     match reason {

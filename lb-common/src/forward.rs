@@ -5,6 +5,7 @@ use crate::classify::{self, Flow, Role};
 use crate::encap::{self, Inner, InnerFamily};
 use crate::flow::FlowHash;
 use crate::icmp::{self, Reason};
+use crate::nat::Layout;
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::parse::{Parsed4, Parsed6, Transport};
@@ -12,6 +13,7 @@ use crate::pins::{Asked, Says};
 use crate::quic::{self, Named};
 use crate::slots::{self, Steered};
 use crate::tables::Tables;
+use crate::translate::{self, Passed, Shape};
 use crate::vlan::{self, Tags};
 use crate::wire::{Address6, EtherType, Ethernet};
 use crate::{answer, flow, parse, vips};
@@ -96,6 +98,14 @@ fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
         Ok(decision) => return Ok(decision),
         Err(refusal) => refusal,
     };
+    let refusal = if tables.features().has(Features::NAT) && refusal.outcome == Outcome::PassNotVip {
+        match reply4(packet, tables, &ip) {
+            Ok(decision) => return Ok(decision),
+            Err(refusal) => refusal,
+        }
+    } else {
+        refusal
+    };
     Err(match refusal.outcome {
         Outcome::AnswerEcho => icmp::echo4(packet, tables),
         Outcome::AnswerTooBig => icmp::error4(packet, tables, &ip, Reason::TooBig(refusal.mtu)),
@@ -122,6 +132,14 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     } else {
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
+        let at = Layout { family: InnerFamily::V4, offset: ip.transport.offset, protocol: flow.protocol };
+        let passed = translate::forward(packet, tables, flow.target, hash, Shape::new(at));
+        if passed != Passed::NOT_HERE {
+            return translated(packet, tables, ip.ip_length, passed);
+        }
+        packet.forget();
+    }
     let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
     let to = slots::backend(tables, id)?;
     let sum =
@@ -132,6 +150,22 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
         decision.outcome = named.outcome(decision.outcome);
     }
     Ok(decision)
+}
+
+/// A packet to no VIP may be a backend's to a client.
+#[inline(always)]
+fn reply4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Result<Decision, Refusal> {
+    if parse::ports(packet, &ip.transport).is_err() {
+        return Err(Outcome::PassNotVip.into());
+    }
+    let source = if tables.features().has(Features::FULLNAT) {
+        vips::vip4(tables, ip.destination).source()
+    } else {
+        0
+    };
+    let at = Layout { family: InnerFamily::V4, offset: ip.transport.offset, protocol: ip.transport.protocol };
+    let passed = tables.reply_translated(packet, source, Shape::new(at));
+    translated(packet, tables, ip.ip_length, passed)
 }
 
 /// What no client sends to a VIP: the answer would go round in circles, or to nobody.
@@ -155,6 +189,14 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
     let refusal = match steer6(packet, tables, &ip) {
         Ok(decision) => return Ok(decision),
         Err(refusal) => refusal,
+    };
+    let refusal = if tables.features().has(Features::NAT) && refusal.outcome == Outcome::PassNotVip {
+        match reply6(packet, tables, &ip) {
+            Ok(decision) => return Ok(decision),
+            Err(refusal) => refusal,
+        }
+    } else {
+        refusal
     };
     Err(match refusal.outcome {
         Outcome::AnswerEcho => icmp::echo6(packet, tables),
@@ -182,6 +224,14 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     } else {
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
+        let at = Layout { family: InnerFamily::V6, offset: ip.transport.offset, protocol: flow.protocol };
+        let passed = translate::forward(packet, tables, flow.target, hash, Shape::new(at));
+        if passed != Passed::NOT_HERE {
+            return translated(packet, tables, ip.ip_length, passed);
+        }
+        packet.forget();
+    }
     let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
     let to = slots::backend(tables, id)?;
     let sum =
@@ -192,6 +242,22 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
         decision.outcome = named.outcome(decision.outcome);
     }
     Ok(decision)
+}
+
+/// A packet to no VIP may be a backend's to a client.
+#[inline(always)]
+fn reply6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Decision, Refusal> {
+    if parse::ports(packet, &ip.transport).is_err() {
+        return Err(Outcome::PassNotVip.into());
+    }
+    let source = if tables.features().has(Features::FULLNAT) {
+        vips::vip6(tables, ip.destination).source()
+    } else {
+        0
+    };
+    let at = Layout { family: InnerFamily::V6, offset: ip.transport.offset, protocol: ip.transport.protocol };
+    let passed = tables.reply_translated(packet, source, Shape::new(at));
+    translated(packet, tables, ip.ip_length, passed)
 }
 
 #[inline(always)]
@@ -235,6 +301,25 @@ fn choose<P: Packet, T: Tables, A>(
     Ok((tables.decide(found.table, asked, hash, found.slot).backend()?, named))
 }
 
+/// What the function that translated a packet, or not, says of it.
+#[inline(always)]
+fn translated<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    ip_length: u32,
+    passed: Passed,
+) -> Result<Decision, Refusal> {
+    packet.forget();
+    let outcome = passed.outcome().ok_or(Outcome::DropInconsistent)?;
+    if outcome == Outcome::AnswerTooBig {
+        return Err(oversize(packet, tables, Role::Packet, ip_length, passed.value()));
+    }
+    if passed.backend() == 0 {
+        return Err(outcome.into());
+    }
+    Ok(Decision { outcome, ifindex: passed.value(), backend: passed.backend() })
+}
+
 /// Rewrites the packet for its backend and sends it off.
 #[inline(always)]
 fn send<P: Packet, T: Tables>(
@@ -257,7 +342,13 @@ fn send<P: Packet, T: Tables>(
         _ => {}
     }
     if inner.ip_length + backend.overhead as u32 > egress.mtu {
-        return Err(oversize(packet, tables, role, inner, egress.mtu.wrapping_sub(backend.overhead as u32)));
+        return Err(oversize(
+            packet,
+            tables,
+            role,
+            inner.ip_length,
+            egress.mtu.wrapping_sub(backend.overhead as u32),
+        ));
     }
     match kind {
         BackendKind::Ipip4 if features.has(Features::IPIP4) => {
@@ -294,9 +385,9 @@ fn send<P: Packet, T: Tables>(
 /// A packet that is longer than the `mtu` of its way takes. A frame longer than the link it came from was
 /// merged before XDP saw it: no path takes it, its sender cannot help it, and the cure is another one.
 #[inline(always)]
-fn oversize<P: Packet, T: Tables>(packet: &P, tables: &T, role: Role, inner: &Inner, mtu: u32) -> Refusal {
+fn oversize<P: Packet, T: Tables>(packet: &P, tables: &T, role: Role, length: u32, mtu: u32) -> Refusal {
     let super_frame = match tables.interface(packet.ingress_ifindex()) {
-        Some(interface) => inner.ip_length > interface.mtu,
+        Some(interface) => length > interface.mtu,
         None => false,
     };
     if super_frame {
@@ -311,7 +402,7 @@ fn oversize<P: Packet, T: Tables>(packet: &P, tables: &T, role: Role, inner: &In
 
 /// One load of a word that the agent stores whole.
 #[inline(always)]
-fn volatile(word: &u64) -> u64 {
+pub(crate) fn volatile(word: &u64) -> u64 {
     // SAFETY: a reference is valid, aligned and initialised.
     unsafe { core::ptr::read_volatile(word) }
 }

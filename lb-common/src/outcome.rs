@@ -158,6 +158,18 @@ outcomes! {
             "If there are many, the servers do not put their `server_id` and the service's `config_id` into connection IDs, or backends have died.";
         46 ForwardQuicStrayRedirect Redirect "forward_quic_stray_redirect" "a QUIC packet of an established connection whose connection ID names no backend that is up, balanced by its addresses, through another interface (`quic`)"
             "As for `forward_quic_stray_transmit`.";
+        47 ForwardReplyTransmit Transmit "forward_reply_transmit" "a backend's packet to a client, translated back, through the interface it came from (`nat`, `fullnat`)"
+            "";
+        48 ForwardReplyRedirect Redirect "forward_reply_redirect" "a backend's packet to a client, translated back, through another interface (`nat`, `fullnat`)"
+            "";
+        49 DropConnectionsFull Drop "drop_connections_full" "a new connection for which there is no place (`nat`), or no source port (`fullnat`)"
+            "Raise `limits.connections`, or give `fullnat` more `sources`; `xlb conn list` shows who holds them.";
+        50 DropNoConnection Drop "drop_no_connection" "in the middle of a TCP connection that is not known (`fullnat`)"
+            "Its state is lost: it was silent for longer than its timeout, or began on another balancer.";
+        51 DropNoChecksum Drop "drop_no_checksum" "a UDP packet without a checksum that would change its address family (RFC 7915, section 4.5)"
+            "Let the sender compute checksums, or give the pool a backend of its clients' family.";
+        52 DropUntranslatable Drop "drop_untranslatable" "a packet that cannot change its address family: IPv4 options, IPv6 extension headers, or an ICMP message without a counterpart"
+            "";
     }
 }
 

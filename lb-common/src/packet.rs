@@ -20,6 +20,10 @@ pub trait Packet {
     fn truncate(&mut self, bytes: usize) -> Option<()>;
     /// Forgets which bytes were checked: what ways that joined knew of the frame is the same from here on.
     fn forget(&mut self) {}
+    /// Where the kernel keeps the frame; null outside of it.
+    fn context(&self) -> *mut core::ffi::c_void {
+        core::ptr::null_mut()
+    }
     /// The index of the interface that the frame came in on.
     fn ingress_ifindex(&self) -> u32;
 }

@@ -49,12 +49,12 @@ impl Says {
     }
 
     #[inline(always)]
-    const fn has(self, other: Self) -> bool {
+    pub(crate) const fn has(self, other: Self) -> bool {
         self.0 & other.0 != 0
     }
 
     #[inline(always)]
-    const fn begins(self) -> bool {
+    pub(crate) const fn begins(self) -> bool {
         let syn = self.0 & (TcpFlags::SYN | TcpFlags::ACK | TcpFlags::FIN | TcpFlags::RST) as u32;
         syn == TcpFlags::SYN as u32 || self.0 & 1 << 10 != 0
     }
@@ -367,7 +367,7 @@ fn follow_or_fail<T: Tables>(
 }
 
 #[inline(always)]
-const fn first_state(says: Says) -> PinState {
+pub(crate) const fn first_state(says: Says) -> PinState {
     if says.has(Says::DATAGRAM) {
         PinState::Datagram
     } else if says.has(Says::CLIENT) {
@@ -383,7 +383,7 @@ const fn first_state(says: Says) -> PinState {
 }
 
 #[inline(always)]
-const fn next_state(state: PinState, says: Says) -> PinState {
+pub(crate) const fn next_state(state: PinState, says: Says) -> PinState {
     match first_state(says) {
         PinState::Datagram => PinState::Datagram,
         PinState::Finishing => PinState::Finishing,
@@ -403,7 +403,7 @@ pub fn follows<T: Tables>(tables: &T, asked: Asked, pin: Pin, now: u16) -> bool 
 
 /// Whether a pin is right for a flow that begins.
 #[inline(always)]
-fn holds<T: Tables>(tables: &T, says: Says, pin: Pin, now: u16) -> bool {
+pub(crate) fn holds<T: Tables>(tables: &T, says: Says, pin: Pin, now: u16) -> bool {
     (says.has(Says::CLIENT) || matches!(pin.state(), PinState::Syn) || pin.idle(now) < FRESH)
         && tables.backend(pin.backend()).is_some_and(Backend::accepts)
 }
@@ -442,7 +442,7 @@ fn busier<T: Tables>(tables: &T, one: u16, other: u16) -> bool {
 
 /// Keeps count of the flows of busy backends, where a table asks for it. A free pin is no flow.
 #[inline(always)]
-fn weigh<T: Tables>(tables: &T, table: TableWord, pin: Pin, next: Pin) {
+pub(crate) fn weigh<T: Tables>(tables: &T, table: TableWord, pin: Pin, next: Pin) {
     if !matches!(table.discipline(), Discipline::Least) {
         return;
     }
@@ -473,7 +473,7 @@ fn scan<T: Tables>(tables: &T, bucket: &PinBucket, tag: u32) -> (u64, u64) {
 
 /// The number of the lowest bit of eight that is set.
 #[inline(always)]
-fn lowest(bits: u64) -> usize {
+pub(crate) fn lowest(bits: u64) -> usize {
     let bit = bits & bits.wrapping_neg();
     let (ones, twos, fours) = (is_zero(bit & 0xaa), is_zero(bit & 0xcc), is_zero(bit & 0xf0));
     (7 ^ (ones | twos << 1 | fours << 2)) as usize & (PINS_PER_BUCKET - 1)

@@ -3,16 +3,19 @@
 use core::sync::atomic::AtomicU64;
 
 use crate::abi::{
-    Backend, Egress, Features, Interface, Load, PinBucket, PortRule, PrefixLengths, TableWord, Vip4Bucket,
-    Vip6Bucket, VipWord,
+    Backend, Egress, Features, Interface, Load, PinBucket, PortRule, PrefixLengths, Record, Source,
+    TableWord, Vip4Bucket, Vip6Bucket, VipTarget, VipWord,
 };
 use crate::allowance::Limited;
 use crate::atomic;
+use crate::connections::{Reply, Rooms};
 use crate::flow::FlowHash;
 use crate::outcome::Outcome;
+use crate::packet::Packet;
 use crate::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use crate::quic::ServerKey;
 use crate::slots::Slot;
+use crate::translate::{self, Found, Passed, Shape};
 
 /// The tables of the balancer. `None` means "no such row": sizes of maps contradict each other.
 pub trait Tables: Sized {
@@ -58,6 +61,10 @@ pub trait Tables: Sized {
         atomic::word(place)
     }
     #[inline(always)]
+    fn store(&self, place: &AtomicU64, word: u64) {
+        atomic::store(place, word);
+    }
+    #[inline(always)]
     fn exchange(&self, place: &AtomicU64, old: u64, new: u64) -> bool {
         atomic::exchange(place, old, new)
     }
@@ -75,6 +82,58 @@ pub trait Tables: Sized {
     fn random(&self) -> u32;
     fn load(&self, id: u16) -> Option<&Load>;
 
+    /// Parts of `translate`: in the kernel, functions of their own.
+    fn find_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        hash: FlowHash,
+        shape: Shape,
+    ) -> Found {
+        translate::find(packet, self, target, hash, shape)
+    }
+    fn open_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        hash: FlowHash,
+        shape: Shape,
+    ) -> Found {
+        translate::open(packet, self, target, hash, shape)
+    }
+    fn send_translated<P: Packet>(
+        &self,
+        packet: &mut P,
+        target: VipTarget,
+        position: u32,
+        shape: Shape,
+    ) -> Passed {
+        translate::send(packet, self, target, position, shape)
+    }
+    fn reply_translated<P: Packet>(&self, packet: &mut P, source: u32, shape: Shape) -> Passed {
+        translate::reply(packet, self, source, shape)
+    }
+
+    /// Rooms for connections; constant while a program is loaded.
+    fn rooms(&self) -> Rooms {
+        Rooms::default()
+    }
+    fn connection_bucket(&self, _index: u32) -> Option<&PinBucket> {
+        None
+    }
+    /// The record that belongs to a place.
+    fn record(&self, _position: u32) -> Option<&Record> {
+        None
+    }
+    /// An address that clients' are translated to.
+    fn source(&self, _index: u32) -> Option<&Source> {
+        None
+    }
+    /// Monotonic nanoseconds; dear.
+    fn precise_clock(&self) -> u64 {
+        self.clock()
+    }
+
     /// Whether one more of this kind may be sent or made now.
     fn admit(&self, answer: Limited) -> bool;
 
@@ -83,6 +142,8 @@ pub trait Tables: Sized {
     fn count_vip(&self, vip: u32, bytes: u64);
     fn count_backend(&self, id: u16, bytes: u64);
     fn count_pin(&self, event: PinEvent);
+    /// A packet of a backend to a client.
+    fn count_reply(&self, _id: u16, _reply: Reply) {}
 }
 
 #[cfg(test)]

@@ -146,7 +146,7 @@ fn rule<T: Tables>(tables: &T, entry: VipTarget, key: PortKey) -> VipTarget {
 /// What becomes of a packet that no service takes, by the entry of its VIP.
 #[inline(always)]
 pub const fn unmapped(entry: VipTarget) -> Outcome {
-    if entry.is_none() {
+    if entry.is_none() || entry.source() != 0 {
         Outcome::PassNotVip
     } else if entry.has(VipTarget::UNMAPPED_PASS) {
         Outcome::PassVipUnmapped

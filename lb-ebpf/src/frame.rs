@@ -103,6 +103,11 @@ impl Packet for Frame<'_> {
     }
 
     #[inline(always)]
+    fn context(&self) -> *mut core::ffi::c_void {
+        self.context.as_ptr()
+    }
+
+    #[inline(always)]
     fn ingress_ifindex(&self) -> u32 {
         self.context.ingress_ifindex() as u32
     }

@@ -2,8 +2,8 @@
 //! the loader makes the maps from it, and the plan refuses what does not fit.
 
 use lb_common::abi::{
-    BACKEND_PASS, FILTER_WORDS, OUTCOME_ROWS, PIN_EVENT_ROWS, PINS_PER_BUCKET, RULES_PER_ROW,
-    SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS, VIP4_WAYS, VIP6_WAYS, map,
+    BACKEND_PASS, FILTER_WORDS, MOST_INTERFACES, MOST_SOURCES, OUTCOME_ROWS, PIN_EVENT_ROWS, PINS_PER_BUCKET,
+    RULES_PER_ROW, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS, VIP4_WAYS, VIP6_WAYS, map,
 };
 
 use crate::config::model::Limits;
@@ -26,9 +26,12 @@ pub struct Capacity {
     pub slot_rows: u32,
     /// Rows for all ids, whatever `limits.backends` says.
     pub backend_rows: u32,
+    /// Ways out to next hops. Behind them lies a way back for each interface.
     pub egress_rows: u32,
     /// Buckets of pins, a power of two.
     pub pin_buckets: u32,
+    /// Buckets of connections; 0 where nothing is translated.
+    pub connection_buckets: u32,
 }
 
 impl Capacity {
@@ -44,6 +47,7 @@ impl Capacity {
             backend_rows: u32::from(BACKEND_PASS) + 1,
             egress_rows: EGRESS_ROWS,
             pin_buckets: limits.pins.div_ceil(PINS_PER_BUCKET as u32).next_power_of_two(),
+            connection_buckets: limits.connections / PINS_PER_BUCKET as u32,
         }
     }
 
@@ -69,6 +73,16 @@ impl Capacity {
         2 * self.vips
     }
 
+    /// Rows of all ways out: to next hops, and back out of each interface.
+    pub fn way_rows(&self) -> u32 {
+        self.egress_rows + MOST_INTERFACES
+    }
+
+    /// Connections at a time.
+    pub fn connections(&self) -> u32 {
+        self.connection_buckets * PINS_PER_BUCKET as u32
+    }
+
     /// Rows of each map by name, with the bytes of a value and whether every CPU has its own.
     pub fn rows(&self) -> Vec<MapRows> {
         let row = |name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu };
@@ -83,9 +97,14 @@ impl Capacity {
             row(map::TABLE_STATES, self.tables, 64, false),
             row(map::SLOTS, self.slot_rows, 64, false),
             row(map::BACKENDS, self.backend_rows, 64, false),
-            row(map::EGRESS, self.egress_rows, 64, false),
+            row(map::EGRESS, self.way_rows(), 64, false),
             row(map::PINS, self.pin_buckets, 64, false),
             row(map::LOADS, self.backend_rows, 16, false),
+            // A map has one row at the least.
+            row(map::CONNECTIONS, self.connection_buckets.max(1), 64, false),
+            row(map::RECORDS, self.connections().max(1), 64, false),
+            row(map::SOURCES, MOST_SOURCES, 24, false),
+            row(map::REPLIES, if self.connection_buckets == 0 { 1 } else { self.backend_rows }, 40, true),
             row(map::PIN_EVENTS, PIN_EVENT_ROWS, 8, true),
             row(map::OUTCOMES, OUTCOME_ROWS, 8, true),
             row(map::VIP_TRAFFIC, self.vip_rows(), 16, true),
@@ -111,8 +130,9 @@ impl Capacity {
             tables: rows(map::TABLES)?,
             slot_rows: rows(map::SLOTS)?,
             backend_rows: rows(map::BACKENDS)?,
-            egress_rows: rows(map::EGRESS)?,
+            egress_rows: rows(map::EGRESS)?.checked_sub(MOST_INTERFACES)?,
             pin_buckets: rows(map::PINS)?,
+            connection_buckets: rows(map::RECORDS)? / PINS_PER_BUCKET as u32,
         })
     }
 }

@@ -242,6 +242,7 @@ fn slot_state(word: TableWord, slot: Slot) -> String {
 
 fn forward_name(row: &Backend) -> Option<String> {
     let port = row.port.get();
+    let to_port = |name: &str| if port == 0 { name.to_owned() } else { format!("{name} to port {port}") };
     Some(match BackendKind::from_raw(row.kind)? {
         BackendKind::Nobody => "nobody".to_owned(),
         BackendKind::Pass => "pass".to_owned(),
@@ -250,6 +251,8 @@ fn forward_name(row: &Backend) -> Option<String> {
         BackendKind::L2 => "l2".to_owned(),
         BackendKind::Gue4 => format!("gue over IPv4 to port {port}"),
         BackendKind::Gue6 => format!("gue over IPv6 to port {port}"),
+        BackendKind::Nat4 | BackendKind::Nat6 => to_port("nat"),
+        BackendKind::Fullnat4 | BackendKind::Fullnat6 => to_port("fullnat"),
     })
 }
 
@@ -262,8 +265,8 @@ pub fn address(row: &Backend) -> Option<IpAddr> {
     };
     match BackendKind::from_raw(row.kind)? {
         BackendKind::Nobody | BackendKind::Pass => None,
-        BackendKind::Ipip4 | BackendKind::Gue4 => Some(v4()),
-        BackendKind::Ipip6 | BackendKind::Gue6 => Some(v6()),
+        BackendKind::Ipip4 | BackendKind::Gue4 | BackendKind::Nat4 | BackendKind::Fullnat4 => Some(v4()),
+        BackendKind::Ipip6 | BackendKind::Gue6 | BackendKind::Nat6 | BackendKind::Fullnat6 => Some(v6()),
         BackendKind::L2 if row.address[1] == 0 && row.address[0] >> 32 == 0 => Some(v4()),
         BackendKind::L2 => Some(v6()),
     }

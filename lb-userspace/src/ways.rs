@@ -4,6 +4,8 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use lb_common::nat;
+
 use crate::config::model::{Config, Forward};
 use crate::nexthop::Way;
 use crate::reconcile::desired::kind;
@@ -68,6 +70,7 @@ impl<'c> Judge<'c> {
         match self.config.pools[pool].forward {
             Forward::L2 => on_link(way)?,
             Forward::Ipip | Forward::Gue { .. } => self.has_source(address, way)?,
+            Forward::Nat { .. } | Forward::Fullnat { .. } => {}
         }
         self.has_room(pool, address, way)
     }
@@ -76,9 +79,12 @@ impl<'c> Judge<'c> {
         self.served[pool]
     }
 
-    /// Bytes of the longest packet of a client that gets to a backend, and what is put in front of it.
+    /// Bytes of the longest packet of a client that gets to a backend, and what is put in front of it, or what the header of
+    /// the backend's family takes more than that of the client's.
     pub fn room(&self, pool: usize, address: IpAddr, way: &Way<'_>) -> (u16, u16) {
-        let overhead = kind(self.config.pools[pool].forward, address).overhead();
+        let kind = kind(self.config.pools[pool].forward, address);
+        let widens = kind.translates_source() && address.is_ipv6() && self.served[pool].v4;
+        let overhead = if widens { nat::FAMILY_STEP as u16 } else { kind.overhead() };
         (way.mtu.saturating_sub(overhead), overhead)
     }
 

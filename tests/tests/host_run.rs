@@ -13,14 +13,15 @@ use lb_common::outcome::{Action, DecapOutcome, Outcome};
 use lb_common::packet::Buffer;
 use lb_common::slots::Slot;
 use lb_common::wire::Mac;
+use lb_userspace::reconcile::connections::Connections;
 use lb_userspace::reconcile::desired::desired;
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
-use lb_userspace::reconcile::pins::Pins;
+use lb_userspace::reconcile::pins::{Pins, coarse_ns};
 use lb_userspace::reconcile::plan::plan_at_once;
 use proptest::prelude::*;
 use tests::fixtures::{
-    self, AWAY, DecapSite, Dice, HEADROOM, INGRESS, Row, Setting, Transport, VIP4, VIP6, ages, check,
-    check_decap, decap_rows, moving_rows, packet, rows,
+    self, AWAY, DecapSite, Dice, HEADROOM, Heard, INGRESS, PLACES, Place, Row, Setting, Transport, VIP4,
+    VIP6, ages, check, check_decap, decap_rows, moving_rows, packet, rows, translated_rows,
 };
 
 /// What became of a frame.
@@ -53,11 +54,16 @@ fn images() -> HashMap<Setting, Image> {
 /// What holds for every frame, whatever it is.
 fn assert_sound(name: &str, frame: &[u8], run: &Run) {
     assert_eq!(run.trail.outcomes, [run.outcome], "{name}: the outcome is counted once");
-    let forwarded = run.outcome.counter().starts_with("forward_");
+    let counter = run.outcome.counter();
+    let back = counter.starts_with("forward_reply_");
+    let heard = back || run.trail.reply.is_some() && is_halfway(run.outcome);
+    assert_eq!(run.trail.reply.is_some(), heard, "{name}: what comes back is counted");
+    let forwarded = counter.starts_with("forward_") && !back;
     assert_eq!(run.trail.vip.is_some(), forwarded, "{name}: the VIP's counter");
     assert_eq!(run.trail.backend.is_some(), forwarded, "{name}: the backend's counter");
     assert_eq!(run.ifindex != 0, run.outcome.action() == Action::Redirect, "{name}: the way out");
     match run.outcome.action() {
+        Action::Drop if is_halfway(run.outcome) => {}
         Action::Pass | Action::Drop => assert_eq!(run.output, frame, "{name}: changed, but not sent"),
         Action::Transmit | Action::Redirect => {
             let length = ip_length(&run.output);
@@ -67,6 +73,11 @@ fn assert_sound(name: &str, frame: &[u8], run: &Run) {
             );
         }
     }
+}
+
+/// Dropped when its translation may have begun.
+fn is_halfway(outcome: Outcome) -> bool {
+    matches!(outcome, Outcome::DropUntranslatable | Outcome::DropNoChecksum | Outcome::DropHeadroom)
 }
 
 impl std::fmt::Debug for Run {
@@ -151,6 +162,39 @@ fn every_fixture_of_flows_on_the_move_ends_as_its_row_says_and_leaves_the_pin_th
             .extend(checks.into_iter().filter_map(Result::err).map(|error| format!("{}: {error}", row.name)));
     }
     assert!(failures.is_empty(), "{} faults:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_fixture_of_translated_connections_ends_as_its_row_says_and_leaves_the_connection_that_it_should() {
+    let at_rest = fixtures::image(Setting::Translated);
+    let rows = translated_rows(&at_rest);
+    let mut failures = Vec::new();
+    for translated in &rows {
+        let row = &translated.row;
+        let mut image = at_rest.clone();
+        translated.ops.iter().for_each(|op| image.apply(op));
+        image.connections = Connections::in_memory(PLACES as usize);
+        let (age, from) = (*ages().start(), coarse_ns());
+        let staged = translated.staged(age);
+        staged.iter().for_each(|(position, place)| place.put(&image.connections, *position));
+        let run = run(&image, &row.frame);
+        let (ages, times) = (age..=*ages().end(), from..=coarse_ns());
+        assert_sound(&row.name, &row.frame, &run);
+        let at = |position| Place::left(&image.connections, &run.trail, position);
+        let heard = run.trail.reply.map(|(backend, reply)| Heard::of(backend, reply));
+        let checks = [
+            check(row, run.outcome, &run.output),
+            translated.check(&run.output, &staged, &at, &ages, &times),
+            if heard == translated.heard { Ok(()) } else { Err(format!("counts {heard:?}")) },
+        ];
+        let wrong = checks.into_iter().filter_map(Result::err);
+        failures.extend(wrong.map(|error| format!("{}: {error}", row.name)));
+        if run.outcome.action() == Action::Redirect {
+            assert_eq!(run.ifindex, AWAY, "{}", row.name);
+        }
+    }
+    assert!(failures.is_empty(), "{} faults:\n{}", failures.len(), failures.join("\n"));
+    eprintln!("{} fixtures of translated connections", rows.len());
 }
 
 #[test]

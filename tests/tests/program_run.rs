@@ -17,10 +17,11 @@ use lb_userspace::bpf::{BALANCER, DECAP, Datapath, DecapProgram, Maps, figures};
 use lb_userspace::reconcile::desired::{LoadTime, desired};
 use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::op::MapOp;
+use lb_userspace::reconcile::pins::coarse_ns;
 use lb_userspace::reconcile::plan::plan_at_once;
 use tests::fixtures::{
-    self, DecapSite, Dice, HEADROOM, INGRESS, MovingRow, Row, SEED, Setting, Staged, ages, check,
-    check_decap, decap_rows, moving_rows, rows, xdp_verdict,
+    self, DecapSite, Dice, HEADROOM, Heard, INGRESS, MovingRow, PLACES, Place, Row, SEED, Setting, Staged,
+    TranslatedRow, ages, check, check_decap, decap_rows, moving_rows, rows, translated_rows, xdp_verdict,
 };
 use tests::kernel::{RunDir, left_out};
 
@@ -28,6 +29,9 @@ use tests::kernel::{RunDir, left_out};
 const SHORTEST: usize = 14;
 /// Longest frame in these tests, with room for a tunnel header.
 const LONGEST: usize = 4096;
+
+/// How far the coarse clock may be behind, nanoseconds.
+const TICK: u64 = 20_000_000;
 
 /// The loaded program, and what its counters should show.
 struct Kernel {
@@ -52,6 +56,9 @@ impl Kernel {
         let mut datapath = Datapath::open(dir.fs().unwrap_or_else(|e| panic!("{e:#}")), capacity, load_time)
             .unwrap_or_else(|error| panic!("{}", chain(&error)));
         datapath.maps.set_interface(INGRESS, fixtures::interface()).expect("the interface's row");
+        for op in fixtures::ways_back() {
+            datapath.maps.apply(&op).unwrap_or_else(|error| panic!("{op:?}: {}", chain(&error)));
+        }
         let before = datapath.maps.image().expect("a copy of fresh maps");
         let desired = desired(&setting.config(), &setting.world());
         for op in plan_at_once(&before, &desired, &capacity).expect("the fixtures are within their limits") {
@@ -125,6 +132,43 @@ impl Kernel {
         self.carry_out(&staged.undo);
         self.image = at_rest;
         ran
+    }
+
+    /// As `compare_moving`, of a row of translated connections.
+    fn compare_translated(&mut self, translated: &TranslatedRow) -> (Outcome, Vec<u8>) {
+        let name = &translated.row.name;
+        let at_rest = self.image.clone();
+        self.carry_out(&translated.ops);
+        self.image = self.datapath.maps.image().expect("a copy of the maps");
+        let connections = self.image.connections.clone();
+        let (age, from) = (*ages().start(), coarse_ns());
+        let staged = translated.staged(age);
+        staged.iter().for_each(|(position, place)| place.put(&connections, *position));
+        let (.., trail) = host(&self.image, &translated.row.frame);
+        let expected: Vec<Place> =
+            (0..PLACES).map(|position| Place::left(&connections, &trail, position)).collect();
+        let counted = |kernel: &Self| {
+            let (id, _) = trail.reply?;
+            kernel.datapath.maps.counters().replies(id).expect("a counter")
+        };
+        let before = counted(self);
+        let (outcome, output) = self.compare(name, &translated.row.frame);
+        let (ages, times) = (age..=*ages().end(), from..=coarse_ns() + TICK);
+        let at = |position| Place::at(&connections, position);
+        let checked = translated.check(&output, &staged, &at, &ages, &times);
+        checked.unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (position, expected) in (0..PLACES).zip(expected) {
+            let found = at(position);
+            assert_eq!(found.timeless(), expected.timeless(), "{name}: place {position}");
+        }
+        if let Some((before, after)) = before.zip(counted(self)) {
+            let heard = Heard::between(trail.reply.map_or(0, |(id, _)| id), before, after);
+            assert_eq!(Some(heard), translated.heard, "{name}: what is counted of answers");
+        }
+        (0..PLACES).for_each(|position| Place::FREE.put(&connections, position));
+        self.carry_out(&translated.undo);
+        self.image = at_rest;
+        (outcome, output)
     }
 
     fn carry_out(&mut self, ops: &[MapOp]) {
@@ -267,6 +311,26 @@ fn every_fixture_of_flows_on_the_move_ends_in_the_kernel_as_on_the_host_and_leav
     }
     assert_eq!(frames, rows.len() as u64, "every row has its turn");
     eprintln!("{frames} fixtures of flows on the move");
+}
+
+#[test]
+fn every_fixture_of_translated_connections_ends_in_the_kernel_as_on_the_host_and_leaves_the_same_connections()
+{
+    if left_out(
+        "every_fixture_of_translated_connections_ends_in_the_kernel_as_on_the_host_and_leaves_the_same_connections",
+    ) {
+        return;
+    }
+    let setting = Setting::Translated;
+    let mut kernel = Kernel::load(setting, setting.features());
+    let rows = translated_rows(&kernel.image);
+    for translated in &rows {
+        let (outcome, output) = kernel.compare_translated(translated);
+        let row = &translated.row;
+        check(row, outcome, &output).unwrap_or_else(|error| panic!("{}: {error}", row.name));
+    }
+    let frames = kernel.finish();
+    eprintln!("{frames} fixtures of translated connections");
 }
 
 #[test]
@@ -513,7 +577,7 @@ fn map_names_in_the_objects_are_those_of_the_abi() {
         assert!(has(DECAP, name), "decap has no map {name}");
         assert!(name.len() <= 15, "the kernel cuts {name}");
     }
-    assert_eq!(Maps::PINNED.len(), 19);
+    assert_eq!(Maps::PINNED.len(), 23);
     assert!(Maps::PINNED.iter().all(|name| name.len() <= 15));
     assert!(abi::OUTCOME_ROWS as usize >= Outcome::ALL.len());
 }

@@ -23,6 +23,18 @@ impl Address6 {
         Self { high: u64::from_ne_bytes(high), low: u64::from_ne_bytes(low) }
     }
 
+    /// An IPv4 address (memory in wire order) as it is written in IPv6 (RFC 4291, section 2.5.5.2).
+    #[inline(always)]
+    pub const fn mapped(address: u32) -> Self {
+        Self { high: 0, low: 0xffff_0000 | (address as u64) << 32 }
+    }
+
+    /// The IPv4 address that `mapped` wrote.
+    #[inline(always)]
+    pub const fn v4(self) -> u32 {
+        (self.low >> 32) as u32
+    }
+
     /// `::ffff:0:0/96` (RFC 4291, 2.5.5.2): a way to write IPv4 addresses, never one on the wire.
     #[inline(always)]
     pub const fn is_mapped_v4(self) -> bool {

@@ -11,7 +11,7 @@ use super::core::{BackendKey, NextHops, keys};
 use crate::config::model::{CheckKind, Config, Forward, Service};
 use crate::health::Fsm;
 use crate::nexthop::{Link, NextHop};
-use crate::reconcile::desired::{backend_identity, forward_of, table_identity};
+use crate::reconcile::desired::{backend_identity, forward_of, identity_of, table_identity};
 use crate::reconcile::image::Image;
 
 /// Who was not down is up until its first verdict.
@@ -48,8 +48,7 @@ pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
     let held = |service: &Service, level: usize| -> u32 {
         let pool = &config.pools[level];
         let backends = pool.backends.iter();
-        let holders =
-            backends.filter_map(|b| ids.get(&backend_identity(&pool.name, pool.forward, b.address)));
+        let holders = backends.filter_map(|b| ids.get(&identity_of(pool, b)));
         let tables = service.protocols.iter().filter_map(|&protocol| {
             tables.get(&table_identity(config.pool_of(service), protocol, service.scheduler))
         });
@@ -69,9 +68,9 @@ pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
 /// Next hops hold until the kernel says otherwise. `known` are the interfaces that are there, by their index.
 pub fn next_hops<'l>(config: &Config, image: &Image, known: impl Fn(u32) -> Option<&'l Link>) -> NextHops {
     let ids = image.ids();
-    let adopt = |(key, pool, _): (BackendKey, usize, usize)| {
-        let forward = config.pools[pool].forward;
-        let id = *ids.get(&backend_identity(&key.pool, forward, key.address))?;
+    let adopt = |(key, pool, backend): (BackendKey, usize, usize)| {
+        let pool = &config.pools[pool];
+        let id = *ids.get(&identity_of(pool, &pool.backends[backend]))?;
         let path = Path::from_bits(image.backends[usize::from(id)].path);
         let egress = image.egress.get(usize::from(path.egress())).filter(|egress| egress.ifindex != 0)?;
         Some((key.address, Ok(next_hop(key.address, path, egress, known(egress.ifindex)))))

@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
-use lb_common::abi::{Pin, TableState};
+use lb_common::abi::{Pin, Source, TableState};
 use tracing::{info, warn};
 
 use super::commands::Held;
@@ -17,10 +18,12 @@ use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
 use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
+use crate::reconcile::connections;
 use crate::reconcile::desired::{Desired, LoadTime, World, desired, ways_to};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
+use crate::reconcile::plan::sources;
 use crate::reconcile::plan::{PlanError, carried, counter_rows, image_of, plan_at_once, present_vips};
 use crate::reconcile::repin::{Spread, copy, renew};
 
@@ -34,7 +37,8 @@ impl Core {
         found: NextHops,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
-        let (Held { overrides, config }, ended, cut) = self.with_file(&file);
+        let (Held { overrides, mut config }, ended, cut) = self.with_file(&file);
+        self.keep_connections(&mut config);
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
         preflight(&config, &capacity)?;
@@ -97,6 +101,15 @@ impl Core {
         Ok(())
     }
 
+    /// A configuration that translates nothing any more still has what its connections need, as long as there are any.
+    fn keep_connections(&self, config: &mut Config) {
+        let free = |word: &AtomicU64| Pin::from_bits(word.load(Ordering::Relaxed)).is_free();
+        if config.limits.connections == 0 && !self.image.connections.words().iter().all(free) {
+            config.limits.connections = self.config.limits.connections;
+            config.sources = self.config.sources.clone();
+        }
+    }
+
     /// The program that can do what the old tables and the new ones need, on every interface.
     async fn widen(
         &mut self,
@@ -128,7 +141,7 @@ impl Core {
         let old = LoadTime::of_meta(self.datapath.meta());
         let mut next = self.datapath.renewed(capacity, LoadTime::of(&self.config).with(old.features))?;
         let image = match carry(&mut next, &mut self.datapath.maps, &self.image) {
-            Ok(image) => image,
+            Ok(image) => with_sources(&mut next, image, &desired(&self.config, &World::default()))?,
             Err(error) => {
                 set_closing(&mut self.datapath.maps, &self.image, 0)?;
                 self.begin_tracking()?;
@@ -158,6 +171,7 @@ impl Core {
         before.apply(&MapOp::Grace)?;
         let (old, now) = (before.pins(), Pin::age_of(coarse_ns()));
         renew(old.words(), image.pins.words(), now);
+        connections::renew(&before.connections(), &image.connections, now);
         let spread =
             Spread::of(self.tracking.spread.take(), old.words().len(), image.pins.words().len(), now);
         self.image = Image { meta: *self.datapath.meta(), ..image };
@@ -246,7 +260,8 @@ pub(super) fn carry(next: &mut Datapath, before: &mut Maps, from: &Image) -> any
     for op in &ops {
         next.maps.apply(op)?;
     }
-    let image = Image { pins: next.maps.pins(), ..image_of(&ops, next.capacity(), *next.meta()) };
+    let (pins, connections) = (next.maps.pins(), next.maps.connections());
+    let image = Image { pins, connections, ..image_of(&ops, next.capacity(), *next.meta()) };
     inherit(next, before, from, &image)?;
     set_closing(before, from, TableState::FROZEN)?;
     let copied = copy(before.pins().words(), image.pins.words(), Pin::age_of(coarse_ns()));
@@ -257,10 +272,31 @@ pub(super) fn carry(next: &mut Datapath, before: &mut Maps, from: &Image) -> any
             "there is no room for all pins; those that were silent for longest are gone, and their flows go where their slots lead"
         );
     }
+    let moved = connections::copy(&before.connections(), &image.connections);
+    if moved.dropped > 0 {
+        let connections::Copied { from, dropped } = moved;
+        warn!(
+            connections = from,
+            dropped, "there are fewer places for connections than before; those beyond them end"
+        );
+    }
     for (_, id) in image.ids() {
         next.maps.set_active(id, before.active(id));
     }
     next.complete();
+    Ok(image)
+}
+
+/// Fills rows of sources that are new: packets take their ports from the first on.
+fn with_sources(next: &mut Datapath, mut image: Image, wanted: &Desired) -> Result<Image, MapsError> {
+    let rows = sources::place(&image, wanted);
+    for (row, source) in (0u16..).zip(rows) {
+        if image.sources[usize::from(row)] == Source::default() && source != Source::default() {
+            let op = MapOp::WriteSource { row, source };
+            next.maps.apply(&op)?;
+            image.apply(&op);
+        }
+    }
     Ok(image)
 }
 

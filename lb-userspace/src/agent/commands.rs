@@ -12,7 +12,7 @@ use super::overrides::{self, Cause, End, Ended, Entry, Exit, Overrides, Recovere
 use super::snapshot::{Remaining, Snapshot};
 use crate::config::model::{Backend, Config, OnEmpty, Pool};
 use crate::config::{did_you_mean, show_duration};
-use crate::reconcile::desired::backend_identity;
+use crate::reconcile::desired::identity_of;
 use crate::reconcile::image::Image;
 
 /// What is asked of a backend.
@@ -91,9 +91,10 @@ impl Held {
         let ids = before.ids();
         let has_row = |key: &BackendKey| {
             let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
-            pool.is_some_and(|pool| {
-                ids.contains_key(&backend_identity(&pool.name, pool.forward, key.address))
-            })
+            let of = |pool: &Pool| {
+                pool.backends.iter().find(|b| b.address == key.address).map(|b| identity_of(pool, b))
+            };
+            pool.and_then(of).is_some_and(|identity| ids.contains_key(&identity))
         };
         let gone: HashSet<_> = self.overrides.leaving().filter(|key| !has_row(key)).cloned().collect();
         self.overrides.let_go(&gone);
@@ -269,7 +270,8 @@ impl Core {
         let named: HashSet<u16> = self.image.servers.values().copied().collect();
         let id_of = |key: &BackendKey| {
             let pool = self.config.pools.iter().find(|pool| pool.name == key.pool)?;
-            let identity = backend_identity(&pool.name, pool.forward, key.address);
+            let backend = pool.backends.iter().find(|backend| backend.address == key.address)?;
+            let identity = identity_of(pool, backend);
             self.index().ids.get(&identity).copied().filter(|id| named.contains(id))
         };
         let ids = self.overrides.exits().filter_map(|(key, _)| id_of(key));
@@ -296,7 +298,9 @@ impl Core {
 
     fn remaining_at(&self, key: &BackendKey) -> Remaining {
         let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
-        pool.map_or_else(Remaining::default, |pool| self.remaining_of(pool, key.address))
+        let found =
+            pool.and_then(|pool| Some((pool, pool.backends.iter().find(|b| b.address == key.address)?)));
+        found.map_or_else(Remaining::default, |(pool, backend)| self.remaining_of(pool, backend))
     }
 }
 
@@ -345,7 +349,7 @@ fn apply(
 }
 
 /// The backend of this name or address, with its place among all.
-fn find<'c>(
+pub(super) fn find<'c>(
     config: &'c Config,
     text: &str,
 ) -> Result<(usize, BackendKey, &'c Pool, &'c Backend), CommandError> {

@@ -14,11 +14,13 @@ use tracing::{info, warn};
 use super::adopt;
 use super::changeover::inherit;
 use super::commands::{Held, tell};
+use super::connections::{Filter, flush};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
 use super::snapshot::{
-    BackendState, BackendView, Index, Moving, PinsStatus, PoolView, Reloads, Remaining, Snapshot, Transitions,
+    BackendState, BackendView, ConnectionCounts, ConnectionsStatus, Index, Moving, PinsStatus, PoolView,
+    Reloads, Remaining, Snapshot, Transitions,
 };
 use super::steering::Steering;
 use super::tracking::Tracking;
@@ -26,10 +28,10 @@ use super::verify::{self, Verification};
 use super::yielded::Yielded;
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, Maps, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Check, CheckKind, Config, Pool};
+use crate::config::model::{Backend, Check, CheckKind, Config, Pool};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{LoadTime, World, backend_identity, desired, table_identity};
+use crate::reconcile::desired::{BackendRef, LoadTime, World, desired, identity_of, table_identity};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan_at_once};
 use crate::ways::Judge;
@@ -249,13 +251,16 @@ impl Core {
     /// The rows of interfaces are not planned: they say what the kernel has.
     pub(super) fn read_interfaces(&mut self) -> anyhow::Result<()> {
         self.image.interfaces = self.datapath.maps.interfaces()?;
+        for (row, egress) in self.datapath.maps.ways_back() {
+            self.image.egress[usize::from(row)] = egress;
+        }
         Ok(())
     }
 
     pub fn start_checks(&mut self) {
-        let targets = keys(&self.config).map(|(key, pool, _)| {
-            let address = key.address;
-            (key, address, self.config.pools[pool].check.clone())
+        let targets = keys(&self.config).map(|(key, pool, backend)| {
+            let (address, pool) = (key.address, &self.config.pools[pool]);
+            (key, address, pool.check_of(&pool.backends[backend]))
         });
         self.checker.set(targets.collect());
     }
@@ -390,7 +395,8 @@ impl Core {
 
     pub fn snapshot(&self, now: Instant) -> Snapshot {
         let judge = self.judge();
-        let view = |(key, pool, _): (BackendKey, usize, usize)| self.view(&judge, &key, pool, now);
+        let view =
+            |(key, pool, backend): (BackendKey, usize, usize)| self.view(&judge, &key, (pool, backend), now);
         let index = self.index();
         let pool = |(place, pool): (usize, &Pool)| {
             let (in_use, panic) = self.steering.in_use(&pool.name);
@@ -425,16 +431,37 @@ impl Core {
                 sweep_seconds: self.tracking.found.took.as_secs_f64(),
                 sweeping: self.tracking.has_to_sweep(&self.image),
             },
+            connections: self.connections_status(),
+            places: self.image.connections.clone(),
             index: Arc::clone(index),
             counters: Arc::clone(self.datapath.maps.counters()),
         }
+    }
+
+    /// Takes connections out, as packets and sweeps do it.
+    pub fn flush(&self, filter: &Filter) -> Result<u64, String> {
+        let flushed = flush(&self.image.connections, self.index(), Some(&self.config), filter)?;
+        info!(connections = flushed, ?filter, "connections flushed by command");
+        Ok(flushed)
+    }
+
+    fn connections_status(&self) -> Option<ConnectionsStatus> {
+        let room = self.image.connections.len() as u64;
+        (room > 0).then_some(ConnectionsStatus { connections: self.tracking.found.connections, room })
     }
 
     pub(super) fn index(&self) -> &Arc<Index> {
         self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
     }
 
-    fn view(&self, judge: &Judge<'_>, key: &BackendKey, pool: usize, now: Instant) -> BackendView {
+    fn view(
+        &self,
+        judge: &Judge<'_>,
+        key: &BackendKey,
+        (pool, backend): BackendRef,
+        now: Instant,
+    ) -> BackendView {
+        let backend = &self.config.pools[pool].backends[backend];
         let (health, check) = self.state(judge, key, pool, now);
         let exit = self.overrides.exit(key);
         let state = match exit.map(|exit| exit.cause) {
@@ -452,14 +479,22 @@ impl Core {
             exit: exit.cloned(),
             file_weight: said.filter(|said| said.weight.is_some()).map(|said| said.entry.weight),
             starting: self.steering.share(key),
-            remaining: self.remaining_of(&self.config.pools[pool], key.address),
+            remaining: self.remaining_of(&self.config.pools[pool], backend),
+            connections: self.connections_of(&self.config.pools[pool], backend),
         }
     }
 
     /// What still names a backend.
-    pub(super) fn remaining_of(&self, pool: &Pool, address: IpAddr) -> Remaining {
-        let identity = backend_identity(&pool.name, pool.forward, address);
+    pub(super) fn remaining_of(&self, pool: &Pool, backend: &Backend) -> Remaining {
+        let identity = identity_of(pool, backend);
         self.index().ids.get(&identity).map_or_else(Remaining::default, |id| self.remaining(*id))
+    }
+
+    /// Connections of a backend, where its pool has any.
+    fn connections_of(&self, pool: &Pool, backend: &Backend) -> Option<ConnectionCounts> {
+        let id = self.index().ids.get(&identity_of(pool, backend));
+        let counts = || id.map_or([0; 4], |&id| self.tracking.found.of(id).connections);
+        pool.forward.translates().then(|| ConnectionCounts::of(counts()))
     }
 
     /// What still names an id.

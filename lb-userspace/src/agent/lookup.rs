@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::core::Core;
 use crate::config::model::Backend;
 use crate::lookup::{self, Explanation, Given, interfaces};
-use crate::reconcile::desired::{backend_identity, protocol_number};
+use crate::reconcile::desired::{identity_of, protocol_number};
 
 /// Frames, in the order of the answer.
 #[derive(Debug)]
@@ -63,10 +63,8 @@ impl Core {
         let row = told.backend_id.and_then(|id| self.image.backends.get(usize::from(id)));
         let Some((identity, address)) = row.map(|row| row.identity).zip(told.backend_address) else { return };
         for pool in &self.config.pools {
-            let is_it = |backend: &&Backend| {
-                backend.address == address
-                    && backend_identity(&pool.name, pool.forward, backend.address) == identity
-            };
+            let is_it =
+                |backend: &&Backend| backend.address == address && identity_of(pool, backend) == identity;
             if let Some(backend) = pool.backends.iter().find(is_it) {
                 (told.pool, told.backend) = (Some(pool.name.clone()), Some(backend.name.clone()));
             }

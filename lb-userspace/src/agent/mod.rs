@@ -5,6 +5,7 @@
 mod adopt;
 mod changeover;
 mod commands;
+pub mod connections;
 mod core;
 pub mod diff;
 mod interfaces;
@@ -43,6 +44,7 @@ use crate::lookup::Explanation;
 use crate::nexthop::{Event, Follower, Resolver};
 
 pub use self::commands::{Action, Command, CommandError, Done, Timeout};
+use self::connections::Filter;
 use self::core::{BackendKey, Core};
 pub use self::core::{keys, preflight};
 use self::diff::Comparison;
@@ -93,6 +95,8 @@ pub enum Request {
     Verify(oneshot::Sender<anyhow::Result<Verification>>),
     Compare(oneshot::Sender<Comparison>),
     Command(Command, oneshot::Sender<Result<Done, CommandError>>),
+    /// The connections go; an error says what is not known.
+    Flush(Filter, oneshot::Sender<Result<u64, String>>),
     Reload(oneshot::Sender<Result<Summary, Refused>>),
 }
 
@@ -289,6 +293,7 @@ async fn answer(
         Request::Verify(reply) => _ = reply.send(core.verification(resolver).await),
         Request::Compare(reply) => _ = reply.send(core.comparison(Instant::now())),
         Request::Command(command, reply) => _ = reply.send(core.command(&command)),
+        Request::Flush(filter, reply) => _ = reply.send(core.flush(&filter)),
         Request::Reload(reply) => return Some(reply),
     }
     None

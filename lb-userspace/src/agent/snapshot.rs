@@ -8,11 +8,13 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::connections::ConnectionState;
 use super::overrides::{Exit, Uptime};
-use lb_common::abi::TableWord;
+use lb_common::abi::{Backend as Row, BackendKind, Source, TableWord};
 
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
+use crate::reconcile::connections::Connections;
 use crate::reconcile::entries::Counted;
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{counter_rows, present_vips};
@@ -63,6 +65,10 @@ pub struct Index {
     tables: HashMap<u64, Moving>,
     /// Rows of counters.
     pub vips: BTreeMap<Counted, u32>,
+    /// Rows of backends whose connections have their addresses translated, by id.
+    pub translated: BTreeMap<u16, Row>,
+    /// Addresses that clients' are translated to.
+    pub sources: Vec<Source>,
 }
 
 impl Index {
@@ -85,7 +91,17 @@ impl Index {
             moving.dirty += u32::from(slot.dirty() && !pins_all);
             moving.held += u32::from(slot.pins() && !slot.dirty());
         }
-        Self { tables, ids: image.ids(), slots, vips: counter_rows(&present_vips(image)) }
+        let translates =
+            |(_, row): &(u16, &Row)| BackendKind::from_raw(row.kind).is_some_and(BackendKind::translates);
+        let translated = (0u16..).zip(&image.backends).filter(translates);
+        Self {
+            tables,
+            ids: image.ids(),
+            slots,
+            vips: counter_rows(&present_vips(image)),
+            translated: translated.map(|(id, row)| (id, *row)).collect(),
+            sources: image.sources.clone(),
+        }
     }
 
     pub fn moving(&self, table: u64) -> Moving {
@@ -129,10 +145,54 @@ pub struct PinsStatus {
     pub sweeping: bool,
 }
 
+/// Connections whose addresses are translated, as the last sweep found them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionsStatus {
+    pub connections: u64,
+    pub room: u64,
+}
+
+/// Connections by their state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionCounts {
+    pub syn: u64,
+    pub established: u64,
+    pub finishing: u64,
+    pub udp: u64,
+}
+
+impl ConnectionCounts {
+    /// By `PinState`.
+    pub fn of([syn, established, finishing, udp]: [u32; 4]) -> Self {
+        let [syn, established, finishing, udp] = [syn, established, finishing, udp].map(u64::from);
+        Self { syn, established, finishing, udp }
+    }
+
+    /// With the names of the states.
+    pub fn each(self) -> [(ConnectionState, u64); 4] {
+        let Self { syn, established, finishing, udp } = self;
+        let counts = [syn, established, finishing, udp];
+        std::array::from_fn(|state| (ConnectionState::ALL[state], counts[state]))
+    }
+
+    pub fn sum(self) -> u64 {
+        self.each().iter().map(|(_, count)| count).sum()
+    }
+}
+
+impl std::ops::AddAssign for ConnectionCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.syn += other.syn;
+        self.established += other.established;
+        self.finishing += other.finishing;
+        self.udp += other.udp;
+    }
+}
+
 /// What still names a backend. Nothing of it is left of one that is drained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remaining {
-    /// Flows that are pinned to it.
+    /// Flows that are pinned to it, and connections that have not ended.
     pub pins: u64,
     /// Slots that lead new flows to it.
     pub slots_new: u32,
@@ -205,6 +265,8 @@ pub struct BackendView {
     /// The file's weight, where another holds.
     pub file_weight: Option<u8>,
     pub remaining: Remaining,
+    /// Nothing where its pool does not translate addresses.
+    pub connections: Option<ConnectionCounts>,
 }
 
 /// Of one pool, in the order of the configuration.
@@ -233,6 +295,10 @@ pub struct Snapshot {
     pub pools: Vec<PoolView>,
     pub backends: Vec<BackendView>,
     pub pins: PinsStatus,
+    /// Nothing where no pool translates addresses.
+    pub connections: Option<ConnectionsStatus>,
+    /// Those that there are now.
+    pub places: Connections,
     pub index: Arc<Index>,
     pub counters: Arc<Counters>,
 }

@@ -4,17 +4,20 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lb_common::abi::Traffic;
+use lb_common::abi::{Replies, Traffic};
 use lb_common::outcome::Outcome;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::core::{BackendKey, keys};
 use super::overrides::{Exit, Uptime};
-use super::snapshot::{BackendState, BackendView, PinsStatus, PoolView, Reload, Remaining, Snapshot};
+use super::snapshot::{
+    BackendState, BackendView, ConnectionCounts, ConnectionsStatus, PinsStatus, PoolView, Reload, Remaining,
+    Snapshot,
+};
 use crate::bpf::{Attached, MapsError};
 use crate::config::model::{Pool, Ports, Vip};
-use crate::reconcile::desired::{backend_identity, protocol_number};
+use crate::reconcile::desired::{identity_of, protocol_number};
 use crate::tables::overlay::FULL;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,6 +34,9 @@ pub struct Status {
     pub pools: Vec<PoolStatus>,
     pub backends: Vec<BackendStatus>,
     pub pins: PinsStatus,
+    /// Nothing where no pool translates addresses.
+    #[serde(default)]
+    pub connections: Option<ConnectionsStatus>,
     /// Every verdict and drop reason, also those that never happened.
     pub outcomes: Vec<OutcomeStatus>,
 }
@@ -84,8 +90,11 @@ pub struct PoolStatus {
     pub slots_moving: u32,
     /// And how many have moved, but for flows with pins.
     pub slots_pinned: u32,
-    /// Flows that are pinned to its backends.
+    /// Flows that are pinned to its backends, and connections to them that have not ended.
     pub pins: u64,
+    /// Nothing where it does not translate addresses.
+    #[serde(default)]
+    pub connections: Option<ConnectionCounts>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -110,12 +119,38 @@ pub struct BackendStatus {
     pub slots: u64,
     /// Slots that lead old flows to it.
     pub slots_old: u64,
-    /// Flows that are pinned to it.
+    /// Flows that are pinned to it, and connections that have not ended.
     pub pins: u64,
+    /// Nothing where its pool does not translate addresses.
+    #[serde(default)]
+    pub connections: Option<ConnectionCounts>,
+    #[serde(default)]
+    pub replies: Option<RepliesStatus>,
     /// Percent of its share that it gets while it starts.
     pub starting: Option<f64>,
     pub packets: u64,
     pub bytes: u64,
+}
+
+/// What came back from a backend, where addresses are translated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepliesStatus {
+    pub packets: u64,
+    /// Bytes of IP.
+    pub bytes: u64,
+    /// TCP resets.
+    pub resets: u64,
+    /// Connections whose first answer came.
+    pub answered: u64,
+    /// How long these took together, from the client's first packet to it.
+    pub waited_ns: u64,
+}
+
+impl RepliesStatus {
+    fn of(replies: Replies) -> Self {
+        let Replies { packets, bytes, resets, answered, waited } = replies;
+        Self { packets, bytes, resets, answered, waited_ns: waited }
+    }
 }
 
 /// How a backend is taken out of use.
@@ -188,6 +223,9 @@ pub struct BackendStats {
     pub address: IpAddr,
     pub packets: u64,
     pub bytes: u64,
+    /// Nothing where its pool does not translate addresses.
+    #[serde(default)]
+    pub replies: Option<RepliesStatus>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -211,16 +249,18 @@ impl Snapshot {
             pools: self.pools(),
             backends: self.backends()?,
             pins: self.pins,
+            connections: self.connections,
             outcomes: self.outcomes()?,
         })
     }
 
     fn pools(&self) -> Vec<PoolStatus> {
         let counts = self.backends_up();
-        let pins = |pool: usize| -> u64 {
-            let of_pool = keys(&self.config).zip(&self.backends).filter(|((_, of, _), _)| *of == pool);
-            of_pool.map(|(_, view)| view.remaining.pins).sum()
-        };
+        let mut flows = vec![(0, ConnectionCounts::default()); self.config.pools.len()];
+        for ((_, pool, _), view) in keys(&self.config).zip(&self.backends) {
+            flows[pool].0 += view.remaining.pins;
+            flows[pool].1 += view.connections.unwrap_or_default();
+        }
         let status = |(index, (pool, view)): (usize, (&Pool, &PoolView))| {
             let (backends_up, backends) = counts.get(&index).copied().unwrap_or_default();
             PoolStatus {
@@ -233,7 +273,8 @@ impl Snapshot {
                 slots: view.moving.slots,
                 slots_moving: view.moving.dirty,
                 slots_pinned: view.moving.held,
-                pins: pins(index),
+                pins: flows[index].0,
+                connections: pool.forward.translates().then_some(flows[index].1),
             }
         };
         self.config.pools.iter().zip(&self.pools).enumerate().map(status).collect()
@@ -262,9 +303,12 @@ impl Snapshot {
 
     fn told(&self, pool: &Pool, backend: usize, view: &BackendView) -> Result<BackendStatus, MapsError> {
         let backend = &pool.backends[backend];
-        let identity = backend_identity(&pool.name, pool.forward, backend.address);
+        let identity = identity_of(pool, backend);
         let id = self.index.ids.get(&identity).copied();
         let traffic = id.map_or(Ok(Traffic::default()), |id| self.counters.backend(id))?;
+        let replies =
+            id.filter(|_| pool.forward.translates()).map(|id| self.counters.replies(id)).transpose()?;
+        let replies = pool.forward.translates().then(|| replies.flatten().unwrap_or_default());
         let Remaining { pins, slots_new, slots_old, quic: _, uncounted: _ } = view.remaining;
         Ok(BackendStatus {
             pool: pool.name.clone(),
@@ -280,6 +324,8 @@ impl Snapshot {
             slots: u64::from(slots_new),
             slots_old: u64::from(slots_old),
             pins,
+            connections: view.connections,
+            replies: replies.map(RepliesStatus::of),
             starting: view.starting.map(percent),
             packets: traffic.packets,
             bytes: traffic.bytes,
@@ -352,6 +398,7 @@ impl Snapshot {
             address: backend.address,
             packets: backend.packets,
             bytes: backend.bytes,
+            replies: backend.replies,
         });
         let outcomes = self.outcomes()?.into_iter().map(|outcome| OutcomeStats {
             name: outcome.name,
@@ -368,7 +415,7 @@ impl Snapshot {
 }
 
 /// The same clock for all processes since the host started.
-fn monotonic_ns() -> u64 {
+pub(super) fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }

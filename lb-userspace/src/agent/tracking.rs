@@ -14,7 +14,7 @@ use crate::bpf::Datapath;
 use crate::capacity::Capacity;
 use crate::config::model::{Backend, Flows, OnDown};
 use crate::health::State;
-use crate::reconcile::desired::{BackendRef, OldFlows, backend_identity, desired, meet, pool_set};
+use crate::reconcile::desired::{BackendRef, OldFlows, desired, identity_of, meet, pool_set};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
@@ -120,7 +120,7 @@ impl Core {
         let slots = std::mem::take(&mut self.tracking.yielded);
         if !slots.is_empty() {
             for pool in &self.config.pools {
-                let of = |backend: &Backend| backend_identity(&pool.name, pool.forward, backend.address);
+                let of = |backend: &Backend| identity_of(pool, backend);
                 let slots = pool.backends.iter().filter_map(|backend| slots.get(&of(backend)));
                 self.yielded.add(&pool.name, slots.map(|slots| *slots as u64).sum());
             }
@@ -173,8 +173,7 @@ impl Core {
     fn flows_are_due(&self, now: Instant) -> bool {
         let goes_on = |((pool, backend), old_flows): (BackendRef, OldFlows)| {
             let pool = &self.config.pools[pool];
-            let address = pool.backends[backend].address;
-            let identity = backend_identity(&pool.name, pool.forward, address);
+            let identity = identity_of(pool, &pool.backends[backend]);
             let known = self.tracking.desired.backends.get(&identity);
             known.is_some_and(|backend| backend.old_flows < old_flows)
         };

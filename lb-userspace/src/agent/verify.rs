@@ -26,7 +26,7 @@ use crate::health::Fsm;
 use crate::lookup;
 use crate::nexthop::Resolver;
 use crate::reconcile::desired::{
-    OldFlows, WAYS, World, backend_identity, desired, features, table_identity, ways_to,
+    OldFlows, WAYS, World, desired, features, identity_of, table_identity, ways_to,
 };
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{Leave, Unpinned, plan};
@@ -178,7 +178,8 @@ fn fits(image: &Image, capacity: &Capacity) -> bool {
         && image.vips4.len() == capacity.vip4_rows() as usize
         && image.vips6.len() == capacity.vip6_rows() as usize
         && image.backends.len() == capacity.backend_rows as usize
-        && image.egress.len() == capacity.egress_rows as usize
+        && image.egress.len() == capacity.way_rows() as usize
+        && image.connections.len() == capacity.connections() as usize
 }
 
 fn constants(config: &Config, image: &Image) -> Vec<Difference> {
@@ -218,7 +219,7 @@ impl Names {
     fn of(config: &Config) -> Self {
         let backends = config.pools.iter().flat_map(|pool| {
             pool.backends.iter().map(|backend| {
-                let identity = backend_identity(&pool.name, pool.forward, backend.address);
+                let identity = identity_of(pool, backend);
                 (identity, format!("{}/{}", pool.name, backend.name))
             })
         });

@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::{Method, StatusCode};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::SendRequest;
+use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 use super::diff::DIFF;
 use super::guard::{BODY_BYTES, RELOAD_DEADLINE};
@@ -99,6 +101,14 @@ impl Client {
 
     /// Asks something of a backend.
     pub async fn command<B: Serialize>(&self, resource: &str, body: &B) -> Result<Commanded, ClientError> {
+        self.post(resource, body).await
+    }
+
+    pub async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        resource: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(http)?.into();
         self.ask_within(TIMEOUT, Method::POST, resource, body).await
     }
@@ -111,6 +121,31 @@ impl Client {
     /// Has the agent read its file again.
     pub async fn reload(&self) -> Result<Summary, ClientError> {
         self.ask_within(RELOAD_TIMEOUT, Method::POST, "/v1/reload", Bytes::new()).await
+    }
+
+    /// Has each line of an answer handled as it comes, however many there are.
+    pub async fn lines(
+        &self,
+        resource: &str,
+        mut handle: impl FnMut(&[u8]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let too_late = |_| ClientError::Timeout { seconds: TIMEOUT.as_secs() };
+        let begun = self.begin(Method::GET, resource, Bytes::new());
+        let mut answer = tokio::time::timeout(TIMEOUT, begun).await.map_err(too_late)??;
+        let mut rest = Vec::new();
+        loop {
+            let part = answer.response.frame();
+            let Some(part) = tokio::time::timeout(TIMEOUT, part).await.map_err(too_late)? else { break };
+            let Ok(part) = part.map_err(http)?.into_data() else { continue };
+            rest.extend_from_slice(&part);
+            let mut from = 0;
+            while let Some(length) = rest[from..].iter().position(|byte| *byte == b'\n') {
+                handle(&rest[from..from + length])?;
+                from += length + 1;
+            }
+            rest.drain(..from);
+        }
+        Ok(())
     }
 
     async fn ask_within<T: DeserializeOwned>(
@@ -130,6 +165,12 @@ impl Client {
         resource: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
+        let body = self.begin(method, resource, body).await?.whole().await?;
+        serde_json::from_slice(&body).map_err(http)
+    }
+
+    /// Sends a request, and waits for the head of its answer; an error where that is one.
+    async fn begin(&self, method: Method, resource: &str, body: Bytes) -> Result<Answer, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|source| match source.kind() {
             io::ErrorKind::PermissionDenied => ClientError::Denied { path: self.path.clone() },
             // The backlog is full.
@@ -138,18 +179,44 @@ impl Client {
         })?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-        let connection = tokio::spawn(connection);
+        let connection = Connection(tokio::spawn(connection));
         let request = hyper::Request::builder().method(method).uri(resource).header("host", "xlb");
         let request = request.body(Full::new(body)).map_err(http)?;
         let response = sender.send_request(request).await.map_err(http)?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(http)?.to_bytes();
-        connection.abort();
-        if !status.is_success() {
-            let told: Result<ApiError, _> = serde_json::from_slice(&body);
-            let error = told.map_or_else(|_| status.to_string(), |told| told.error);
-            return Err(ClientError::Refused { error, status, body });
+        Answer { response, _sender: sender, _connection: connection }.accepted().await
+    }
+}
+
+/// Ends with who asked.
+struct Connection(JoinHandle<hyper::Result<()>>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// An answer whose body is still to come.
+struct Answer {
+    response: Response<Incoming>,
+    _sender: SendRequest<Full<Bytes>>,
+    _connection: Connection,
+}
+
+impl Answer {
+    async fn accepted(self) -> Result<Self, ClientError> {
+        let status = self.response.status();
+        if status.is_success() {
+            return Ok(self);
         }
-        serde_json::from_slice(&body).map_err(http)
+        let body = self.whole().await?;
+        let told: Result<ApiError, _> = serde_json::from_slice(&body);
+        let error = told.map_or_else(|_| status.to_string(), |told| told.error);
+        Err(ClientError::Refused { error, status, body })
+    }
+
+    async fn whole(self) -> Result<Bytes, ClientError> {
+        let body = Limited::new(self.response.into_body(), MAX_ANSWER).collect().await;
+        Ok(body.map_err(http)?.to_bytes())
     }
 }

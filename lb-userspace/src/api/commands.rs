@@ -74,7 +74,7 @@ fn plain(body: &[u8], action: Action) -> Result<Command, String> {
 }
 
 /// What is asked in the body of a request, whatever its type is said to be.
-fn read<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, String> {
+pub(super) fn read<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, String> {
     serde_json::from_slice(body).map_err(|error| format!("the body is not like {example}: {error}"))
 }
 

@@ -1,6 +1,7 @@
 //! Metrics in the text format of OpenMetrics, which Prometheus scrapes: one table of families, and their samples from
 //! a snapshot. Keeps nothing between two scrapes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,8 +15,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::agent::keys;
-use crate::agent::snapshot::{BackendState, PoolView, Snapshot};
-use crate::agent::status::{BackendStatus, ServiceStatus};
+use crate::agent::snapshot::{BackendState, ConnectionCounts, PoolView, Snapshot};
+use crate::agent::status::{BackendStatus, RepliesStatus, ServiceStatus};
 use crate::tables::maglev::TABLE_VERSION;
 use lb_common::pins::PinEvent;
 
@@ -39,8 +40,9 @@ impl Kind {
 
     fn encode(self, value: f64, encoder: MetricEncoder<'_>) -> fmt::Result {
         match self {
-            // Prometheus keeps no more than the 53 bits of a float either.
-            Self::Counter => ConstCounter::new(value as u64).encode(encoder),
+            // Only seconds are no whole numbers. Prometheus keeps no more than the 53 bits of a float either.
+            Self::Counter if value.fract() == 0.0 => ConstCounter::new(value as u64).encode(encoder),
+            Self::Counter => ConstCounter::new(value).encode(encoder),
             Self::Gauge => ConstGauge::new(value).encode(encoder),
         }
     }
@@ -111,7 +113,7 @@ families! {
     BACKEND_SLOTS_OLD Gauge "backend_slots_old" None, ["pool", "backend", "address"]
         "Slots whose old flows go to the backend";
     BACKEND_PINS Gauge "backend_pins" None, ["pool", "backend", "address"]
-        "Flows that are pinned to the backend. Without these, and without slots of either kind, it is drained";
+        "Flows that are pinned to the backend, and connections to it that have not ended. Without these, and without slots of either kind, it is drained";
     BACKEND_STARTING Gauge "backend_starting_percent" None, ["pool", "backend", "address"]
         "Percent of its share that the backend gets: less than 100 while it starts slowly (slow_start)";
     POOL_LEVEL Gauge "pool_level" None, ["pool"]
@@ -130,16 +132,30 @@ families! {
         "Flows that can be pinned (limits.pins). While pins are half full, slots move for failures and drains only";
     PIN_EVENTS Counter "pin_events" None, ["event"]
         "Packets that looked for a pin (looked), pins made (made_new, made_old), pins for which there was no room (failed_new, failed_old)";
+    CONNECTIONS Gauge "connections" None, ["pool", "state"]
+        "Connections to backends of a pool that translates addresses (nat, fullnat), as the last sweep found them: syn, established, finishing, udp";
+    CONNECTIONS_ROOM Gauge "connections_room" None, []
+        "Connections that there is room for (limits.connections, for fullnat no more than ports of sources). New ones that find none are drop_connections_full";
     SWEEP_LAG Gauge "sweep_lag" Some(Unit::Seconds), []
-        "Seconds since all pins were last looked at; 0 while there is nothing to look for";
+        "Seconds since all pins and connections were last looked at; 0 while there is nothing to look for";
     SWEEP Gauge "sweep_duration" Some(Unit::Seconds), []
-        "Seconds that the last look at all pins took";
+        "Seconds that the last look at all pins and connections took";
     TRANSITIONS Counter "health_transitions" None, ["pool", "backend", "to"]
         "How often checks brought the backend up or took it down since the agent started";
     BACKEND_PACKETS Counter "backend_packets" None, ["pool", "backend", "address"]
         "Packets sent to the backend";
     BACKEND_BYTES Counter "backend" Some(Unit::Bytes), ["pool", "backend", "address"]
         "Bytes of clients' IP packets sent to the backend, without Ethernet and tunnel headers";
+    REPLY_PACKETS Counter "backend_reply_packets" None, ["pool", "backend", "address"]
+        "Packets of the backend to clients, where its pool translates addresses";
+    REPLY_BYTES Counter "backend_reply" Some(Unit::Bytes), ["pool", "backend", "address"]
+        "Bytes of the backend's IP packets to clients, where its pool translates addresses";
+    RESETS Counter "backend_resets" None, ["pool", "backend", "address"]
+        "TCP resets by the backend, where its pool translates addresses";
+    ANSWERED Counter "backend_answered" None, ["pool", "backend", "address"]
+        "Connections that the backend has answered, where its pool translates addresses";
+    ANSWER_TIME Counter "backend_answer" Some(Unit::Seconds), ["pool", "backend", "address"]
+        "Seconds from the opening of these connections to their first answer, together: divided by xlb_backend_answered_total, the mean time to first answer";
     SERVICE_PACKETS Counter "service_packets" None, ["service", "vip", "port", "protocol"]
         "Packets that the service took";
     SERVICE_BYTES Counter "service" Some(Unit::Bytes), ["service", "vip", "port", "protocol"]
@@ -232,10 +248,34 @@ impl Scrape {
         self.add(&BACKEND_STARTING, of_each(|backend| backend.starting.unwrap_or(100.0)));
         self.pools(snapshot);
         self.pins(snapshot)?;
+        self.connections(snapshot, &backends);
         self.add(&TRANSITIONS, transitions);
         self.add(&BACKEND_PACKETS, of_each(|backend| backend.packets as f64));
         self.add(&BACKEND_BYTES, of_each(|backend| backend.bytes as f64));
+        let replies = |value: fn(&RepliesStatus) -> f64| -> Vec<Sample> {
+            let translated = backends.iter().filter_map(|backend| Some((backend, backend.replies.as_ref()?)));
+            translated.map(|(backend, replies)| (labels(backend), value(replies))).collect()
+        };
+        self.add(&REPLY_PACKETS, replies(|replies| replies.packets as f64));
+        self.add(&REPLY_BYTES, replies(|replies| replies.bytes as f64));
+        self.add(&RESETS, replies(|replies| replies.resets as f64));
+        self.add(&ANSWERED, replies(|replies| replies.answered as f64));
+        self.add(&ANSWER_TIME, replies(|replies| replies.waited_ns as f64 / 1e9));
         Ok(())
+    }
+
+    /// No sample where no pool translates addresses.
+    fn connections(&mut self, snapshot: &Snapshot, backends: &[BackendStatus]) {
+        let mut pools: BTreeMap<&str, ConnectionCounts> = BTreeMap::new();
+        for (backend, counts) in backends.iter().filter_map(|b| Some((b, b.connections?))) {
+            *pools.entry(&backend.pool).or_default() += counts;
+        }
+        let samples = pools.into_iter().flat_map(|(pool, counts)| {
+            counts.each().map(|(state, count)| (vec![pool.to_owned(), state.to_string()], count as f64))
+        });
+        self.add(&CONNECTIONS, samples);
+        let room = snapshot.connections.map(|connections| (vec![], connections.room as f64));
+        self.add(&CONNECTIONS_ROOM, room);
     }
 
     fn pools(&mut self, snapshot: &Snapshot) {

@@ -3,6 +3,7 @@
 
 mod client;
 pub mod commands;
+mod connections;
 mod diff;
 mod endpoints;
 mod guard;
@@ -24,6 +25,7 @@ use crate::agent::status::BackendStatus;
 use crate::lookup::FrameText;
 
 pub use client::{Client, ClientError};
+pub use connections::{ConnectionsAsked, FlushAsked, Flushed};
 pub use endpoints::{EndpointError, Endpoints, Prepared};
 use guard::Peer;
 pub use socket::{SOCKET, Socket, group};

@@ -12,9 +12,10 @@ use lb_common::flow::HASH_VERSION;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
+use super::connections::{CONNECTIONS, FLUSH};
 use super::diff::{DIFF, diff};
 use super::guard::guard;
-use super::{LookupFrames, LookupParameters, MOST_FRAMES, Version, commands, failure, metrics};
+use super::{LookupFrames, LookupParameters, MOST_FRAMES, Version, commands, connections, failure, metrics};
 use crate::agent::snapshot::Snapshot;
 use crate::agent::{Question, Refused, Request};
 use crate::bpf::MapsError;
@@ -41,6 +42,8 @@ pub fn admin(core: Core) -> Router {
         .route("/v1/backends/disable", post(commands::disable))
         .route("/v1/backends/enable", post(commands::enable))
         .route("/v1/backends/weight", post(commands::weight))
+        .route(CONNECTIONS, get(connections::list))
+        .route(FLUSH, post(connections::flush))
         .route("/v1/stats", get(stats))
         .route(LOOKUP, get(lookup).post(lookup_frames))
         .route("/v1/verify", get(verify))
@@ -48,8 +51,8 @@ pub fn admin(core: Core) -> Router {
         .route("/v1/version", get(version))
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics));
-    let all = "/v1/status, services, backends, backends/POOL/NAME, backends/drain, disable, enable and weight, stats, \
-        lookup, verify, diff, version, reload, and /metrics";
+    let all = "/v1/status, services, backends, backends/POOL/NAME, backends/drain, disable, enable and weight, \
+        connections, connections/flush, stats, lookup, verify, diff, version, reload, and /metrics";
     finish(router, all, core)
 }
 
@@ -75,7 +78,7 @@ fn unknown(uri: &Uri, all: &str) -> Response {
 async fn wrong_method(uri: Uri) -> Response {
     let use_instead = match uri.path() {
         "/v1/reload" => "POST",
-        path if path == DIFF || COMMANDS.contains(&path) => "POST",
+        path if path == DIFF || path == FLUSH || COMMANDS.contains(&path) => "POST",
         LOOKUP => "GET or POST",
         _ => "GET",
     };

@@ -10,14 +10,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::Request;
+use axum::response::Response;
 use axum::serve::Listener;
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tower::ServiceExt;
 
 use super::Peer;
@@ -30,8 +33,12 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 
 const HEADER_BYTES: usize = 16 << 10;
 
-/// How long an answer may take to leave.
+/// How long an answer may take to leave, but for those that are [`Streamed`].
 const WRITE_TIME: Duration = Duration::from_secs(10);
+
+/// Of an answer that is made while it leaves, part by part: how long its client may take no part. Put into its extensions.
+#[derive(Debug, Clone, Copy)]
+pub struct Streamed(pub Duration);
 
 /// A connection that has said nothing for this long gives way to others.
 const COURTESY: Duration = Duration::from_millis(100);
@@ -73,15 +80,14 @@ async fn connection<I>(
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let (number, evicted) = waiting.enter();
-    let (answered, mut writing) = watch::channel(false);
+    let (answered, writing) = watch::channel(None);
     let service = service_fn(|mut request: Request<Incoming>| {
         waiting.leave(number);
         request.extensions_mut().insert(peer);
-        let (answer, answered) = (router.clone().oneshot(request), &answered);
+        let (answer, answered) = (router.clone().oneshot(request), answered.clone());
         async move {
-            let answer = answer.await;
-            answered.send_replace(true);
-            Ok::<_, Infallible>(answer.unwrap_or_else(|never| match never {}))
+            let answer = answer.await.unwrap_or_else(|never| match never {});
+            Ok::<_, Infallible>(watched(answer, answered))
         }
     });
     let connection = http1::Builder::new()
@@ -90,12 +96,6 @@ async fn connection<I>(
         .max_header_size(HEADER_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(io), service);
-    let written_too_slowly = async {
-        // An error is the end of the service, and with it of the connection.
-        if writing.wait_for(|answered| *answered).await.is_ok() {
-            sleep(WRITE_TIME).await;
-        }
-    };
     let given_up = async {
         if evicted.await.is_err() {
             std::future::pending().await
@@ -104,10 +104,47 @@ async fn connection<I>(
     tokio::select! {
         // Whatever a client does wrong is its own affair.
         _ = connection => {}
-        () = written_too_slowly => {}
+        () = too_slow(writing) => {}
         () = given_up => {}
     }
     waiting.leave(number);
+}
+
+/// When something of an answer last went to be written, and how long that may take.
+type Written = Option<(Instant, Duration)>;
+
+/// An answer that says when it, or a part of it, goes to be written.
+fn watched(mut answer: Response, written: watch::Sender<Written>) -> Response {
+    let streamed = answer.extensions_mut().remove();
+    let limit = streamed.map_or(WRITE_TIME, |Streamed(limit)| limit);
+    written.send_replace(Some((Instant::now(), limit)));
+    if streamed.is_none() {
+        return answer;
+    }
+    answer.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            written.send_replace(Some((Instant::now(), limit)));
+            frame
+        }))
+    })
+}
+
+/// Ends when an answer, or a part of it, takes too long to leave.
+async fn too_slow(mut writing: watch::Receiver<Written>) {
+    loop {
+        let written = *writing.borrow_and_update();
+        let limit = async {
+            match written {
+                Some((at, limit)) => sleep_until(at + limit).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // An error is the end of the service, and with it of the connection.
+            changed = writing.changed() => if changed.is_err() { return },
+            () = limit => return,
+        }
+    }
 }
 
 /// Connections whose request has not come.

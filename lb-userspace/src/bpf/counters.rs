@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use aya::maps::{Map, MapData, MapError, PerCpuArray};
-use lb_common::abi::{Traffic, map};
+use lb_common::abi::{Replies, Traffic, map};
 use lb_common::outcome::Outcome;
 use lb_common::pins::PinEvent;
 
@@ -15,6 +15,7 @@ pub struct Counters {
     vips: PerCpuArray<MapData, Traffic>,
     backends: PerCpuArray<MapData, Traffic>,
     pin_events: PerCpuArray<MapData, u64>,
+    replies: PerCpuArray<MapData, Replies>,
 }
 
 impl std::fmt::Debug for Counters {
@@ -30,12 +31,14 @@ impl Counters {
         vips: &Map,
         backends: &Map,
         pin_events: &Map,
+        replies: &Map,
     ) -> Result<Self, MapsError> {
         Ok(Self {
             outcomes: again(outcomes, map::OUTCOMES)?,
             vips: again(vips, map::VIP_TRAFFIC)?,
             backends: again(backends, map::BACKEND_TRAFFIC)?,
             pin_events: again(pin_events, map::PIN_EVENTS)?,
+            replies: again(replies, map::REPLIES)?,
         })
     }
 
@@ -53,6 +56,22 @@ impl Counters {
 
     pub fn vip(&self, row: u32) -> Result<Traffic, MapsError> {
         total(&self.vips, map::VIP_TRAFFIC, row)
+    }
+
+    /// What came back from a backend, over all CPUs; nothing where nothing is translated.
+    pub fn replies(&self, id: u16) -> Result<Option<Replies>, MapsError> {
+        let values = match self.replies.get(&u32::from(id), 0) {
+            Ok(values) => values,
+            Err(MapError::OutOfBounds { .. }) => return Ok(None),
+            Err(error) => return Err(MapsError::Map(map::REPLIES, error)),
+        };
+        Ok(Some(values.iter().fold(Replies::default(), |sum, value| Replies {
+            packets: sum.packets + value.packets,
+            bytes: sum.bytes + value.bytes,
+            resets: sum.resets + value.resets,
+            answered: sum.answered + value.answered,
+            waited: sum.waited + value.waited,
+        })))
     }
 
     pub fn backend(&self, id: u16) -> Result<Traffic, MapsError> {

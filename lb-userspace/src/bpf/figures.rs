@@ -22,6 +22,8 @@ pub fn figures(features: Features) -> anyhow::Result<Figures> {
         icmp_rate: 1,
         pin_rate: 1,
         pin_mask: 0,
+        connection_buckets: 2,
+        source_ports: 0,
         hash_keys: flow::keys(0),
     };
     let mut loader = EbpfLoader::new();

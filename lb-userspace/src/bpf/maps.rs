@@ -11,8 +11,8 @@ use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
-    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, RuleRow, SlotRow, TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6,
-    VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Record, Replies, RuleRow, SlotRow, Source, TableState, Traffic,
+    VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
 };
 
 use lb_common::quic::{SERVER_ROWS, ServerKey};
@@ -21,8 +21,9 @@ use super::bpffs::BpfFs;
 use super::counters::Counters;
 use super::generation::Generation;
 use super::grace::grace;
-use super::mmap::{LoadRow, PinRow, Row, Rows};
+use super::mmap::{LoadRow, PinRow, RecordRow, Row, Rows};
 use crate::capacity::Capacity;
+use crate::reconcile::connections::{ConnectionRows, Connections, drop_connections};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::{PinWords, Pins};
@@ -88,18 +89,23 @@ pub struct Maps {
     egress: Rows<Egress>,
     pins: Arc<Rows<PinRow>>,
     loads: Rows<LoadRow>,
+    connections: Arc<ConnectionMaps>,
+    /// None of those are used where nothing is translated.
+    translates: bool,
+    sources: Rows<Source>,
     interfaces: BpfHashMap<MapData, u32, Interface>,
     servers: BpfHashMap<MapData, ServerKey, u32>,
     counters: Arc<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
     vip_traffic: PerCpuArray<MapData, Traffic>,
     backend_traffic: PerCpuArray<MapData, Traffic>,
+    replies: PerCpuArray<MapData, Replies>,
     /// Handles of their own, to pin again what somebody has removed.
     handles: Vec<(&'static str, MapData)>,
 }
 
 /// Maps that the program pins, in the order of `Maps`.
-const PINNED: [&str; 19] = [
+const PINNED: [&str; 23] = [
     map::META,
     map::VIP_WORDS,
     map::VIP_FILTER,
@@ -119,10 +125,30 @@ const PINNED: [&str; 19] = [
     map::PINS,
     map::LOADS,
     map::PIN_EVENTS,
+    map::CONNECTIONS,
+    map::RECORDS,
+    map::SOURCES,
+    map::REPLIES,
 ];
 
+/// Connections: a word for each place, and its record.
+struct ConnectionMaps {
+    words: Rows<PinRow>,
+    records: Rows<RecordRow>,
+}
+
+impl ConnectionRows for ConnectionMaps {
+    fn words(&self) -> &[AtomicU64] {
+        self.words.words()
+    }
+
+    fn records(&self) -> &[Record] {
+        self.records.records()
+    }
+}
+
 impl Maps {
-    pub const PINNED: [&str; 19] = PINNED;
+    pub const PINNED: [&str; 23] = PINNED;
 
     /// What the newest complete set of pinned maps says of itself; nothing where there is none.
     pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
@@ -192,6 +218,7 @@ impl Maps {
         let rows: HashMap<_, _> = capacity.rows().into_iter().map(|map| (map.name, map.rows)).collect();
         let (outcomes, vips, backends) =
             (source(map::OUTCOMES)?, source(map::VIP_TRAFFIC)?, source(map::BACKEND_TRAFFIC)?);
+        let replies = source(map::REPLIES)?;
         let of = |name| move |error| MapsError::Map(name, error);
         let handle = |name| {
             let data = MapData::from_pin(generation.map(name));
@@ -212,12 +239,25 @@ impl Maps {
             egress: rows_of(source(map::EGRESS)?, map::EGRESS, rows[map::EGRESS])?,
             pins: Arc::new(rows_of(source(map::PINS)?, map::PINS, rows[map::PINS])?),
             loads: rows_of(source(map::LOADS)?, map::LOADS, rows[map::LOADS])?,
+            connections: Arc::new(ConnectionMaps {
+                words: rows_of(source(map::CONNECTIONS)?, map::CONNECTIONS, rows[map::CONNECTIONS])?,
+                records: rows_of(source(map::RECORDS)?, map::RECORDS, rows[map::RECORDS])?,
+            }),
+            translates: capacity.connection_buckets > 0,
+            sources: rows_of(source(map::SOURCES)?, map::SOURCES, rows[map::SOURCES])?,
             interfaces: BpfHashMap::try_from(source(map::INTERFACES)?).map_err(of(map::INTERFACES))?,
             servers: BpfHashMap::try_from(source(map::SERVERS)?).map_err(of(map::SERVERS))?,
-            counters: Arc::new(Counters::of(&outcomes, &vips, &backends, &source(map::PIN_EVENTS)?)?),
+            counters: Arc::new(Counters::of(
+                &outcomes,
+                &vips,
+                &backends,
+                &source(map::PIN_EVENTS)?,
+                &replies,
+            )?),
             outcomes: per_cpu(outcomes, map::OUTCOMES)?,
             vip_traffic: per_cpu(vips, map::VIP_TRAFFIC)?,
             backend_traffic: per_cpu(backends, map::BACKEND_TRAFFIC)?,
+            replies: per_cpu(replies, map::REPLIES)?,
         })
     }
 
@@ -259,6 +299,11 @@ impl Maps {
         for (from, to) in backends {
             copy(&before.backend_traffic, &mut self.backend_traffic, map::BACKEND_TRAFFIC, *from, *to)?;
         }
+        if before.translates && self.translates {
+            for (from, to) in backends {
+                copy(&before.replies, &mut self.replies, map::REPLIES, *from, *to)?;
+            }
+        }
         for (ifindex, row) in before.interfaces()? {
             self.set_interface(ifindex, row)?;
         }
@@ -283,6 +328,8 @@ impl Maps {
             egress: self.egress.to_vec(),
             load_weights: (0..self.loads.len()).map(|id| self.loads.load_word(id, 1)).collect(),
             pins: self.pins(),
+            connections: self.connections(),
+            sources: self.sources.to_vec(),
             interfaces: self.interfaces()?,
             servers: self.servers()?,
         })
@@ -301,6 +348,15 @@ impl Maps {
     /// A view of the pins.
     pub fn pins(&self) -> Pins {
         Pins::of(Arc::clone(&self.pins) as Arc<dyn PinWords>)
+    }
+
+    /// A view of the connections.
+    pub fn connections(&self) -> Connections {
+        if self.translates {
+            Connections::of(Arc::clone(&self.connections) as Arc<dyn ConnectionRows>)
+        } else {
+            Connections::default()
+        }
     }
 
     /// What packets write into the state of a table: pins that failed, turns taken.
@@ -334,13 +390,23 @@ impl Maps {
             }
             MapOp::ExpectFailed { table, failed } => return Ok(self.failed_and_turn(*table).0 == *failed),
             MapOp::SetFlags { id, flags } => self.backends.store_byte(usize::from(*id), FLAGS, *flags),
-            MapOp::DropPins { id } => _ = drop_pins(self.pins.words(), *id),
+            MapOp::DropPins { id } => {
+                drop_pins(self.pins.words(), *id);
+                drop_pins(self.connections.words.words(), *id);
+            }
+            MapOp::DropConnections { first, last } => {
+                drop_connections(self.connections.words.words(), *first..=*last);
+            }
+            MapOp::WriteSource { row, source } => self.sources.store(usize::from(*row), source),
             MapOp::SetLoadWeight { id, weight } => self.loads.store_word(usize::from(*id), 1, *weight),
             MapOp::WriteEgress { row, egress } => self.egress.store(usize::from(*row), egress),
             MapOp::WriteBackend { id, backend } => self.backends.store(usize::from(*id), backend),
             MapOp::SetPath { id, path } => self.backends.store_word(usize::from(*id), 0, path.bits()),
             MapOp::ResetBackendTraffic { id } => {
                 reset(&mut self.backend_traffic, map::BACKEND_TRAFFIC, u32::from(*id))?;
+                if self.translates {
+                    reset(&mut self.replies, map::REPLIES, u32::from(*id))?;
+                }
             }
             MapOp::ResetVipTraffic { vip } => reset(&mut self.vip_traffic, map::VIP_TRAFFIC, *vip)?,
             MapOp::WriteTableState { table, state } => self.table_states.store(usize::from(*table), state),
@@ -381,11 +447,36 @@ impl Maps {
         self.interfaces.get(&ifindex, 0).ok()
     }
 
+    /// An interface, and the way back out of it. That keeps its row, for connections name it.
     pub fn set_interface(&mut self, ifindex: u32, interface: Interface) -> Result<(), MapsError> {
+        let known = self.interface(ifindex).map(|known| known.egress()).filter(|row| *row != 0);
+        let given = Some(interface.egress()).filter(|row| *row != 0);
+        let interface = interface.with_egress(known.or(given).unwrap_or_else(|| self.free_way_back()));
+        if interface.egress() != 0 {
+            let Interface { mac: source_mac, mtu, .. } = interface;
+            let egress = Egress { ifindex, mtu, source_mac, ..Egress::default() };
+            self.egress.store(usize::from(interface.egress()), &egress);
+        }
         self.interfaces.insert(ifindex, interface, 0).map_err(|error| MapsError::Map(map::INTERFACES, error))
     }
 
+    /// The rows of ways back, of interfaces or of none.
+    pub fn ways_back(&self) -> Vec<(u16, Egress)> {
+        let first = self.egress.len() - MOST_INTERFACES as usize;
+        (0u16..).zip(self.egress.to_vec()).skip(first).collect()
+    }
+
+    /// The row of a way back that no interface has: there are as many as interfaces.
+    fn free_way_back(&self) -> u16 {
+        let first = self.egress.len() - MOST_INTERFACES as usize;
+        let free = (first..self.egress.len()).find(|row| self.egress.load_word(*row, 0) as u32 == 0);
+        free.map_or(0, |row| row as u16)
+    }
+
     pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), MapsError> {
+        if let Some(row) = self.interface(ifindex).map(|known| known.egress()).filter(|row| *row != 0) {
+            self.egress.store(usize::from(row), &Egress::default());
+        }
         match self.interfaces.remove(&ifindex) {
             Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
             Err(error) => Err(MapsError::Map(map::INTERFACES, error)),
@@ -481,10 +572,14 @@ fn copy<T: aya::Pod>(
     to.set(to_row, values, 0).map_err(error)
 }
 
-fn reset(map: &mut PerCpuArray<MapData, Traffic>, name: &'static str, row: u32) -> Result<(), MapsError> {
+fn reset<T: aya::Pod + Default>(
+    map: &mut PerCpuArray<MapData, T>,
+    name: &'static str,
+    row: u32,
+) -> Result<(), MapsError> {
     let error = |source| MapsError::Map(name, source);
     let cpus = aya::util::nr_cpus().map_err(|(_, source)| error(source.into()))?;
-    let zero = aya::maps::PerCpuValues::try_from(vec![Traffic::default(); cpus])
-        .map_err(|source| error(source.into()))?;
+    let zero =
+        aya::maps::PerCpuValues::try_from(vec![T::default(); cpus]).map_err(|source| error(source.into()))?;
     map.set(row, zero, 0).map_err(error)
 }

@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use lb_common::abi::Record;
+
 /// What may lie in a row.
 ///
 /// # Safety
@@ -35,14 +37,20 @@ row!(
     lb_common::abi::SlotRow,
     lb_common::abi::Backend,
     lb_common::abi::Egress,
+    lb_common::abi::Source,
     PinRow,
+    RecordRow,
     LoadRow
 );
 
-/// A row of `XLB_PINS` and one of `XLB_LOADS`, as words.
+/// A row of `XLB_PINS` or `XLB_CONNECTIONS`, one of `XLB_RECORDS` and one of `XLB_LOADS`, as words.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct PinRow([u64; lb_common::abi::PINS_PER_BUCKET]);
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct RecordRow([u64; 8]);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -151,6 +159,15 @@ impl<T: Row> Rows<T> {
         // SAFETY: every word of every row is written, and a Row takes any bit pattern.
         unsafe { rows.set_len(self.rows) };
         rows
+    }
+}
+
+impl Rows<RecordRow> {
+    /// All records, which packets fill meanwhile.
+    pub fn records(&self) -> &[Record] {
+        const { assert!(size_of::<Record>() == size_of::<RecordRow>()) };
+        // SAFETY: the whole mapping, page-aligned, which lives as long as self; a record is atomic words.
+        unsafe { std::slice::from_raw_parts(self.base.cast::<Record>().as_ptr(), self.rows) }
     }
 }
 

@@ -94,7 +94,7 @@ impl Datapath {
     /// tables have changed.
     pub fn open(fs: BpfFs, capacity: Capacity, load_time: LoadTime) -> Result<Self, DatapathError> {
         let Some((generation, before)) = Maps::newest(&fs)? else {
-            return Self::fresh(fs, capacity, &new_meta(load_time));
+            return Self::fresh(fs, capacity, &new_meta(load_time, 0));
         };
         match Maps::compare(&generation, &before, &capacity) {
             Ok(()) => {}
@@ -103,13 +103,15 @@ impl Datapath {
                 let predecessor = Maps::of_generation(&generation, &before).ok();
                 // What lies in them is carried over, if it can be read.
                 let features = predecessor.as_ref().map_or(0, |_| before.features);
-                let meta = new_meta(load_time.with(Features::from_bits(features)));
+                let buckets = predecessor.as_ref().map_or(0, |maps| maps.connections().buckets());
+                let meta =
+                    new_meta(load_time.with(Features::from_bits(features)), others(buckets, &capacity));
                 return Ok(Self { predecessor, ..Self::fresh(fs, capacity, &meta)? });
             }
             Err(error) => return Err(error.into()),
         }
         warn_of_moves(&before, load_time.seed);
-        let meta = new_meta(load_time.with(Features::from_bits(before.features)));
+        let meta = new_meta(load_time.with(Features::from_bits(before.features)), before.buckets_before);
         let (ebpf, maps) = load(&generation, &capacity, &meta)?;
         maps.set_meta(&meta);
         let (complete, adopted, predecessor) = (true, true, None);
@@ -118,7 +120,9 @@ impl Datapath {
 
     /// The program over new, empty maps beside those in use: for other limits.
     pub fn renewed(&self, capacity: Capacity, load_time: LoadTime) -> Result<Self, DatapathError> {
-        Self::fresh(self.fs.clone(), capacity, &new_meta(load_time))
+        // Those of maps before these are one change too old.
+        let before = others(self.capacity.connection_buckets, &capacity);
+        Self::fresh(self.fs.clone(), capacity, &new_meta(load_time, before))
     }
 
     fn fresh(fs: BpfFs, capacity: Capacity, meta: &Meta) -> Result<Self, DatapathError> {
@@ -169,7 +173,7 @@ impl Datapath {
         if LoadTime::of_meta(&self.meta) == load_time {
             return Ok(false);
         }
-        let meta = new_meta(load_time);
+        let meta = new_meta(load_time, self.meta.buckets_before);
         // Where a pin is missing, loading would make another map.
         self.pin_again()?;
         (self.ebpf, self.maps) = load(&self.generation, &self.capacity, &meta)?;
@@ -276,8 +280,9 @@ pub fn detach(fs: BpfFs, links: &[Link]) -> io::Result<Detached> {
     Ok(Detached { interfaces, mount_left })
 }
 
-fn new_meta(load_time: LoadTime) -> Meta {
-    let LoadTime { seed, features, icmp_rate, pin_rate } = load_time;
+/// `buckets_before`: as in `Meta`.
+fn new_meta(load_time: LoadTime, buckets_before: u32) -> Meta {
+    let LoadTime { seed, features, icmp_rate, pin_rate, source_ports } = load_time;
     Meta {
         abi_version: ABI_VERSION,
         hash_version: HASH_VERSION,
@@ -286,8 +291,15 @@ fn new_meta(load_time: LoadTime) -> Meta {
         features: features.bits(),
         icmp_rate,
         pin_rate,
+        source_ports,
+        buckets_before,
         ..Meta::default()
     }
+}
+
+/// `Meta::buckets_before` of maps of a capacity.
+fn others(buckets: u32, capacity: &Capacity) -> u32 {
+    if buckets == capacity.connection_buckets { 0 } else { buckets }
 }
 
 /// What decides where flows go must not change unnoticed.
@@ -303,9 +315,17 @@ fn warn_of_moves(before: &Meta, seed: u64) {
 }
 
 fn load(generation: &Generation, capacity: &Capacity, meta: &Meta) -> Result<(Ebpf, Maps), DatapathError> {
-    let Meta { features, icmp_rate, pin_rate, seed, .. } = *meta;
+    let Meta { features, icmp_rate, pin_rate, seed, source_ports, buckets_before, .. } = meta;
     let pin_mask = u64::from(capacity.pin_buckets) - 1;
-    let constants = Constants { features, icmp_rate, pin_rate, pin_mask, hash_keys: flow::keys(seed) };
+    let constants = Constants {
+        features: *features,
+        icmp_rate: *icmp_rate,
+        pin_rate: *pin_rate,
+        pin_mask,
+        connection_buckets: u64::from(capacity.connection_buckets) | u64::from(*buckets_before) << 32,
+        source_ports: *source_ports,
+        hash_keys: flow::keys(*seed),
+    };
     let rows = capacity.rows();
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::CONSTANTS, &constants, true);

@@ -68,7 +68,7 @@ pub struct Which {
     run_dir: RunDir,
 }
 
-fn a_backend(text: &str) -> Result<String, String> {
+pub(super) fn a_backend(text: &str) -> Result<String, String> {
     let whole = text.split_once('/').is_some_and(|(pool, name)| !pool.is_empty() && !name.is_empty());
     whole.then(|| text.to_owned()).ok_or_else(|| "write its pool, too, such as web/web1".to_owned())
 }

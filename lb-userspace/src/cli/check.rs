@@ -10,7 +10,7 @@ use super::{Format, exit, output};
 use crate::agent::preflight;
 use crate::api;
 use crate::capacity::{Capacity, possible_cpus};
-use crate::config::model::Config;
+use crate::config::model::{Config, Forward};
 use crate::config::{self, Loaded, Problem};
 use crate::host::{self, Findings};
 use crate::nexthop::Resolver;
@@ -136,7 +136,7 @@ fn as_json(config: &Config, capacity: &Capacity, warnings: &[Problem], sight: &S
         .collect();
     json!({
         "valid": true, "warnings": warnings, "host": sight.as_json(), "services": config.services.len(),
-        "vips": vips(config), "pools": config.pools.len(), "backends": backends(config), "cpus": cpus,
+        "vips": vips(config), "connections": config.limits.connections, "pools": config.pools.len(), "backends": backends(config), "cpus": cpus,
         "maps": maps, "map_bytes": capacity.bytes(cpus),
     })
 }
@@ -155,6 +155,9 @@ fn show(arguments: &Arguments, config: &Config, capacity: &Capacity, warnings: &
         output::count(backends(config), "backend"),
         config.limits.backends,
     );
+    if let Some(words) = connections(config) {
+        say!("{words}");
+    }
     say!("This host was {}", sight.words());
     let cpus = possible_cpus();
     let total = capacity.bytes(cpus);
@@ -164,6 +167,23 @@ fn show(arguments: &Arguments, config: &Config, capacity: &Capacity, warnings: &
         .iter()
         .map(|map| vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus))]);
     say!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
+}
+
+/// How many connections there may be, and what decides it.
+fn connections(config: &Config) -> Option<String> {
+    let connections = config.limits.connections;
+    if connections == 0 {
+        return None;
+    }
+    let of_one = config.sources.ports_of_one();
+    let full = config.pools.iter().any(|pool| matches!(pool.forward, Forward::Fullnat { .. }));
+    let used = connections.div_ceil(of_one) as usize;
+    let sources = if full {
+        format!("; {} of {of_one} ports each", output::count(used, "source"))
+    } else {
+        String::new()
+    };
+    Some(format!("{connections} connections can be translated at a time (limits.connections{sources})"))
 }
 
 fn backends(config: &Config) -> usize {

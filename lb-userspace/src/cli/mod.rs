@@ -8,6 +8,7 @@ macro_rules! say {
 mod backend;
 mod capture;
 mod check;
+mod conn;
 mod decap;
 mod detach;
 mod diff;
@@ -84,6 +85,9 @@ enum Command {
     /// Services of the running agent
     #[command(subcommand)]
     Service(list::Service),
+    /// Connections of pools that translate addresses: show them, and end them
+    #[command(subcommand)]
+    Conn(conn::Conn),
     /// Show packets and bytes of services and backends, and packet outcomes, as totals or as rates
     Stats(stats::Arguments),
     /// Have the running agent read its configuration again, and say how that ended
@@ -146,6 +150,7 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(arguments) => status::run(&arguments).await?,
         Command::Backend(command) => return backend::run(&command).await,
         Command::Service(command) => list::services(&command).await?,
+        Command::Conn(command) => conn::run(&command).await?,
         Command::Stats(arguments) => stats::run(&arguments).await?,
         Command::Reload(arguments) => return reload::run(&arguments).await,
         Command::Diff(arguments) => return diff::run(&arguments).await,

@@ -1,6 +1,6 @@
 //! How things look on a terminal.
 
-use std::io::{Write, stdout};
+use std::io::{self, BufWriter, StdoutLock, Write, stdout};
 use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
@@ -11,10 +11,32 @@ pub fn say(text: std::fmt::Arguments<'_>) {
 }
 
 fn print(text: std::fmt::Arguments<'_>) {
-    let mut out = std::io::stdout();
-    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
-        let enough = error.kind() == std::io::ErrorKind::BrokenPipe;
+    let mut out = stdout();
+    done(out.write_fmt(text).and_then(|()| out.flush()));
+}
+
+fn done(written: io::Result<()>) {
+    if let Err(error) = written {
+        let enough = error.kind() == io::ErrorKind::BrokenPipe;
         std::process::exit(if enough { 0 } else { super::exit::FAILURE.into() });
+    }
+}
+
+/// Standard output for many lines.
+pub struct Lines(BufWriter<StdoutLock<'static>>);
+
+impl Lines {
+    pub fn new() -> Self {
+        Self(BufWriter::with_capacity(1 << 16, stdout().lock()))
+    }
+
+    /// Bytes without the end of a line.
+    pub fn say(&mut self, line: &[u8]) {
+        done(self.0.write_all(line).and_then(|()| self.0.write_all(b"\n")));
+    }
+
+    pub fn end(mut self) {
+        done(self.0.flush());
     }
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::rates::Rate;
+use super::tables::{self, Replied};
 use super::{Format, RunDir, output};
-use crate::agent::status::{BackendStats, ServiceStats, Stats};
+use crate::agent::status::{BackendStats, RepliesStatus, ServiceStats, Stats};
 use crate::api::Client;
 
 #[derive(Debug, clap::Args)]
@@ -46,6 +47,7 @@ struct Rates {
     rate: Rate,
     services: Vec<(u64, u64)>,
     backends: Vec<(u64, u64)>,
+    replies: Vec<RepliesStatus>,
     outcomes: Vec<u64>,
 }
 
@@ -62,19 +64,17 @@ impl Rates {
             };
             same(at, &earlier.services, is).map_or((0, 0), |before| (before.packets, before.bytes))
         });
-        let backends = later.backends.iter().enumerate().map(|(at, now)| {
+        let of_backend = |(at, now): (usize, &BackendStats)| {
             let is = |before: &BackendStats| (&before.pool, before.address) == (&now.pool, now.address);
-            same(at, &earlier.backends, is).map_or((0, 0), |before| (before.packets, before.bytes))
-        });
+            let before = same(at, &earlier.backends, is);
+            let replies = before.and_then(|before| before.replies).unwrap_or_default();
+            (before.map_or((0, 0), |before| (before.packets, before.bytes)), replies)
+        };
+        let (backends, replies) = later.backends.iter().enumerate().map(of_backend).unzip();
         let outcomes = later.outcomes.iter().enumerate().map(|(at, now)| {
             same(at, &earlier.outcomes, |before| before.name == now.name).map_or(0, |before| before.packets)
         });
-        Some(Self {
-            rate,
-            services: services.collect(),
-            backends: backends.collect(),
-            outcomes: outcomes.collect(),
-        })
+        Some(Self { rate, services: services.collect(), backends, replies, outcomes: outcomes.collect() })
     }
 
     /// The totals with the rates beside them.
@@ -95,12 +95,28 @@ impl Rates {
                 value[kind][place]["bits_per_second"] = json!(8.0 * self.rate.of(before.1, bytes));
             }
         }
+        for (place, (backend, before)) in stats.backends.iter().zip(&self.replies).enumerate() {
+            if let Some(now) = backend.replies {
+                let replies = &mut value["backends"][place]["replies"];
+                replies["packets_per_second"] = json!(self.rate.of(before.packets, now.packets));
+                replies["bits_per_second"] = json!(8.0 * self.rate.of(before.bytes, now.bytes));
+                replies["resets_per_second"] = json!(self.rate.of(before.resets, now.resets));
+            }
+        }
         for (place, (outcome, before)) in stats.outcomes.iter().zip(&self.outcomes).enumerate() {
             let rate = self.rate.of(*before, outcome.packets);
             value["outcomes"][place]["packets_per_second"] = json!(rate);
         }
         Ok(value)
     }
+}
+
+/// Backends of pools that translate addresses.
+fn replied<'s>(stats: &'s Stats, rates: Option<&'s Rates>) -> impl Iterator<Item = Replied<'s>> {
+    stats.backends.iter().enumerate().filter_map(move |(place, backend)| {
+        let before = rates.map_or_else(RepliesStatus::default, |rates| rates.replies[place]);
+        Some(Replied { pool: &backend.pool, name: &backend.name, now: backend.replies?, before })
+    })
 }
 
 fn text(stats: &Stats, rates: Option<&Rates>) -> String {
@@ -134,6 +150,8 @@ fn text(stats: &Stats, rates: Option<&Rates>) -> String {
     });
     let header = ["POOL", "BACKEND", "ADDRESS", packets_header, bytes_header];
     parts.push(output::table_or(&header, &[3, 4], backends.collect(), "no backends are configured"));
+
+    parts.extend(tables::replies(replied(stats, rates), rates.map(|rates| rates.rate)));
 
     let outcomes = stats.outcomes.iter().enumerate().filter(|(_, outcome)| outcome.packets > 0);
     let outcomes = outcomes.map(|(place, outcome)| {

@@ -83,6 +83,8 @@ fn text(status: &Status, traffic: Traffic<'_>) -> String {
     parts.push(tables::services(&status.services, traffic));
     parts.extend(Some(tables::pools(&status.pools)).filter(|lines| !lines.is_empty()));
     parts.push(tables::backends(&status.backends, traffic));
+    parts.extend(tables::status_replies(status, traffic));
+    parts.extend(Some(tables::connections(status)).filter(|lines| !lines.is_empty()));
     parts.push(tables::outcomes(&status.outcomes, traffic));
     parts.join("\n\n")
 }

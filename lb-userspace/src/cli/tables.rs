@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use super::output;
 use super::rates::Rate;
-use crate::agent::snapshot::BackendState;
-use crate::agent::status::{BackendStatus, OutcomeStatus, PoolStatus, ServiceStatus, Status};
+use crate::agent::snapshot::{BackendState, ConnectionsStatus};
+use crate::agent::status::{BackendStatus, OutcomeStatus, PoolStatus, RepliesStatus, ServiceStatus, Status};
 use crate::config::model::{Ports, Vip};
 
 /// What to show of traffic.
@@ -103,6 +103,78 @@ pub fn pools(pools: &[PoolStatus]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
+/// How full the table of connections is, and what they are: a line for each pool that has some.
+pub fn connections(status: &Status) -> String {
+    let Some(ConnectionsStatus { connections, room }) = status.connections else { return String::new() };
+    let part = connections as f64 * 100.0 / room.max(1) as f64;
+    let mut lines = vec![format!("{connections} of {room} connections ({part:.1} %)")];
+    for (pool, counts) in status.pools.iter().filter_map(|pool| Some((pool, pool.connections?))) {
+        if counts.sum() > 0 {
+            let counts = counts.each().map(|(state, count)| format!("{count} {state}"));
+            lines.push(format!("pool {}: {}", pool.name, counts.join(", ")));
+        }
+    }
+    lines.join("\n")
+}
+
+/// What came back from a backend, and what had come back at an earlier reading.
+pub struct Replied<'b> {
+    pub pool: &'b str,
+    pub name: &'b str,
+    pub now: RepliesStatus,
+    pub before: RepliesStatus,
+}
+
+/// What came back from backends of pools that translate addresses, as totals or, where there is a rate to be had, by the
+/// second; nothing where there are no such backends.
+pub fn replies<'b>(replied: impl Iterator<Item = Replied<'b>>, rate: Option<Rate>) -> Option<String> {
+    let rows = replied.map(|Replied { pool, name, now, before }| {
+        let [packets, bytes, resets] = match rate {
+            None => [now.packets.to_string(), output::bytes(now.bytes), now.resets.to_string()],
+            Some(rate) => [
+                rate.packets(before.packets, now.packets),
+                rate.bits(before.bytes, now.bytes),
+                rate.packets(before.resets, now.resets),
+            ],
+        };
+        let since = if rate.is_some() { before } else { RepliesStatus::default() };
+        vec![pool.to_owned(), name.to_owned(), packets, bytes, resets, first_answer(since, now)]
+    });
+    let mut rows: Vec<_> = rows.collect();
+    rows.sort();
+    let header = match rate {
+        None => ["POOL", "BACKEND", "REPLIES", "BYTES", "RESETS", "FIRST ANSWER"],
+        Some(_) => ["POOL", "BACKEND", "REPLIES/S", "BITS/S", "RESETS/S", "FIRST ANSWER"],
+    };
+    (!rows.is_empty()).then(|| output::table(&header, &[2, 3, 4, 5], rows))
+}
+
+/// The mean time to it between two readings.
+fn first_answer(before: RepliesStatus, now: RepliesStatus) -> String {
+    let answered = now.answered.checked_sub(before.answered).unwrap_or(now.answered);
+    let waited_ns = now.waited_ns.checked_sub(before.waited_ns).unwrap_or(now.waited_ns);
+    match answered {
+        0 => "-".to_owned(),
+        answered => format!("{:.2} ms", waited_ns as f64 / answered as f64 / 1e6),
+    }
+}
+
+/// Those of a status.
+pub fn status_replies(status: &Status, traffic: Traffic<'_>) -> Option<String> {
+    let earlier = match traffic {
+        Traffic::Totals => None,
+        Traffic::Rates(earlier, _) => earlier,
+    };
+    let rate = earlier.and_then(|earlier| Rate::new(earlier.monotonic_ns, status.monotonic_ns));
+    let replied = status.backends.iter().filter_map(|backend| {
+        let is_it = |other: &&BackendStatus| backend_key(other) == backend_key(backend);
+        let before = earlier.and_then(|earlier| earlier.backends.iter().find(is_it)?.replies);
+        let before = before.unwrap_or_default();
+        Some(Replied { pool: &backend.pool, name: &backend.name, now: backend.replies?, before })
+    });
+    replies(replied, rate)
+}
+
 /// The table, and below it in full what did not fit there of a backend that is not up.
 pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     if backends.is_empty() {
@@ -112,6 +184,7 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     sorted.sort_by_key(|backend| backend_key(backend));
     let pool_slots = |pool: &str| backends.iter().filter(|b| b.pool == pool).map(|b| b.slots).sum::<u64>();
     let leaves = backends.iter().any(|backend| backend.exit.is_some());
+    let translates = backends.iter().any(|backend| backend.connections.is_some());
     let mut pool = ("", 0);
     let rows = sorted.iter().map(|backend| {
         if pool.0 != backend.pool {
@@ -137,6 +210,8 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
             packets,
             bytes,
         ];
+        let connections = || backend.connections.map_or("-".to_owned(), |counts| counts.sum().to_string());
+        row.extend(translates.then(connections));
         row.extend(leaves.then(|| backend.exit.as_ref().map_or("-".to_owned(), |_| left(backend))));
         row.push(match backend.starting {
             Some(percent) => format!("{}; starting, with {percent} % of its share", backend.check),
@@ -147,11 +222,13 @@ pub fn backends(backends: &[BackendStatus], traffic: Traffic<'_>) -> String {
     let [packets, bytes] = traffic.header();
     let mut header =
         vec!["POOL", "BACKEND", "ADDRESS", "FORWARD", "WEIGHT", "STATE", "SHARE", packets, bytes];
+    header.extend(translates.then_some("CONNECTIONS"));
     header.extend(leaves.then_some("LEFT"));
     header.push("CHECK");
     let mut rows: Vec<_> = rows.collect();
     let cut = output::cut_last(&header, &mut rows);
-    let mut text = output::table(&header, &[4, 6, 7, 8], rows);
+    let numbers: &[usize] = if translates { &[4, 6, 7, 8, 9] } else { &[4, 6, 7, 8] };
+    let mut text = output::table(&header, numbers, rows);
     for (index, check) in cut {
         let BackendStatus { pool, name, state, .. } = sorted[index];
         if state == BackendState::Up.as_str() {
@@ -262,8 +339,31 @@ mod tests {
             pools: Vec::new(),
             backends: Vec::new(),
             pins: Default::default(),
+            connections: None,
             outcomes,
         }
+    }
+
+    #[test]
+    fn replies_are_totals_or_what_came_between_two_readings() {
+        let now = RepliesStatus { packets: 30, bytes: 3000, resets: 4, answered: 5, waited_ns: 10_000_000 };
+        let before = RepliesStatus { packets: 10, bytes: 1000, resets: 4, answered: 4, waited_ns: 9_000_000 };
+        let row = |rate| {
+            let replied = [Replied { pool: "web", name: "web1", now, before }];
+            let table = replies(replied.into_iter(), rate).expect("a table");
+            table.lines().nth(1).unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(row(None), "web web1 30 2.9 KiB 4 2.00 ms");
+        assert_eq!(row(Rate::new(1, 2_000_000_001)), "web web1 10.0 8.00 k 0 1.00 ms");
+        assert_eq!(replies(std::iter::empty(), None), None);
+    }
+
+    #[test]
+    fn fullness_is_told_where_there_are_connections() {
+        let mut status = status(Vec::new(), 1);
+        assert_eq!(connections(&status), "");
+        status.connections = Some(ConnectionsStatus { connections: 1024, room: 4096 });
+        assert_eq!(connections(&status), "1024 of 4096 connections (25.0 %)");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::health::Health;
 use super::model::{Fragments, Pool, Service};
+use super::nat::WrittenSources;
 use super::network::WrittenSource;
 use super::pools::PoolDraft;
 use super::problem::{Place, Report};
@@ -13,7 +14,7 @@ use super::vips::{self, Vips};
 pub(super) fn check(
     pools: &[PoolDraft],
     services: &[ServiceDraft],
-    source: &WrittenSource,
+    (source, sources): (&WrittenSource, &WrittenSources),
     limits: &WrittenLimits,
     report: &mut Report,
 ) {
@@ -29,7 +30,8 @@ pub(super) fn check(
         }
     }
     for (vip, at) in vips.all() {
-        if let Some((net, source)) = source.overlapping(vip) {
+        let overlapping = source.overlapping(vip).or_else(|| sources.overlapping(vip));
+        if let Some((net, source)) = overlapping {
             let how = if net.contains(vip.first()) { "contains" } else { "lies in" };
             let message = format!("{net} {how} the VIP {vip} of {at}");
             report.error(source.place, &source.path, message, "use a prefix without a VIP");
@@ -94,7 +96,9 @@ pub(super) fn join(
 ) -> (Vec<Pool>, Vec<Service>) {
     let users = users(&pools, &services);
     let pools = pools.into_iter().zip(users).map(|(draft, user)| {
-        let port = user.and_then(ServiceDraft::first_port);
+        // Where packets are sent.
+        let port = Some(draft.forward.port()).filter(|port| *port != 0 && draft.forward.translates());
+        let port = port.or_else(|| user.and_then(ServiceDraft::first_port));
         // Ports that are wrong have been reported.
         if let Some(user) = user.filter(|user| port.is_none() && !user.ports.is_empty())
             && draft.health.unchecked_without_port(defaults)

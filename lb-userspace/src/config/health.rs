@@ -191,7 +191,8 @@ impl Health {
     /// The check of a pool. `service_port` is the first single port of the first service that uses it:
     /// without one and without a port of its own there is nothing to probe, and the kind is none.
     pub fn check(&self, under: &Health, service_port: Option<u16>) -> Check {
-        let port = pick(&self.port, &under.port).or(service_port);
+        let own = pick(&self.port, &under.port);
+        let port = own.or(service_port);
         let kind = match self.kind(under) {
             Kind::None => CheckKind::None,
             _ if port.is_none() => CheckKind::None,
@@ -205,6 +206,7 @@ impl Health {
         Check {
             kind,
             port: port.unwrap_or(0),
+            at_own_port: own.is_none(),
             interval: pick(&self.interval, &under.interval).unwrap_or(INTERVAL),
             timeout: pick(&self.timeout, &under.timeout).unwrap_or(TIMEOUT),
             rise: pick(&self.rise, &under.rise).unwrap_or(2),

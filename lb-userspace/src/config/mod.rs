@@ -22,6 +22,7 @@ mod health;
 mod leaf;
 mod marks;
 pub mod model;
+mod nat;
 mod network;
 mod places;
 mod pools;

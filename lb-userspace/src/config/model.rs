@@ -1,7 +1,7 @@
 //! The validated configuration: what exists here is valid, and nothing here knows YAML.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -17,6 +17,9 @@ pub struct Config {
     /// The same on every balancer of an ECMP group. Keys the flow hash and the tables.
     pub seed: u64,
     pub outer_source: OuterSource,
+    /// What clients' addresses are translated to.
+    pub sources: Sources,
+    pub timeouts: Timeouts,
     /// Answer ARP and neighbour solicitation for VIPs that are on-link.
     pub vip_arp: bool,
     /// Balance frames with VLAN tags too, and keep the tags.
@@ -54,6 +57,42 @@ pub struct OuterSource {
     pub v6: Option<Ipv6Network>,
 }
 
+/// Addresses of the balancer, and ports of each, that stand for clients (`forward: fullnat`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sources {
+    pub v4: Vec<Ipv4Addr>,
+    pub v6: Vec<Ipv6Addr>,
+    pub ports: RangeInclusive<u16>,
+}
+
+impl Sources {
+    /// Ports of each address.
+    pub fn ports_of_one(&self) -> u32 {
+        u32::from(*self.ports.end()) - u32::from(*self.ports.start()) + 1
+    }
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self { v4: Vec::new(), v6: Vec::new(), ports: 1024..=65535 }
+    }
+}
+
+/// How long a silent connection is kept whose addresses are translated, in states of TCP that pass. In the others it is
+/// [`IdleTimeout`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Timeouts {
+    pub syn: Duration,
+    pub fin: Duration,
+    pub reset: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { syn: Duration::from_secs(30), fin: Duration::from_secs(120), reset: Duration::from_secs(10) }
+    }
+}
+
 /// What xlb itself says to clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Icmp {
@@ -79,6 +118,8 @@ pub struct Limits {
     pub slots: u32,
     /// Flows that can be pinned at a time, a power of two.
     pub pins: u32,
+    /// Connections whose addresses are translated, at a time; 0 where no pool does that.
+    pub connections: u32,
 }
 
 /// The admin API on the unix socket.
@@ -135,6 +176,19 @@ pub struct Pool {
     pub slow_start: Option<SlowStart>,
     pub tiers: Tiers,
     pub backends: Vec<Backend>,
+}
+
+impl Pool {
+    /// How packets get to a backend of it.
+    pub fn forward_to(&self, backend: &Backend) -> Forward {
+        backend.port.map_or(self.forward, |port| self.forward.to_port(port))
+    }
+
+    /// How a backend of it is checked.
+    pub fn check_of(&self, backend: &Backend) -> Check {
+        let port = backend.port.filter(|_| self.check.at_own_port).unwrap_or(self.check.port);
+        Check { port, ..self.check.clone() }
+    }
 }
 
 /// What becomes of flows whose backend takes no new ones.
@@ -274,6 +328,36 @@ pub enum Forward {
     Gue { port: u16 },
     /// Rewritten destination MAC; the backend is on-link.
     L2,
+    /// Rewritten destination; the backend answers through the balancer. Port 0 leaves the client's choice.
+    Nat { port: u16 },
+    /// Rewritten destination and source, any family to any family.
+    Fullnat { port: u16 },
+}
+
+impl Forward {
+    /// Whether addresses are translated, and answers come back this way.
+    pub const fn translates(self) -> bool {
+        matches!(self, Self::Nat { .. } | Self::Fullnat { .. })
+    }
+
+    /// The same way, to another port where that is a matter of it.
+    #[must_use]
+    pub const fn to_port(self, port: u16) -> Self {
+        match self {
+            Self::Gue { .. } => Self::Gue { port },
+            Self::Nat { .. } => Self::Nat { port },
+            Self::Fullnat { .. } => Self::Fullnat { port },
+            Self::Ipip | Self::L2 => self,
+        }
+    }
+
+    /// The port that packets are sent to; 0 where that is no matter of this way.
+    pub const fn port(self) -> u16 {
+        match self {
+            Self::Gue { port } | Self::Nat { port } | Self::Fullnat { port } => port,
+            Self::Ipip | Self::L2 => 0,
+        }
+    }
 }
 
 /// The UDP port of GUE (IANA: gue).
@@ -296,6 +380,9 @@ pub struct Backend {
     pub address: IpAddr,
     /// 0 to 100; 0 takes no new flows.
     pub weight: u8,
+    /// What packets are sent to instead of the pool's port.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// What names it in the connection IDs of QUIC.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerId>,
@@ -337,6 +424,8 @@ pub struct Check {
     /// The port that is probed; where YAML gives none, the first single port of the first service that uses
     /// the pool. 0 only where `kind` is `None`.
     pub port: u16,
+    /// Whether a backend with a port of its own is probed at that.
+    pub at_own_port: bool,
     pub interval: Duration,
     pub timeout: Duration,
     /// Consecutive successes that bring a backend up, 1 or more.
@@ -465,7 +554,10 @@ macro_rules! words {
 
 words! {
     Mode { Auto = "auto", Native = "native", Generic = "generic" }
-    Forward { Ipip = "ipip", Gue { port: DEFAULT_GUE_PORT } = "gue", L2 = "l2" }
+    Forward {
+        Ipip = "ipip", Gue { port: DEFAULT_GUE_PORT } = "gue", L2 = "l2",
+        Nat { port: 0 } = "nat", Fullnat { port: 0 } = "fullnat"
+    }
     OnEmpty { Drop = "drop", Pass = "pass", All = "all" }
     Protocol { Tcp = "tcp", Udp = "udp" }
     OnDown { Auto = "auto", Keep = "keep", Move = "move" }

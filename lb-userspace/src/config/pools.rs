@@ -9,7 +9,7 @@ use super::leaf;
 use super::model::{Backend, Flows, Forward, OnEmpty, SlowStart};
 use super::problem::{Report, Spot};
 use super::quic;
-use super::read::{At, Fields};
+use super::read::{At, Fields, Wrong};
 use super::tiers::{self, TiersDraft};
 use super::top::Defaults;
 
@@ -60,7 +60,8 @@ fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Defaults, report: &mut R
         tiers: TiersDraft::default(),
         backends: Vec::new(),
     };
-    let keys = [&["forward", "gue_port", "on_empty", "health", "backends"], &flows::KEYS[..], &tiers::KEYS];
+    let keys =
+        [&["forward", "gue_port", "port", "on_empty", "health", "backends"], &flows::KEYS[..], &tiers::KEYS];
     let want = "a mapping such as {forward: ipip, backends: [192.0.2.11]}";
     let Some(fields) = at.fields(&keys.concat(), want, report) else {
         return draft;
@@ -80,22 +81,37 @@ fn pool(name: &str, spot: Spot, at: &At<'_>, defaults: &Defaults, report: &mut R
 }
 
 fn forward(fields: &Fields<'_>, report: &mut Report) -> Option<Forward> {
-    let port = |text| leaf::number(text, 1..=65535, "").map(|port| u16::try_from(port).unwrap_or(u16::MAX));
     let gue_port = fields.value("gue_port", "a UDP port such as 6080", port, report);
-    let want = "ipip or gue (encapsulated) or l2 (backends on-link)";
+    let port = fields.value("port", "a port such as 8080", port, report);
+    let want = "ipip or gue (encapsulated), l2 (backends on-link), nat or fullnat (addresses translated)";
     let at = fields.need("forward", want, report)?;
     let convert = |text| leaf::word(text, Forward::WORDS, Forward::ALL);
-    match (at.value(want, convert, report)?, gue_port) {
-        (Forward::Gue { .. }, Some(port)) => Some(Forward::Gue { port }),
-        (forward @ (Forward::Ipip | Forward::L2), Some(_)) => {
-            if let Some(at) = fields.get("gue_port") {
-                let message = format!("`forward: {forward}` sends to no UDP port");
-                report.error(at.key_place(), &at.path, message, "remove it, or set forward: gue");
-            }
-            Some(forward)
+    let forward = at.value(want, convert, report)?;
+    let mut refuse = |key, message: String, hint| {
+        if let Some(at) = fields.get(key) {
+            report.error(at.key_place(), &at.path, message, hint);
         }
-        (forward, None) => Some(forward),
+    };
+    let tunnels = matches!(forward, Forward::Gue { .. });
+    let translates = matches!(forward, Forward::Nat { .. } | Forward::Fullnat { .. });
+    if gue_port.is_some() && !tunnels {
+        let message = format!("`forward: {forward}` sends to no UDP port");
+        refuse("gue_port", message, "remove it, or set forward: gue");
     }
+    if port.is_some() && !translates {
+        let message = format!("`forward: {forward}` leaves the port as it is");
+        refuse("port", message, "remove it, or set forward: nat or fullnat");
+    }
+    Some(match forward {
+        Forward::Gue { port } => Forward::Gue { port: gue_port.unwrap_or(port) },
+        Forward::Nat { .. } => Forward::Nat { port: port.unwrap_or(0) },
+        Forward::Fullnat { .. } => Forward::Fullnat { port: port.unwrap_or(0) },
+        Forward::Ipip | Forward::L2 => forward,
+    })
+}
+
+fn port(text: &str) -> Result<u16, Wrong> {
+    leaf::number(text, 1..=65535, "").map(|port| u16::try_from(port).unwrap_or(u16::MAX))
 }
 
 fn warn_of_no_backends(fields: &Fields<'_>, draft: &PoolDraft, report: &mut Report) {
@@ -148,13 +164,20 @@ fn backend(item: &At<'_>, report: &mut Report) -> Option<(Backend, Spot, Spot)> 
     let want = "an address, or a mapping such as {address: 192.0.2.11, weight: 50}";
     if item.is_scalar() {
         let address = item.value(want, leaf::address, report)?;
-        let backend =
-            Backend { name: address.to_string(), address, weight: 100, server_id: None, leaving: false };
+        let backend = Backend {
+            name: address.to_string(),
+            address,
+            weight: 100,
+            port: None,
+            server_id: None,
+            leaving: false,
+        };
         return Some((backend, item.spot(), item.spot()));
     }
-    let fields = item.fields(&["address", "weight", "name", "server_id"], want, report)?;
+    let fields = item.fields(&["address", "weight", "name", "port", "server_id"], want, report)?;
     let weight = fields.value("weight", "a number", leaf::weight, report).unwrap_or(100);
     let name = fields.value("name", "a name", leaf::name, report);
+    let port = fields.value("port", "a port such as 8080", port, report);
     let at = fields.need("address", "an address such as 192.0.2.11", report)?;
     let address = at.value("an address such as 192.0.2.11", leaf::address, report)?;
     let name_at = fields.get("name").unwrap_or_else(|| at.clone()).spot();
@@ -164,5 +187,5 @@ fn backend(item: &At<'_>, report: &mut Report) -> Option<(Backend, Spot, Spot)> 
         Some(at) => Some(at.value("bytes in hex such as \"0a01\"", leaf::server_id, report)?),
         None => None,
     };
-    Some((Backend { name, address, weight, server_id, leaving: false }, at.spot(), name_at))
+    Some((Backend { name, address, weight, port, server_id, leaving: false }, at.spot(), name_at))
 }

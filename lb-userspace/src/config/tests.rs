@@ -2,6 +2,7 @@
 
 mod hostile;
 mod mistakes;
+mod nat;
 mod rules;
 mod steering;
 

@@ -1,21 +1,27 @@
 //! The top of the file: interfaces, seed, limits and switches; and the order in which the rest is read.
 
+use std::net::IpAddr;
+
+use lb_common::abi::PINS_PER_BUCKET;
 use lb_common::allowance::MOST_RATE;
 
 use super::DEFAULT_SEED;
 use super::health::Health;
-use super::model::{Config, Icmp, IdleTimeout, Interface, Limits, Mode};
+use super::model::{Config, Forward, Icmp, IdleTimeout, Interface, Limits, Mode, Sources};
 use super::places::Places;
+use super::pools::PoolDraft;
 use super::problem::{Place, Report, Spot};
 use super::raw::Node;
 use super::read::{At, Fields, Wrong};
-use super::{access, cross, flows, health, leaf, network, pools, services};
+use super::{access, cross, flows, health, leaf, nat, network, pools, services};
 
 const KEYS: &[&str] = &[
     "interfaces",
     "mode",
     "seed",
     "outer_source",
+    "fullnat",
+    "timeouts",
     "vip_arp",
     "vlan",
     "icmp",
@@ -36,6 +42,9 @@ const LEAST_PINS: u32 = 4096;
 /// 1 GiB.
 const MOST_PINS: u32 = 1 << 27;
 
+/// 64 bytes each, and 8 for its place: 4.5 GiB.
+const MOST_CONNECTIONS: u32 = 1 << 26;
+
 /// What is wrong in one place does not keep the others from being checked. The result is valid
 /// only if no error was reported.
 pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places)> {
@@ -44,7 +53,9 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
     let fields = root.fields(KEYS, want, report)?;
     let (interfaces, spots) = interfaces(&fields, report).into_iter().unzip();
     let outer_source = network::outer_source(&fields, report);
-    let limits = limits(&fields, report);
+    let sources = nat::sources(&fields, report);
+    let timeouts = nat::timeouts(&fields, report);
+    let mut limits = limits(&fields, report);
     let api = access::api(&fields, report);
     let metrics = access::metrics(&fields, report);
     let defaults = Defaults::read(&fields, report);
@@ -58,7 +69,10 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
 
     health::unused_defaults(&defaults.health, &pools, report);
     access::refuse_vips(&metrics, &services, report);
-    cross::check(&pools, &services, &outer_source, &limits, report);
+    let tags = fields.get("vlan").filter(|_| vlan).map(|at| at.spot());
+    nat::check(&pools, &services, (&sources, tags.as_ref()), report);
+    cross::check(&pools, &services, (&outer_source, &sources), &limits, report);
+    limits.model.connections = connections(limits.model.connections, &pools, &sources.model);
     let places = Places::new(report.file(), spots, &pools, &services);
     if vip_arp {
         services::warn_of_answered_prefixes(&services, report);
@@ -69,6 +83,8 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
         interfaces,
         seed,
         outer_source: outer_source.model(),
+        sources: sources.model,
+        timeouts,
         vip_arp,
         vlan,
         icmp,
@@ -174,10 +190,11 @@ pub(super) struct WrittenLimits {
 }
 
 fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
-    let model = Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576 };
+    let model =
+        Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576, connections: 262_144 };
     let mut limits = WrittenLimits { model, vips: None, backends: None };
     let want = "a mapping such as {vips: 2048, backends: 4096, slots: 1048576, pins: 1048576}";
-    let keys = &["vips", "backends", "slots", "pins"];
+    let keys = &["vips", "backends", "slots", "pins", "connections"];
     let Some(fields) = fields.get("limits").and_then(|at| at.fields(keys, want, report)) else {
         return limits;
     };
@@ -198,5 +215,27 @@ fn limits(fields: &Fields<'_>, report: &mut Report) -> WrittenLimits {
     if let Some(n) = fields.value("pins", "a number", pins, report) {
         limits.model.pins = n.next_power_of_two();
     }
+    let connections = |text| leaf::number(text, LEAST_PINS..=MOST_CONNECTIONS, "");
+    if let Some(n) = fields.value("connections", "a number", connections, report) {
+        limits.model.connections = n;
+    }
     limits
+}
+
+/// Connections that there can be: none where no pool has any, and no more than clients can be told apart by ports of
+/// sources, where those are translated.
+fn connections(limit: u32, pools: &[PoolDraft], sources: &Sources) -> u32 {
+    let any = |is: fn(Forward) -> bool| pools.iter().any(|pool| is(pool.forward));
+    if !any(|forward| matches!(forward, Forward::Nat { .. } | Forward::Fullnat { .. })) {
+        return 0;
+    }
+    let full = pools.iter().filter(|pool| matches!(pool.forward, Forward::Fullnat { .. }));
+    let families = full.flat_map(|pool| &pool.backends).map(|(backend, _)| match backend.address {
+        IpAddr::V4(_) => sources.v4.len(),
+        IpAddr::V6(_) => sources.v6.len(),
+    });
+    let most = families
+        .min()
+        .map_or(limit, |addresses| sources.ports_of_one().saturating_mul(addresses as u32).min(limit));
+    most / PINS_PER_BUCKET as u32 * PINS_PER_BUCKET as u32
 }

@@ -56,7 +56,7 @@ fn tables() -> Image {
         world.next_hops.insert(Ipv4Addr::new(10, 0, 0, last).into(), hop);
     }
     let capacity = Capacity::new(&config.limits);
-    let LoadTime { seed, features, icmp_rate, pin_rate } = LoadTime::of(&config);
+    let LoadTime { seed, features, icmp_rate, pin_rate, source_ports: _ } = LoadTime::of(&config);
     let meta = Meta { seed, features: features.bits(), icmp_rate, pin_rate, ..Meta::default() };
     let mut image = Image::empty(&capacity, meta);
     for op in plan_at_once(&image, &desired(&config, &world), &capacity).unwrap() {

@@ -1,7 +1,7 @@
 //! What should lie in the kernel for a configuration and what is alive: a pure function, free of ids.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
@@ -16,6 +16,7 @@ use super::entries::{DesiredVip, VipKey, entries};
 use super::servers::{ServerName, servers};
 use crate::config::model::{
     Backend as ConfiguredBackend, Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler,
+    Sources, Timeouts,
 };
 use crate::nexthop::NextHop;
 use crate::policy::response;
@@ -118,14 +119,38 @@ pub struct Desired {
     pub vips: BTreeMap<VipKey, DesiredVip>,
     /// The identity of the backend that a connection ID of QUIC names.
     pub servers: BTreeMap<ServerName, u64>,
+    pub sources: DesiredSources,
+    pub timeouts: Timeouts,
+}
+
+/// Addresses that clients' are translated to, and how many rows of them there are ports for.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct DesiredSources {
+    pub v4: Vec<Ipv4Addr>,
+    pub v6: Vec<Ipv6Addr>,
+    pub rows: u32,
+}
+
+impl DesiredSources {
+    fn of(config: &Config) -> Self {
+        let Sources { v4, v6, ports: _ } = &config.sources;
+        let rows = config.limits.connections.div_ceil(config.sources.ports_of_one());
+        Self { v4: v4.clone(), v6: v6.clone(), rows }
+    }
 }
 
 /// The maps as they should be.
 pub fn desired(config: &Config, world: &World) -> Desired {
-    let mut desired = Desired { vips: entries(config), servers: servers(config), ..Desired::default() };
+    let mut desired = Desired {
+        vips: entries(config),
+        servers: servers(config),
+        sources: DesiredSources::of(config),
+        timeouts: config.timeouts,
+        ..Desired::default()
+    };
     for (index, pool) in config.pools.iter().enumerate() {
         for (place, backend) in pool.backends.iter().enumerate() {
-            let identity = backend_identity(&pool.name, pool.forward, backend.address);
+            let identity = identity_of(pool, backend);
             // Another pool may reach the same address in a way that this one cannot use.
             let usable = world.up.contains_key(&(index, place));
             let next_hop = world
@@ -133,7 +158,7 @@ pub fn desired(config: &Config, world: &World) -> Desired {
                 .get(&backend.address)
                 .filter(|_| usable)
                 .map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
-            let mut row = backend_row(pool.forward, backend.address, identity);
+            let mut row = backend_row(pool.forward_to(backend), backend.address, identity);
             let old_flows = world.old_flows.get(&(index, place)).copied().unwrap_or_default();
             if world.up.get(&(index, place)) == Some(&true) && old_flows == OldFlows::Stay {
                 row.flags |= Backend::ACCEPTING;
@@ -165,6 +190,8 @@ pub struct LoadTime {
     pub icmp_rate: u64,
     /// Pins of new flows, and of old ones, that a CPU makes in a second.
     pub pin_rate: u64,
+    /// As in `Constants`; 0 where no source is translated.
+    pub source_ports: u64,
 }
 
 impl LoadTime {
@@ -174,13 +201,14 @@ impl LoadTime {
             features: features(config),
             icmp_rate: u64::from(config.icmp.rate),
             pin_rate: PIN_RATE,
+            source_ports: source_ports(config),
         }
     }
 
     /// What maps say of the program that goes by them.
     pub const fn of_meta(meta: &Meta) -> Self {
-        let Meta { seed, features, icmp_rate, pin_rate, .. } = *meta;
-        Self { seed, features: Features::from_bits(features), icmp_rate, pin_rate }
+        let Meta { seed, features, icmp_rate, pin_rate, source_ports, .. } = *meta;
+        Self { seed, features: Features::from_bits(features), icmp_rate, pin_rate, source_ports }
     }
 
     /// As it is, but able to do what another needs as well.
@@ -188,6 +216,15 @@ impl LoadTime {
     pub const fn with(self, features: Features) -> Self {
         Self { features: self.features.with(features), ..self }
     }
+}
+
+/// The ports of sources in the form of `Constants`; 0 where there are none.
+fn source_ports(config: &Config) -> u64 {
+    let Sources { v4, v6, ports } = &config.sources;
+    if v4.is_empty() && v6.is_empty() {
+        return 0;
+    }
+    u64::from(*ports.start()) | u64::from(config.sources.ports_of_one()) << 16
 }
 
 /// Features that a configuration needs of the program.
@@ -245,13 +282,22 @@ const fn way_of(kind: BackendKind) -> Features {
         BackendKind::L2 => Features::L2,
         BackendKind::Gue4 => Features::GUE4,
         BackendKind::Gue6 => Features::GUE6,
+        BackendKind::Nat4 | BackendKind::Nat6 => Features::NAT,
+        BackendKind::Fullnat4 | BackendKind::Fullnat6 => Features::NAT.with(Features::FULLNAT),
         BackendKind::Nobody | BackendKind::Pass => Features::from_bits(0),
     }
 }
 
 /// Features that only say how packets get to backends.
-pub const WAYS: [Features; 5] =
-    [Features::IPIP4, Features::IPIP6, Features::L2, Features::GUE4, Features::GUE6];
+pub const WAYS: [Features; 7] = [
+    Features::IPIP4,
+    Features::IPIP6,
+    Features::L2,
+    Features::GUE4,
+    Features::GUE6,
+    Features::NAT,
+    Features::FULLNAT,
+];
 
 /// What it takes to send to the backends of rows, of which slots and flows may name those that no configuration does.
 pub fn ways_to(rows: &[Backend]) -> Features {
@@ -273,6 +319,10 @@ pub fn kind(forward: Forward, address: IpAddr) -> BackendKind {
         (Forward::Ipip, IpAddr::V6(_)) => BackendKind::Ipip6,
         (Forward::Gue { .. }, IpAddr::V4(_)) => BackendKind::Gue4,
         (Forward::Gue { .. }, IpAddr::V6(_)) => BackendKind::Gue6,
+        (Forward::Nat { .. }, IpAddr::V4(_)) => BackendKind::Nat4,
+        (Forward::Nat { .. }, IpAddr::V6(_)) => BackendKind::Nat6,
+        (Forward::Fullnat { .. }, IpAddr::V4(_)) => BackendKind::Fullnat4,
+        (Forward::Fullnat { .. }, IpAddr::V6(_)) => BackendKind::Fullnat6,
     }
 }
 
@@ -283,6 +333,8 @@ pub fn forward_of(row: &Backend) -> Option<Forward> {
         BackendKind::Ipip4 | BackendKind::Ipip6 => Some(Forward::Ipip),
         BackendKind::Gue4 | BackendKind::Gue6 => Some(Forward::Gue { port: row.port.get() }),
         BackendKind::L2 => Some(Forward::L2),
+        BackendKind::Nat4 | BackendKind::Nat6 => Some(Forward::Nat { port: row.port.get() }),
+        BackendKind::Fullnat4 | BackendKind::Fullnat6 => Some(Forward::Fullnat { port: row.port.get() }),
     }
 }
 
@@ -291,10 +343,17 @@ pub fn backend_identity(pool: &str, forward: Forward, address: IpAddr) -> u64 {
     let kind = kind(forward, address) as u8;
     let text = match forward {
         Forward::Ipip | Forward::L2 => format!("{pool}/{address}/{kind}"),
-        Forward::Gue { port } => format!("{pool}/{address}/{kind}/{port}"),
+        Forward::Gue { port } | Forward::Nat { port } | Forward::Fullnat { port } => {
+            format!("{pool}/{address}/{kind}/{port}")
+        }
     };
     // Never 0, which is a free row.
     fingerprint(1, text.as_bytes()).max(1)
+}
+
+/// What a backend of a pool is.
+pub fn identity_of(pool: &Pool, backend: &ConfiguredBackend) -> u64 {
+    backend_identity(&pool.name, pool.forward_to(backend), backend.address)
 }
 
 pub fn table_identity(pool: &Pool, protocol: Protocol, scheduler: Scheduler) -> u64 {
@@ -328,14 +387,10 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
             ([high, low], 0)
         }
     };
-    let port = match forward {
-        Forward::Gue { port } => port,
-        Forward::Ipip | Forward::L2 => 0,
-    };
     Backend {
         kind: kind as u8,
         outer_sum: if forward == Forward::L2 { 0 } else { sum },
-        port: Be16::new(port),
+        port: Be16::new(forward.port()),
         overhead: kind.overhead(),
         address: words,
         identity,
@@ -367,9 +422,7 @@ fn table(
         OnEmpty::Drop | OnEmpty::All => Target::Nobody,
         OnEmpty::Pass => Target::Pass,
     };
-    let target = |backend: &ConfiguredBackend| {
-        Target::Backend(backend_identity(&pool.name, pool.forward, backend.address))
-    };
+    let target = |backend: &ConfiguredBackend| Target::Backend(identity_of(pool, backend));
     let targets: Vec<Target> = pool.backends.iter().map(target).collect();
     let named = |indices: Vec<u16>| -> Vec<Target> {
         indices.iter().map(|&index| targets.get(usize::from(index)).copied().unwrap_or(nobody)).collect()

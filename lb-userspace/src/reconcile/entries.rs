@@ -9,7 +9,9 @@ use lb_common::abi::{PortKey, VipTarget};
 
 use super::desired::{protocol_number, table_identity};
 use super::servers::server_id_bytes;
-use crate::config::model::{Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Unmapped, Vip};
+use crate::config::model::{
+    Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Sources, Unmapped, Vip,
+};
 
 /// An address and a `PortKey`.
 pub type VipKey = (IpAddr, u32);
@@ -22,7 +24,8 @@ pub type Counted = (Vip, Ports, u8);
 pub struct Lead {
     /// The identity of its table.
     pub table: u64,
-    /// `VipTarget::SOURCE_HASH` with what it cuts off, or 0; and what `VipTarget::server_ids_of` says.
+    /// `VipTarget::SOURCE_HASH` with what it cuts off, or 0; what `VipTarget::server_ids_of` says; and
+    /// `VipTarget::TRANSLATED`, or 0.
     pub flags: u16,
     pub counted: Counted,
 }
@@ -41,6 +44,8 @@ pub enum DesiredVip {
     Service(Lead),
     /// Marks an address or a prefix. `flags`: `VipTarget::UNMAPPED_PASS`, `UNMAPPED_REJECT` or 0.
     Address { flags: u16, rules: Vec<DesiredRule> },
+    /// An address that clients' are translated to.
+    Source,
 }
 
 impl DesiredVip {
@@ -48,6 +53,7 @@ impl DesiredVip {
         let (service, rules) = match self {
             Self::Service(lead) => (Some(lead), &[][..]),
             Self::Address { rules, .. } => (None, rules.as_slice()),
+            Self::Source => (None, &[][..]),
         };
         service.into_iter().chain(rules.iter().map(|rule| &rule.lead)).map(|lead| lead.counted)
     }
@@ -80,10 +86,11 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
     for service in &config.services {
         let pool = config.pool_of(service);
         let server_ids = VipTarget::server_ids_of(server_id_bytes(config, service));
+        let translated = if translates(config, service) { VipTarget::TRANSLATED } else { 0 };
         let identity = |&protocol| table_identity(pool, protocol, service.scheduler);
         let tables: Vec<u64> = service.protocols.iter().map(identity).collect();
         for &vip in &service.vips {
-            let flags = flags(service, vip) | server_ids;
+            let flags = flags(service, vip) | server_ids | translated;
             let own = marks.entry(vip).or_default();
             own.unmapped = own.unmapped.or(service.unmapped);
             for (&protocol, &table) in service.protocols.iter().zip(&tables) {
@@ -110,7 +117,21 @@ pub fn entries(config: &Config) -> BTreeMap<VipKey, DesiredVip> {
         own.rules.sort_by_key(|rule| (rule.ports.rank(), rule.ports, rule.protocol));
     }
     entries.extend(merged(&marks));
+    entries.extend(sources(config).map(|address| ((address, PortKey::ADDRESS.0), DesiredVip::Source)));
     entries
+}
+
+/// Whether some pool that a service may use translates addresses.
+fn translates(config: &Config, service: &Service) -> bool {
+    config.levels_of(service.pool).any(|pool| config.pools[pool].forward.translates())
+}
+
+/// Addresses that clients' are translated to, where any are.
+fn sources(config: &Config) -> impl Iterator<Item = IpAddr> + '_ {
+    let used = config.limits.connections > 0;
+    let Sources { v4, v6, .. } = &config.sources;
+    let all = v4.iter().copied().map(IpAddr::from).chain(v6.iter().copied().map(IpAddr::from));
+    all.filter(move |_| used)
 }
 
 /// How packets to a VIP of a service are hashed.

@@ -6,13 +6,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 
+use elsa::FrozenMap;
 use lb_common::abi::{
-    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load, Meta,
-    PINS_PER_BUCKET, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket, PortRule, PrefixLengths,
-    RULES_PER_ROW, RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6,
-    VIP_WORDS, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load,
+    MOST_SOURCES, Meta, PINS_PER_BUCKET, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket,
+    PortRule, PrefixLengths, RULES_PER_ROW, Record, RuleRow, SLOTS_PER_ROW, SlotRow, Source, TableState,
+    TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, VipWord,
 };
+
 use lb_common::allowance::Limited;
+use lb_common::connections::{Reply, Rooms};
 use lb_common::flow::{self, FlowHash};
 use lb_common::outcome::Outcome;
 use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
@@ -20,6 +23,7 @@ use lb_common::quic::ServerKey;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
 
+use super::connections::Connections;
 use super::op::MapOp;
 use super::pins::{Pins, coarse_ns};
 use crate::capacity::Capacity;
@@ -44,6 +48,9 @@ pub struct Image {
     pub load_weights: Vec<u64>,
     /// Not a copy: they change with every packet.
     pub pins: Pins,
+    /// As the pins are.
+    pub connections: Connections,
+    pub sources: Vec<Source>,
     pub interfaces: HashMap<u32, Interface>,
     pub servers: BTreeMap<ServerKey, u16>,
 }
@@ -65,9 +72,11 @@ impl Image {
             table_states: vec![TableState::default(); capacity.tables as usize],
             slots: vec![SlotRow::default(); capacity.slot_rows as usize],
             backends,
-            egress: vec![Egress::default(); capacity.egress_rows as usize],
+            egress: vec![Egress::default(); capacity.way_rows() as usize],
             load_weights: vec![0; capacity.backend_rows as usize],
             pins: Pins::default(),
+            connections: Connections::default(),
+            sources: vec![Source::default(); MOST_SOURCES as usize],
             interfaces: HashMap::new(),
             servers: BTreeMap::new(),
         }
@@ -169,12 +178,14 @@ impl Image {
             MapOp::RemoveServer { key } => _ = self.servers.remove(key),
             MapOp::SetClosing { table, closing } => self.table_states[usize::from(*table)].closing = *closing,
             MapOp::SetPools { table, pools } => self.table_states[usize::from(*table)].pools = *pools,
+            MapOp::WriteSource { row, source } => self.sources[usize::from(*row)] = *source,
             MapOp::SetFlags { id, flags } => self.backends[usize::from(*id)].flags = *flags,
             MapOp::SetLoadWeight { id, weight } => self.load_weights[usize::from(*id)] = *weight,
             MapOp::ResetBackendTraffic { .. }
             | MapOp::ResetVipTraffic { .. }
             | MapOp::ExpectFailed { .. }
             | MapOp::DropPins { .. }
+            | MapOp::DropConnections { .. }
             | MapOp::Grace => {}
         }
     }
@@ -199,6 +210,10 @@ pub struct Trail {
     pub pinned: bool,
     /// What a QUIC connection ID says, and whom it names.
     pub server: Option<(ServerKey, Option<u16>)>,
+    pub reply: Option<(u16, Reply)>,
+    /// Buckets of connections that it looked at, and records, as it left them.
+    pub buckets: BTreeMap<u32, [u64; PINS_PER_BUCKET]>,
+    pub records: BTreeMap<u32, [u64; 8]>,
 }
 
 /// An image as the packet path sees it, writing down the way.
@@ -207,18 +222,35 @@ pub struct Traced<'i> {
     keys: [u64; HASH_KEYS],
     /// The one bucket that a packet looks at, as it was then: what the packet writes stays here.
     bucket: OnceCell<(u32, PinBucket)>,
+    /// Likewise those of connections, by row, and their records by place.
+    buckets: FrozenMap<u32, Box<PinBucket>>,
+    records: FrozenMap<u32, Box<Record>>,
     trail: RefCell<Trail>,
 }
 
 impl<'i> Traced<'i> {
     pub fn new(image: &'i Image) -> Self {
-        Self { image, keys: flow::keys(image.meta.seed), bucket: OnceCell::new(), trail: RefCell::default() }
+        Self {
+            image,
+            keys: flow::keys(image.meta.seed),
+            bucket: OnceCell::new(),
+            buckets: FrozenMap::new(),
+            records: FrozenMap::new(),
+            trail: RefCell::default(),
+        }
     }
 
     pub fn into_trail(self) -> Trail {
         let bucket = self.bucket.into_inner();
         let bucket = bucket.map(|(spread, pins)| (spread, pins.0.map(AtomicU64::into_inner)));
-        Trail { bucket, ..self.trail.into_inner() }
+        let buckets = self.buckets.into_map().into_iter();
+        let records = self.records.into_map().into_iter();
+        Trail {
+            bucket,
+            buckets: buckets.map(|(row, pins)| (row, pins.0.map(AtomicU64::into_inner))).collect(),
+            records: records.map(|(at, record)| (at, record.0.map(AtomicU64::into_inner))).collect(),
+            ..self.trail.into_inner()
+        }
     }
 }
 
@@ -316,6 +348,30 @@ impl Tables for Traced<'_> {
         Some(&self.bucket.get_or_init(|| (spread, self.image.pins.bucket(spread))).1)
     }
 
+    fn rooms(&self) -> Rooms {
+        let Meta { source_ports, buckets_before, .. } = self.image.meta;
+        let buckets = u64::from(self.image.connections.buckets());
+        Rooms::new(buckets | u64::from(buckets_before) << 32, source_ports)
+    }
+
+    fn connection_bucket(&self, index: u32) -> Option<&PinBucket> {
+        if let Some(bucket) = self.buckets.get(&index) {
+            return Some(bucket);
+        }
+        Some(self.buckets.insert(index, Box::new(self.image.connections.bucket(index)?)))
+    }
+
+    fn record(&self, position: u32) -> Option<&Record> {
+        if let Some(record) = self.records.get(&position) {
+            return Some(record);
+        }
+        Some(self.records.insert(position, Box::new(self.image.connections.record(position)?)))
+    }
+
+    fn source(&self, index: u32) -> Option<&Source> {
+        self.image.sources.get(index as usize)
+    }
+
     fn clock(&self) -> u64 {
         coarse_ns()
     }
@@ -358,6 +414,10 @@ impl Tables for Traced<'_> {
 
     fn count_vip(&self, vip: u32, bytes: u64) {
         self.trail.borrow_mut().vip = Some((vip, Traffic { packets: 1, bytes }));
+    }
+
+    fn count_reply(&self, id: u16, reply: Reply) {
+        self.trail.borrow_mut().reply = Some((id, reply));
     }
 
     fn count_backend(&self, id: u16, bytes: u64) {

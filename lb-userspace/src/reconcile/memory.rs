@@ -120,6 +120,8 @@ impl Memory {
             MapOp::DropPins { id } => _ = drop_pins(self.buckets.words(), *id),
             MapOp::SetLoadWeight { id, weight } => set(&self.loads[usize::from(*id)].weight, *weight),
             MapOp::WriteEgress { .. }
+            | MapOp::WriteSource { .. }
+            | MapOp::DropConnections { .. }
             | MapOp::SetPath { .. }
             | MapOp::ResetBackendTraffic { .. }
             | MapOp::ResetVipTraffic { .. }

@@ -4,6 +4,7 @@
 //! is, gives out ids and places, and yields an ordered list of [`op::MapOp`]. Both are pure; planning
 //! again on the result yields nothing. `bpf::Maps` is the only place that carries operations out.
 
+pub mod connections;
 pub mod desired;
 pub mod entries;
 pub mod image;

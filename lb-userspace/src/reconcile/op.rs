@@ -1,7 +1,8 @@
 //! One write to the kernel's tables, as data.
 
 use lb_common::abi::{
-    Backend, Egress, Path, PrefixLengths, RuleRow, TableState, TableWord, Vip4Bucket, Vip6Bucket, VipWord,
+    Backend, Egress, Path, PrefixLengths, RuleRow, Source, TableState, TableWord, Vip4Bucket, Vip6Bucket,
+    VipWord,
 };
 use lb_common::quic::ServerKey;
 
@@ -68,6 +69,16 @@ pub enum MapOp {
     /// Takes out the pins that name a backend.
     DropPins {
         id: u16,
+    },
+    /// Takes out the connections in places from `first` to `last`.
+    DropConnections {
+        first: u32,
+        last: u32,
+    },
+    /// An address that clients' are translated to, with no connection that uses the row.
+    WriteSource {
+        row: u16,
+        source: Source,
     },
     /// How much a backend takes beside others (`Load::weight`).
     SetLoadWeight {

@@ -7,6 +7,7 @@
 mod carry;
 mod places;
 mod servers;
+pub mod sources;
 mod vips;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -314,7 +315,9 @@ impl Planner<'_> {
         let wanted: BTreeMap<EgressKey, Egress> = hops.map(|(_, egress)| (key(egress), *egress)).collect();
         let mut rows = BTreeMap::new();
         let mut free = Vec::new();
-        for (row, egress) in self.image.egress.iter().enumerate().skip(1) {
+        // Rows after these are ways back, and not ours.
+        let ways = self.image.egress.iter().take(self.capacity.egress_rows as usize);
+        for (row, egress) in ways.enumerate().skip(1) {
             let row = row as u16;
             if *egress == Egress::default() {
                 free.push(row);
@@ -502,6 +505,8 @@ fn tunnel_to(row: &Backend) -> Option<(bool, [u64; 2])> {
         BackendKind::Ipip4 | BackendKind::Gue4 => Some((false, row.address)),
         BackendKind::Ipip6 | BackendKind::Gue6 => Some((true, row.address)),
         BackendKind::Nobody | BackendKind::Pass | BackendKind::L2 => None,
+        // No tunnel: nobody decapsulates there.
+        BackendKind::Nat4 | BackendKind::Nat6 | BackendKind::Fullnat4 | BackendKind::Fullnat6 => None,
     }
 }
 

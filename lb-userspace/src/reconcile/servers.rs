@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::desired::{backend_identity, table_identity};
+use super::desired::{identity_of, table_identity};
 use crate::config::model::{Backend, Config, Pool, Service};
 
 /// The identity of a table, a configuration ID, and a server ID.
@@ -22,7 +22,7 @@ pub fn servers(config: &Config) -> BTreeMap<ServerName, u64> {
                 // A server that is in several of the pools is met by the way of the first.
                 servers
                     .entry((table, quic.config_id, id.bytes().to_vec()))
-                    .or_insert_with(|| backend_identity(&pool.name, pool.forward, backend.address));
+                    .or_insert_with(|| identity_of(pool, backend));
             }
         }
     }

@@ -1,23 +1,30 @@
-//! Sweeps over the pins: takes out those whose flow has long been silent, counts the others by backend, and finds
-//! slots that no pin holds any more. Goes in bounded steps; a cycle is one pass over all buckets.
+//! Sweeps over the pins, then over the connections: takes out those whose flow has long been silent, counts the others by
+//! backend, and finds slots that no pin holds any more. Goes in bounded steps; a cycle is one pass over all buckets.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{PINS_PER_BUCKET, Pin, PinState, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_CLAIMED, PINS_PER_BUCKET, Pin, PinState, Record, SLOTS_PER_ROW, TableWord};
+use lb_common::connections::seen;
 use lb_common::slots::Slot;
 use lb_common::wire::PROTO_UDP;
 
+use super::connections::Connections;
 use super::desired::{Desired, meet};
 use super::image::Image;
 use super::moves::SLACK;
+use super::pins::Pins;
+use crate::config::model::Timeouts;
 
 /// A pin of which only a SYN was seen is kept this long: the longest gap between repeated SYNs (Linux: 64 s).
 const UNCONFIRMED: Duration = Duration::from_secs(64);
 
+/// A place that is claimed is filled within microseconds: who claimed this one is no more.
+const LEFTOVER: Duration = Duration::from_secs(5);
+
 /// A unit of a pin's age.
-const UNIT: Duration = Duration::from_nanos(1 << 31);
+pub const UNIT: Duration = Duration::from_nanos(1 << 31);
 
 /// What a sweep must know of tables and backends.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +33,8 @@ pub struct Rules {
     pub idle: HashMap<u16, (Duration, Duration)>,
     /// Of a backend that is in no configuration.
     pub longest: Duration,
+    /// How long connections are protected in states that pass.
+    pub timeouts: Timeouts,
     /// By backend id: tables whose flows a pin may belong to. Of a backend that is not here: all of them.
     pub tables: HashMap<u16, Vec<u16>>,
 }
@@ -33,7 +42,7 @@ pub struct Rules {
 impl Rules {
     /// What follows from what is desired, and from pools that tables had before.
     pub fn of(desired: &Desired, image: &Image) -> Self {
-        let mut rules = Self::default();
+        let mut rules = Self { timeouts: desired.timeouts, ..Self::default() };
         let tables: Vec<(u16, [u64; 3], u8, Duration)> = (0u16..)
             .zip(&image.table_states)
             .filter_map(|(number, state)| {
@@ -62,8 +71,13 @@ impl Rules {
         rules
     }
 
+    /// How long flows of TCP and of UDP are protected.
+    fn idle_of(&self, id: u16) -> (Duration, Duration) {
+        self.idle.get(&id).copied().unwrap_or((self.longest, self.longest))
+    }
+
     fn limit(&self, pin: Pin) -> u32 {
-        let (tcp, udp) = self.idle.get(&pin.backend()).copied().unwrap_or((self.longest, self.longest));
+        let (tcp, udp) = self.idle_of(pin.backend());
         let idle = match pin.state() {
             PinState::Syn => tcp.min(UNCONFIRMED),
             PinState::Established | PinState::Finishing => tcp,
@@ -72,14 +86,60 @@ impl Rules {
         // An age is rounded down, twice.
         ((idle + SLACK).as_nanos() / UNIT.as_nanos()) as u32 + 2
     }
+
+    /// Of a connection. Its record is that of whoever holds the place, or is just leaving it: what is silent for long
+    /// enough to be asked about has not changed hands.
+    fn limit_of_connection(&self, pin: Pin, record: &Record) -> u32 {
+        let (tcp, udp) = self.idle_of(pin.backend());
+        let idle = match pin.state() {
+            _ if pin.backend() == BACKEND_CLAIMED => LEFTOVER,
+            PinState::Syn => self.timeouts.syn,
+            PinState::Established => tcp,
+            PinState::Finishing if is_reset(record) => self.timeouts.reset,
+            PinState::Finishing => self.timeouts.fin,
+            PinState::Datagram => udp,
+        };
+        // Both ages are rounded down: up to a unit of those that are between them may not have passed.
+        (idle.as_nanos() / UNIT.as_nanos()) as u32 + 1
+    }
 }
 
-/// Pins of a backend, as the last cycle found them.
+fn is_reset(record: &Record) -> bool {
+    record.0[Record::PORTS].load(Ordering::Acquire) & seen::RESET != 0
+}
+
+/// What names a backend, as the last cycle found it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Held {
     pub pins: u32,
-    /// Of flows that have not ended.
+    /// By `PinState`.
+    pub connections: [u32; 4],
+    /// Flows of both that have not ended.
     pub active: u32,
+}
+
+impl Held {
+    pub fn is_empty(&self) -> bool {
+        self.pins == 0 && self.connections == [0; 4]
+    }
+}
+
+/// All that is swept: words that packets change meanwhile, and the records of those that are connections.
+#[derive(Clone, Copy, Default)]
+pub struct Places<'p> {
+    pub pins: &'p [AtomicU64],
+    pub connections: &'p [AtomicU64],
+    pub records: &'p [Record],
+}
+
+impl<'p> Places<'p> {
+    pub fn of(pins: &'p Pins, connections: &'p Connections) -> Self {
+        Self { pins: pins.words(), connections: connections.words(), records: connections.records() }
+    }
+
+    fn len(&self) -> usize {
+        self.pins.len() + self.connections.len()
+    }
 }
 
 /// Slots of a table that have had `P` and not `D` since the cycle began.
@@ -91,10 +151,12 @@ struct Candidates {
 
 /// One pass.
 struct Cycle {
+    /// Over pins, then connections.
     next: usize,
     began: Instant,
     held: Vec<Held>,
-    free: u64,
+    pins: u64,
+    connections: u64,
     expired: u64,
     candidates: HashMap<u16, Candidates>,
     /// The same by their first slot. No two tables share one.
@@ -109,6 +171,8 @@ pub struct Found {
     pub held: Vec<Held>,
     /// Pins that there are.
     pub pins: u64,
+    /// Places of connections that are taken.
+    pub connections: u64,
     pub expired: u64,
     pub took: Duration,
     /// Slots without a pin elsewhere, as words without `P`.
@@ -158,7 +222,8 @@ impl Sweeper {
             next: 0,
             began: now,
             held: vec![Held::default(); image.backends.len()],
-            free: 0,
+            pins: 0,
+            connections: 0,
             expired: 0,
             candidates,
             places,
@@ -184,14 +249,20 @@ impl Sweeper {
     }
 
     /// Goes over so many buckets; at the end of the cycle, what it found.
-    pub fn step(&mut self, pins: &[AtomicU64], buckets: usize, age: u16, now: Instant) -> Option<Found> {
+    pub fn step(&mut self, places: Places<'_>, buckets: usize, age: u16, now: Instant) -> Option<Found> {
         let cycle = self.cycle.as_mut()?;
-        let until = pins.len().min(cycle.next + buckets * PINS_PER_BUCKET);
-        for word in &pins[cycle.next..until] {
+        let (pins, all) = (places.pins.len(), places.len());
+        let until = all.min(cycle.next + buckets * PINS_PER_BUCKET);
+        for word in &places.pins[cycle.next.min(pins)..until.min(pins)] {
             cycle.look(word, age);
         }
+        let connections = cycle.next.saturating_sub(pins)..until.saturating_sub(pins);
+        for (word, record) in places.connections[connections.clone()].iter().zip(&places.records[connections])
+        {
+            cycle.look_at_connection(word, record, age);
+        }
         cycle.next = until;
-        if until < pins.len() {
+        if until < all {
             return None;
         }
         let cycle = self.cycle.take()?;
@@ -205,7 +276,8 @@ impl Sweeper {
         clear.sort_unstable();
         Some(Found {
             clear,
-            pins: pins.len() as u64 - cycle.free,
+            pins: cycle.pins,
+            connections: cycle.connections,
             held: cycle.held,
             expired: cycle.expired,
             took: now.saturating_duration_since(cycle.began),
@@ -214,9 +286,10 @@ impl Sweeper {
 }
 
 impl Cycle {
-    fn look(&mut self, word: &AtomicU64, now: u16) {
+    /// What is left of a place; one that was silent for longer than the limit is free now.
+    fn aged(&mut self, word: &AtomicU64, now: u16, limit: impl FnOnce(&Rules, Pin) -> u32) -> Option<Pin> {
         let mut pin = Pin::from_bits(word.load(Ordering::Acquire));
-        if !pin.is_free() && pin.idle(now) > self.rules.limit(pin) {
+        if !pin.is_free() && pin.idle(now) > limit(&self.rules, pin) {
             // A packet may just have renewed it.
             match word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) => {
@@ -226,10 +299,25 @@ impl Cycle {
                 Err(now) => pin = Pin::from_bits(now),
             }
         }
-        if pin.is_free() {
-            self.free += 1;
-            return;
+        (!pin.is_free()).then_some(pin)
+    }
+
+    /// Connections hold no slot: where theirs leads is nothing to them.
+    fn look_at_connection(&mut self, word: &AtomicU64, record: &Record, now: u16) {
+        let limit = |rules: &Rules, pin| rules.limit_of_connection(pin, record);
+        let Some(pin) = self.aged(word, now, limit) else { return };
+        self.connections += 1;
+        if let Some(held) = self.held.get_mut(usize::from(pin.backend()))
+            && pin.backend() != BACKEND_CLAIMED
+        {
+            held.connections[pin.state() as usize] += 1;
+            held.active += u32::from(pin.state() != PinState::Finishing);
         }
+    }
+
+    fn look(&mut self, word: &AtomicU64, now: u16) {
+        let Some(pin) = self.aged(word, now, Rules::limit) else { return };
+        self.pins += 1;
         if let Some(held) = self.held.get_mut(usize::from(pin.backend())) {
             held.pins += 1;
             held.active += u32::from(pin.state() != PinState::Finishing);

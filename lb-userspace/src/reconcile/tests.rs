@@ -46,7 +46,8 @@ use super::plan::{
 use crate::capacity::Capacity;
 use crate::config::model::{
     Api, Backend, Check, CheckKind, Config, Flows, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty,
-    OuterSource, Pool, Ports, Protocol, Scheduler, Service, SourcePrefix, Tiers, Unmapped, Vip,
+    OuterSource, Pool, Ports, Protocol, Scheduler, Service, SourcePrefix, Sources, Tiers, Timeouts, Unmapped,
+    Vip,
 };
 use crate::nexthop::NextHop;
 
@@ -57,5 +58,5 @@ use self::promises::*;
 use self::read_back::*;
 use self::state::*;
 
-const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12, pins: 4096 };
+const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12, pins: 4096, connections: 0 };
 const INGRESS: u32 = 1;

@@ -16,7 +16,7 @@ use super::moves::{Course, Moves, finish, runs};
 use super::op::MapOp;
 use super::plan::{Leave, Plan, PlanError, Unpinned, plan};
 use super::repin::Spread;
-use super::sweep::{Found, Rules, Sweeper};
+use super::sweep::{Found, Places, Rules, Sweeper};
 use crate::capacity::Capacity;
 
 /// Buckets that one look sweeps: well below a millisecond.
@@ -61,7 +61,7 @@ pub struct Tracking {
     began: Instant,
     /// Ids that nothing has named since the cycle that is under way began.
     resting: HashSet<u16>,
-    /// Ids that a whole cycle found unpinned, for the next plan.
+    /// Ids that a whole cycle found neither pins nor connections of, for the next plan.
     unpinned: HashSet<u16>,
     /// By backend id: whether no slot has named it since the cycle that is under way began.
     unnamed: Vec<bool>,
@@ -272,16 +272,17 @@ impl Tracking {
             }
             self.begin_cycle(hands, now)?;
         }
-        let pins = hands.image().pins.clone();
+        let (pins, connections) = (hands.image().pins.clone(), hands.image().connections.clone());
         let age = hands.age();
         self.spread.take_if(|spread| spread.step(pins.words(), BUCKETS_A_LOOK, age));
-        match self.sweeper.step(pins.words(), BUCKETS_A_LOOK, age, now) {
+        match self.sweeper.step(Places::of(&pins, &connections), BUCKETS_A_LOOK, age, now) {
             Some(found) => self.end_cycle(hands, found),
             None => Ok(false),
         }
     }
 
-    /// Pins come from slots on the move, and from tables that pin every flow.
+    /// Pins come from slots on the move, and from tables that pin every flow; connections whenever addresses are
+    /// translated.
     pub fn has_to_sweep(&self, image: &Image) -> bool {
         let moving = |(number, word): (u16, TableWord)| {
             let first = word.first_row() * SLOTS_PER_ROW;
@@ -291,7 +292,10 @@ impl Tracking {
                     || (first..first + word.length()).any(|index| image.slot(index).pins()))
         };
         let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits));
-        self.found.pins > 0 || !self.leaving_ids(image).is_empty() || (0u16..).zip(words).any(moving)
+        self.found.pins > 0
+            || !image.connections.is_empty()
+            || !self.leaving_ids(image).is_empty()
+            || (0u16..).zip(words).any(moving)
     }
 
     /// Ids of backends that are in no configuration any more.
@@ -327,7 +331,7 @@ impl Tracking {
         }
         self.counted = std::mem::take(&mut self.unnamed);
         let resting = std::mem::take(&mut self.resting);
-        self.unpinned = resting.into_iter().filter(|&id| found.of(id).pins == 0).collect();
+        self.unpinned = resting.into_iter().filter(|&id| found.of(id).is_empty()).collect();
         self.set_loads(hands, &found);
         self.found = found;
         self.swept = hands.now();

@@ -40,7 +40,7 @@ pub struct Slots {
 impl Slots {
     /// Room for so many pins, rounded up to a power of two.
     pub fn new(pins: u32) -> Self {
-        let limits = Limits { vips: 1, backends: 1, slots: 1 << model::log2_length(), pins };
+        let limits = Limits { vips: 1, backends: 1, slots: 1 << model::log2_length(), pins, connections: 0 };
         let held = Held::new(Capacity::new(&limits), IDS);
         let tracking = Tracking::new(held.now());
         Self { held, tracking, now: Duration::ZERO }

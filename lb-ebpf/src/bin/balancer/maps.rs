@@ -3,24 +3,30 @@
 
 use core::sync::atomic::AtomicU64;
 
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, xdp_md};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::programs::XdpContext;
 use lb_common::abi::{
     Allowance, Backend, Constants, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load,
-    MOST_INTERFACES, Meta, OUTCOME_ROWS, PIN_EVENT_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, PinBucket,
-    PortRule, PrefixLengths, RULES_PER_ROW, RuleRow, SLOTS_PER_ROW, SlotRow, TableState, TableWord, Traffic,
-    VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS as WORDS, Vip4Bucket, Vip6Bucket, VipWord,
+    MOST_INTERFACES, MOST_SOURCES, Meta, OUTCOME_ROWS, PIN_EVENT_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6,
+    PinBucket, PortRule, PrefixLengths, RULES_PER_ROW, Record, Replies, RuleRow, SLOTS_PER_ROW, SlotRow,
+    Source, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS as WORDS, Vip4Bucket,
+    Vip6Bucket, VipTarget, VipWord,
 };
 use lb_common::allowance::Limited;
 use lb_common::atomic;
+use lb_common::connections::{Reply, Rooms};
 use lb_common::flow::FlowHash;
 use lb_common::outcome::Outcome;
+use lb_common::packet::Packet;
 use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use lb_common::quic::{SERVER_ROWS, ServerKey};
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
+use lb_common::translate::{self, Found, Passed, Shape};
+use lb_ebpf::Frame;
 
 #[map(name = "XLB_META")]
 static META: Array<Meta> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -63,13 +69,29 @@ static LOADS: Array<Load> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_PIN_EVENTS")]
 static PIN_EVENTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(PIN_EVENT_ROWS, 0);
 
+#[map(name = "XLB_CONNECTIONS")]
+static CONNECTIONS: Array<PinBucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "XLB_RECORDS")]
+static RECORDS: Array<Record> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "XLB_SOURCES")]
+static SOURCES: Array<Source> = Array::with_max_entries(MOST_SOURCES, BPF_F_MMAPABLE);
+#[map(name = "XLB_BE_REPLIES")]
+static REPLIES: PerCpuArray<Replies> = PerCpuArray::with_max_entries(1, 0);
+
 #[map(name = "XLB_ALLOWANCES")]
 static ALLOWANCES: PerCpuArray<Allowance> = PerCpuArray::with_max_entries(Limited::ALL.len() as u32, 0);
 
 /// Replaced by the agent before the program is loaded, and known to the verifier from then on.
 #[unsafe(no_mangle)]
-static CONSTANTS: Constants =
-    Constants { features: 0, icmp_rate: 0, pin_rate: 0, pin_mask: 0, hash_keys: [0; HASH_KEYS] };
+static CONSTANTS: Constants = Constants {
+    features: 0,
+    icmp_rate: 0,
+    pin_rate: 0,
+    pin_mask: 0,
+    connection_buckets: 0,
+    source_ports: 0,
+    hash_keys: [0; HASH_KEYS],
+};
 
 // Global functions: the verifier goes through each once, for any arguments, and knows nothing of what they give back.
 
@@ -94,6 +116,39 @@ pub extern "C" fn attempt(table: u64, asked: u32, hash: u64, proposal: u64) -> u
 pub extern "C" fn pick(table: u64, asked: u32, slot: u32) -> u32 {
     let (table, asked) = (TableWord::from_bits(table), Asked::from_bits(asked));
     u32::from(pins::pick(&KernelTables, table, asked, Slot::from_bits(slot)))
+}
+
+// These read the frame anew, and some move its head: afterwards the caller knows nothing of it.
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_connection(context: *mut xdp_md, target: u64, hash: u64, shape: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
+    translate::find(&Frame::new(&context), &KernelTables, target, FlowHash::from_bits(hash), shape).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn open_connection(context: *mut xdp_md, target: u64, hash: u64, shape: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
+    translate::open(&Frame::new(&context), &KernelTables, target, FlowHash::from_bits(hash), shape).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn send_translated(context: *mut xdp_md, target: u64, position: u32, shape: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
+    translate::send(&mut Frame::new(&context), &KernelTables, target, position, shape).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn reply_translated(context: *mut xdp_md, source: u32, shape: u64) -> u64 {
+    let context = XdpContext::new(context);
+    translate::reply(&mut Frame::new(&context), &KernelTables, source, Shape::from_bits(shape)).bits()
 }
 
 /// The balancer's maps.
@@ -245,6 +300,87 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn pick(&self, table: TableWord, asked: Asked, slot: Slot) -> u16 {
         pick(table.bits(), asked.bits(), slot.bits()) as u16
+    }
+
+    #[inline(always)]
+    fn find_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        hash: FlowHash,
+        shape: Shape,
+    ) -> Found {
+        let context = packet.context().cast();
+        Found::from_bits(find_connection(context, target.bits(), hash.bits(), shape.bits()))
+    }
+
+    #[inline(always)]
+    fn open_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        hash: FlowHash,
+        shape: Shape,
+    ) -> Found {
+        let context = packet.context().cast();
+        Found::from_bits(open_connection(context, target.bits(), hash.bits(), shape.bits()))
+    }
+
+    #[inline(always)]
+    fn send_translated<P: Packet>(
+        &self,
+        packet: &mut P,
+        target: VipTarget,
+        position: u32,
+        shape: Shape,
+    ) -> Passed {
+        let context = packet.context().cast();
+        Passed::from_bits(send_translated(context, target.bits(), position, shape.bits()))
+    }
+
+    #[inline(always)]
+    fn reply_translated<P: Packet>(&self, packet: &mut P, source: u32, shape: Shape) -> Passed {
+        Passed::from_bits(reply_translated(packet.context().cast(), source, shape.bits()))
+    }
+
+    #[inline(always)]
+    fn rooms(&self) -> Rooms {
+        Rooms::new(load(&CONSTANTS.connection_buckets), load(&CONSTANTS.source_ports))
+    }
+
+    #[inline(always)]
+    fn connection_bucket(&self, index: u32) -> Option<&PinBucket> {
+        CONNECTIONS.get(index)
+    }
+
+    #[inline(always)]
+    fn record(&self, position: u32) -> Option<&Record> {
+        RECORDS.get(position)
+    }
+
+    #[inline(always)]
+    fn source(&self, index: u32) -> Option<&Source> {
+        SOURCES.get(index)
+    }
+
+    #[inline(always)]
+    fn precise_clock(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn count_reply(&self, id: u16, reply: Reply) {
+        let Some(replies) = REPLIES.get_ptr_mut(u32::from(id)) else { return };
+        // SAFETY: this CPU's own value; XDP runs do not nest on a CPU.
+        let replies = unsafe { &mut *replies };
+        replies.packets = replies.packets.wrapping_add(1);
+        replies.bytes = replies.bytes.wrapping_add(reply.bytes);
+        replies.resets = replies.resets.wrapping_add(u64::from(reply.reset));
+        if reply.waited != 0 {
+            replies.answered = replies.answered.wrapping_add(1);
+            replies.waited = replies.waited.wrapping_add(reply.waited);
+        }
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::config::model::{
     Api, Backend, Check, CheckKind, Config, Flows, Forward, Group, Icmp, IdleTimeout, Interface, Limits,
-    Metrics, OuterSource, Pool, Service, SlowStart, Tiers,
+    Metrics, OuterSource, Pool, Service, SlowStart, Tiers, Timeouts,
 };
 use crate::config::show_duration;
 
@@ -71,11 +71,13 @@ fn top(config: &Config) -> Facts {
         // A secret: that it changes is told apart.
         seed: _,
         outer_source: OuterSource { v4, v6 },
+        sources,
+        timeouts: Timeouts { syn, fin, reset },
         vip_arp,
         vlan,
         icmp: Icmp { echo, rate },
         trace,
-        limits: Limits { vips, backends, slots, pins },
+        limits: Limits { vips, backends, slots, pins, connections },
         api: Api { group },
         metrics: Metrics { listen },
         pools: _,
@@ -90,6 +92,16 @@ fn top(config: &Config) -> Facts {
             "outer_source",
             list([v4.map(|v4| v4.to_string()), v6.map(|v6| v6.to_string())].into_iter().flatten()),
         ),
+        (
+            "fullnat.sources",
+            list(
+                sources.v4.iter().map(ToString::to_string).chain(sources.v6.iter().map(ToString::to_string)),
+            ),
+        ),
+        ("fullnat.ports", format!("{}-{}", sources.ports.start(), sources.ports.end())),
+        ("timeouts.syn", time(*syn)),
+        ("timeouts.fin", time(*fin)),
+        ("timeouts.reset", time(*reset)),
         ("vip_arp", vip_arp.to_string()),
         ("vlan", vlan.to_string()),
         ("icmp.echo", echo.to_string()),
@@ -99,6 +111,7 @@ fn top(config: &Config) -> Facts {
         ("limits.backends", backends.to_string()),
         ("limits.slots", slots.to_string()),
         ("limits.pins", pins.to_string()),
+        ("limits.connections", connections.to_string()),
         ("api.group", or_none(group)),
         ("metrics.listen", list(listen.iter().map(|listen| listen.value))),
     ])
@@ -133,10 +146,8 @@ fn service(config: &Config, service: &Service) -> Facts {
 
 fn pool(config: &Config, pool: &Pool) -> Facts {
     let Pool { name: _, forward, check, on_empty, flows, slow_start, tiers, backends: _ } = pool;
-    let gue_port = match forward {
-        Forward::Gue { port } => Some(port),
-        Forward::Ipip | Forward::L2 => None,
-    };
+    let gue_port = matches!(forward, Forward::Gue { .. }).then(|| forward.port());
+    let port = (gue_port.is_none() && forward.port() != 0).then(|| forward.port());
     let Flows { idle_timeout: IdleTimeout { tcp, udp }, on_down, down_grace, on_remove, drain_timeout } =
         flows;
     let Tiers { fallback, min_healthy, panic, failback_hold } = tiers;
@@ -144,6 +155,7 @@ fn pool(config: &Config, pool: &Pool) -> Facts {
     let mut facts = said([
         ("forward", forward.to_string()),
         ("gue_port", or_none(gue_port)),
+        ("port", or_none(port)),
         ("on_empty", on_empty.to_string()),
         ("idle_timeout.tcp", time(*tcp)),
         ("idle_timeout.udp", time(*udp)),
@@ -162,7 +174,7 @@ fn pool(config: &Config, pool: &Pool) -> Facts {
 }
 
 fn health(check: &Check) -> Facts {
-    let Check { kind, port, interval, timeout, rise, fall } = check;
+    let Check { kind, port, at_own_port: _, interval, timeout, rise, fall } = check;
     let (path, host, expect) = match kind {
         CheckKind::None | CheckKind::Tcp => (NONE.to_owned(), NONE.to_owned(), NONE.to_owned()),
         CheckKind::Http { path, host, expect } => {
@@ -184,6 +196,11 @@ fn health(check: &Check) -> Facts {
 }
 
 fn backend(backend: &Backend) -> Facts {
-    let Backend { name, address: _, weight, server_id, leaving: _ } = backend;
-    said([("name", name.clone()), ("weight", weight.to_string()), ("server_id", or_none(server_id.as_ref()))])
+    let Backend { name, address: _, weight, port, server_id, leaving: _ } = backend;
+    said([
+        ("port", or_none(*port)),
+        ("name", name.clone()),
+        ("weight", weight.to_string()),
+        ("server_id", or_none(server_id.as_ref())),
+    ])
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::{Rates, TableChange};
 use crate::agent::core::{BackendKey, keys};
 use crate::config::model::{Config, Scheduler, Service};
-use crate::reconcile::desired::{Desired, DesiredTable, Target, backend_identity, table_identity};
+use crate::reconcile::desired::{Desired, DesiredTable, Target, identity_of, table_identity};
 
 /// A table before and after, by identity, and whether flows are spread anew.
 type Pair = (u64, u64, bool);
@@ -40,9 +40,9 @@ pub(super) struct Tables<'a> {
 impl<'a> Tables<'a> {
     pub fn new(before: (&'a Config, &'a Desired), after: (&'a Config, &'a Desired), rates: &Rates) -> Self {
         let known = [before.0, after.0].into_iter().flat_map(|config| {
-            keys(config).map(|(key, pool, _)| {
+            keys(config).map(|(key, pool, backend)| {
                 let of = &config.pools[pool];
-                (backend_identity(&of.name, of.forward, key.address), key)
+                (identity_of(of, &of.backends[backend]), key)
             })
         });
         let known: HashMap<u64, BackendKey> = known.collect();

@@ -53,7 +53,9 @@ fn each_key_that_differs_is_told_with_both_values() {
         (
             ", {address: 10.0.0.3, name: web3}",
             "",
-            &["Removed backend web/web3 name: web3 -> - server_id: none -> - weight: 100 -> -"],
+            &[
+                "Removed backend web/web3 name: web3 -> - port: none -> - server_id: none -> - weight: 100 -> -",
+            ],
         ),
     ] {
         assert_eq!(lines(&changes(&parsed(FILE), &changed(from, to))), told, "{from} -> {to}");
@@ -145,6 +147,8 @@ fn rates_are_of_backends_that_both_readings_have() {
             slots: 1,
             slots_old: 1,
             pins: 0,
+            connections: None,
+            replies: None,
             starting: None,
             packets: *packets,
             bytes: 0,

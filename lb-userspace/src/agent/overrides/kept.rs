@@ -17,8 +17,8 @@ use tracing::warn;
 use super::{Exit, Override, Overrides};
 use crate::agent::core::BackendKey;
 use crate::config::model::{
-    Backend, Check, CheckKind, Config, DEFAULT_GUE_PORT, Flows, Forward, IdleTimeout, OnDown, OnEmpty,
-    OnRemove, Pool, ServerId, Tiers,
+    Backend, Check, CheckKind, Config, Flows, Forward, IdleTimeout, OnDown, OnEmpty, OnRemove, Pool,
+    ServerId, Tiers,
 };
 use crate::owned::{self, Whose};
 
@@ -162,7 +162,9 @@ impl<T> Of<T> {
 struct PoolRecord {
     name: String,
     forward: String,
-    gue_port: u16,
+    /// That packets are sent to; 0 where the way has none.
+    #[serde(alias = "gue_port", default)]
+    port: u16,
     check: CheckRecord,
     flows: FlowsRecord,
     backends: Vec<BackendRecord>,
@@ -174,6 +176,8 @@ struct BackendRecord {
     name: String,
     address: IpAddr,
     weight: u8,
+    #[serde(default)]
+    port: Option<u16>,
     server_id: Option<Vec<u8>>,
 }
 
@@ -193,6 +197,8 @@ struct FlowsRecord {
 struct CheckRecord {
     kind: KindRecord,
     port: u16,
+    #[serde(default)]
+    at_own_port: bool,
     interval: Duration,
     timeout: Duration,
     rise: u32,
@@ -237,14 +243,10 @@ impl Contents {
 
 impl PoolRecord {
     fn of(pool: &Pool) -> Self {
-        let gue_port = match pool.forward {
-            Forward::Gue { port } => port,
-            Forward::Ipip | Forward::L2 => DEFAULT_GUE_PORT,
-        };
         Self {
             name: pool.name.clone(),
             forward: pool.forward.to_string(),
-            gue_port,
+            port: pool.forward.port(),
             check: CheckRecord::of(&pool.check),
             flows: FlowsRecord::of(&pool.flows),
             backends: pool.backends.iter().map(BackendRecord::of).collect(),
@@ -252,11 +254,8 @@ impl PoolRecord {
     }
 
     fn pool(self) -> anyhow::Result<Pool> {
-        let Self { name, forward, gue_port: port, check, flows, backends } = self;
-        let forward = match word(&forward, Forward::WORDS, Forward::ALL)? {
-            Forward::Gue { .. } => Forward::Gue { port },
-            other => other,
-        };
+        let Self { name, forward, port, check, flows, backends } = self;
+        let forward = word(&forward, Forward::WORDS, Forward::ALL)?.to_port(port);
         let backends = backends.into_iter().map(BackendRecord::backend).collect();
         let (check, flows) = (check.check(), flows.flows()?);
         let (on_empty, tiers) = (OnEmpty::Drop, Tiers::default());
@@ -275,13 +274,14 @@ impl BackendRecord {
             name: backend.name.clone(),
             address: backend.address,
             weight: backend.weight,
+            port: backend.port,
             server_id: backend.server_id.as_ref().map(|id| id.bytes().to_vec()),
         }
     }
 
     fn backend(self) -> Backend {
-        let Self { name, address, weight, server_id } = self;
-        Backend { name, address, weight, server_id: server_id.and_then(ServerId::new), leaving: false }
+        let Self { name, address, weight, port, server_id } = self;
+        Backend { name, address, weight, port, server_id: server_id.and_then(ServerId::new), leaving: false }
     }
 }
 
@@ -307,22 +307,22 @@ impl FlowsRecord {
 
 impl CheckRecord {
     fn of(check: &Check) -> Self {
-        let Check { kind, port, interval, timeout, rise, fall } = check.clone();
+        let Check { kind, port, at_own_port, interval, timeout, rise, fall } = check.clone();
         let kind = match kind {
             CheckKind::None => KindRecord::None,
             CheckKind::Tcp => KindRecord::Tcp,
             CheckKind::Http { path, host, expect } => KindRecord::Http { path, host, expect },
         };
-        Self { kind, port, interval, timeout, rise, fall }
+        Self { kind, port, at_own_port, interval, timeout, rise, fall }
     }
 
     fn check(self) -> Check {
-        let Self { kind, port, interval, timeout, rise, fall } = self;
+        let Self { kind, port, at_own_port, interval, timeout, rise, fall } = self;
         let kind = match kind {
             KindRecord::None => CheckKind::None,
             KindRecord::Tcp => CheckKind::Tcp,
             KindRecord::Http { path, host, expect } => CheckKind::Http { path, host, expect },
         };
-        Check { kind, port, interval, timeout, rise, fall }
+        Check { kind, port, at_own_port, interval, timeout, rise, fall }
     }
 }

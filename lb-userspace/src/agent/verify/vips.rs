@@ -65,6 +65,7 @@ fn what(key: VipKey, services: &HashMap<Counted, &str>) -> String {
 fn words(entry: &VipEntry, image: &Image, names: &Names) -> String {
     match entry {
         VipEntry::Service(target) => lead(*target, image, names),
+        VipEntry::Source(_) => "a source of fullnat".to_owned(),
         VipEntry::Address { flags, rules } => {
             let rule = |rule: &PortRule| {
                 let protocol = protocol(rule.protocol as u8);
@@ -84,7 +85,8 @@ fn words(entry: &VipEntry, image: &Image, names: &Names) -> String {
 fn lead(target: VipTarget, image: &Image, names: &Names) -> String {
     let identity = image.table_states.get(usize::from(target.table())).map_or(0, |row| row.identity);
     let by_source = if target.has(VipTarget::SOURCE_HASH) { ", by source" } else { "" };
-    format!("{}{by_source}", names.table(identity))
+    let translated = if target.has(VipTarget::TRANSLATED) { ", translated" } else { "" };
+    format!("{}{by_source}{translated}", names.table(identity))
 }
 
 fn protocol(number: u8) -> String {

@@ -175,14 +175,14 @@ fn all_mistakes_of_a_very_bad_file_are_reported_together_in_order() {
         "xlb.yaml:6:10 vip_arp: yes is not allowed; use true",
         "xlb.yaml:8:43 limits.slots: 65537 is not a multiple of 4096; use 69632",
         "xlb.yaml:10:33 defaults.health.interval: 2 has no unit; write 2s",
-        "xlb.yaml:13:3 pools.web.forward: is missing; use ipip or gue (encapsulated) or l2 (backends on-link)",
+        "xlb.yaml:13:3 pools.web.forward: is missing; use ipip or gue (encapsulated), l2 (backends on-link), nat or fullnat (addresses translated)",
         "xlb.yaml:14:5 pools.web.forwrad: is not a known key; did you mean forward?",
         "xlb.yaml:18:9 pools.web.backends[0]: 10.0.1.11 is also the VIP at line 51 (services[1].vip); \
          a backend needs an address of its own: its packets would come back to the balancer",
         "xlb.yaml:19:9 pools.web.backends[1]: 10.0.1.11 is already a backend of this pool at line 18 \
          (pools.web.backends[0]); remove one of the two",
         "xlb.yaml:20:38 pools.web.backends[2].weight: 101 is not allowed; use 0-100 (0 takes no flows)",
-        "xlb.yaml:35:3 pools.far.forward: is missing; use ipip or gue (encapsulated) or l2 (backends on-link)",
+        "xlb.yaml:35:3 pools.far.forward: is missing; use ipip or gue (encapsulated), l2 (backends on-link), nat or fullnat (addresses translated)",
         "xlb.yaml:36:5 pools.far.forwrad: is not a known key; did you mean forward?",
         "xlb.yaml:50:5 services[1].ports: is missing; use a port such as 80, a range such as 8000-8100, a list of them, or any",
         "xlb.yaml:52:5 services[1].port: is not a known key; did you mean ports?",

@@ -179,7 +179,7 @@ const TEXT: &[Row] = &[
         "a merge key",
         "interfaces: [eth0]\n<<: {mode: auto}\n",
         &[
-            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
+            "xlb.yaml:2:1 <<: is not a known key; use interfaces, mode, seed, outer_source, fullnat, timeouts, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
     (
@@ -190,7 +190,7 @@ const TEXT: &[Row] = &[
     (
         "an unknown key that is near none",
         "interfaces: [eth0]\nlimits: {memory: 1}\n",
-        &["xlb.yaml:2:10 limits.memory: is not a known key; use vips, backends, slots or pins"],
+        &["xlb.yaml:2:10 limits.memory: is not a known key; use vips, backends, slots, pins or connections"],
     ),
     (
         "a colon without a space",
@@ -201,7 +201,7 @@ const TEXT: &[Row] = &[
         "a key that needs escaping",
         "interfaces: [eth0]\n\"a\\eb\": 1\n",
         &[
-            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
+            "xlb.yaml:2:1 \"a\\u{1b}b\": is not a known key; use interfaces, mode, seed, outer_source, fullnat, timeouts, vip_arp, vlan, icmp, trace, limits, api, metrics, defaults, pools or services",
         ],
     ),
 ];
@@ -534,20 +534,20 @@ const POOLS: &[Row] = &[
         "a pool without forward",
         "interfaces: [eth0]\npools:\n  web: {}\n",
         &[
-            "xlb.yaml:3:3 pools.web.forward: is missing; use ipip or gue (encapsulated) or l2 (backends on-link)",
+            "xlb.yaml:3:3 pools.web.forward: is missing; use ipip or gue (encapsulated), l2 (backends on-link), nat or fullnat (addresses translated)",
         ],
     ),
     (
         "a forward without a value",
         "interfaces: [eth0]\npools:\n  web: {forward: }\n",
         &[
-            "xlb.yaml:3:9 pools.web.forward: has no value; use ipip or gue (encapsulated) or l2 (backends on-link)",
+            "xlb.yaml:3:9 pools.web.forward: has no value; use ipip or gue (encapsulated), l2 (backends on-link), nat or fullnat (addresses translated)",
         ],
     ),
     (
         "an unknown forward",
         "interfaces: [eth0]\npools:\n  web: {forward: vxlan}\n",
-        &["xlb.yaml:3:18 pools.web.forward: vxlan is not allowed; use ipip, gue or l2"],
+        &["xlb.yaml:3:18 pools.web.forward: vxlan is not allowed; use ipip, gue, l2, nat or fullnat"],
     ),
     (
         "a port of GUE for another mode",

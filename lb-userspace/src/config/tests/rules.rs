@@ -48,6 +48,7 @@ fn every_key_arrives_in_the_model() {
         name: name.to_owned(),
         address: ip(address),
         weight,
+        port: None,
         server_id: None,
         leaving: false,
     };
@@ -64,6 +65,7 @@ fn every_key_arrives_in_the_model() {
                 expect: vec![200..=299, 304..=304],
             },
             port: 80,
+            at_own_port: true,
             interval: Duration::from_secs(2),
             timeout: Duration::from_secs(1),
             rise: 2,
@@ -85,6 +87,7 @@ fn every_key_arrives_in_the_model() {
         check: Check {
             kind: CheckKind::Tcp,
             port: 8053,
+            at_own_port: false,
             interval: Duration::from_millis(500),
             timeout: Duration::from_millis(200),
             rise: 2,
@@ -117,6 +120,7 @@ fn every_key_arrives_in_the_model() {
         check: Check {
             kind: CheckKind::Tcp,
             port: 443,
+            at_own_port: true,
             interval: Duration::from_secs(2),
             timeout: Duration::from_secs(1),
             rise: 2,
@@ -133,11 +137,13 @@ fn every_key_arrives_in_the_model() {
         interfaces: vec![interface("eth0", Mode::Native), interface("eth1", Mode::Generic)],
         seed: 0x5e10_0000_0000_0000,
         outer_source: OuterSource { v4: "10.255.0.0/24".parse().ok(), v6: "2001:db8:ff::/64".parse().ok() },
+        sources: Sources::default(),
+        timeouts: Timeouts::default(),
         vip_arp: true,
         vlan: true,
         icmp: Icmp { echo: false, rate: 100 },
         trace: false,
-        limits: Limits { vips: 100, backends: 200, slots: 65536, pins: 131_072 },
+        limits: Limits { vips: 100, backends: 200, slots: 65536, pins: 131_072, connections: 0 },
         api: Api { group: Some(written(Group::Name("netops".into()), 60, 14, "api.group")) },
         metrics: Metrics {
             listen: vec![
@@ -294,7 +300,10 @@ fn what_the_file_leaves_out_has_its_documented_default() {
     assert_eq!(warnings, []);
     let defaults = (config.vip_arp, config.trace, config.outer_source);
     assert_eq!(defaults, (false, false, OuterSource::default()));
-    assert_eq!(config.limits, Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576 });
+    assert_eq!(
+        config.limits,
+        Limits { vips: 2048, backends: 4096, slots: 1_048_576, pins: 1_048_576, connections: 0 }
+    );
     assert_eq!((config.api, config.metrics), (Api::default(), Metrics::default()));
     assert_eq!(config.interfaces[0].mode, Mode::Auto);
     let pool = &config.pools[0];
@@ -314,6 +323,7 @@ fn what_the_file_leaves_out_has_its_documented_default() {
     let check = Check {
         kind: CheckKind::Tcp,
         port: 443,
+        at_own_port: true,
         interval: Duration::from_secs(2),
         timeout: Duration::from_secs(1),
         rise: 2,

@@ -14,7 +14,7 @@ const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const MS: Duration = Duration::from_millis(1);
 
 fn tcp(port: u16, interval: Duration) -> Check {
-    Check { kind: CheckKind::Tcp, port, interval, timeout: 500 * MS, rise: 2, fall: 3 }
+    Check { kind: CheckKind::Tcp, port, at_own_port: true, interval, timeout: 500 * MS, rise: 2, fall: 3 }
 }
 
 fn success() -> Probe {

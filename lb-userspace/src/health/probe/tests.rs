@@ -16,7 +16,7 @@ const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 fn check(kind: CheckKind, port: u16, timeout: Duration) -> Check {
-    Check { kind, port, interval: Duration::from_secs(2), timeout, rise: 2, fall: 3 }
+    Check { kind, port, at_own_port: true, interval: Duration::from_secs(2), timeout, rise: 2, fall: 3 }
 }
 
 fn tcp(port: u16) -> Check {

@@ -164,7 +164,7 @@ fn a_prefix_of_the_source_is_told_by_what_it_cuts_off() {
         let vips = desired(&config, &world(&config)).vips.into_values();
         let lead = |vip| match vip {
             DesiredVip::Service(Lead { flags, .. }) => Some(flags),
-            DesiredVip::Address { .. } => None,
+            DesiredVip::Address { .. } | DesiredVip::Source => None,
         };
         vips.filter_map(lead).collect()
     };

@@ -7,8 +7,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use lb_common::abi::{
-    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, Meta, PortRule, SLOTS_PER_ROW, TableState, TableWord,
-    VipTarget,
+    BACKEND_NOBODY, BACKEND_PASS, Backend, Egress, Meta, PortRule, SLOTS_PER_ROW, Source, TableState,
+    TableWord, VipTarget,
 };
 use lb_common::quic::ServerKey;
 
@@ -46,6 +46,8 @@ pub fn image_of(ops: &[MapOp], capacity: &Capacity, meta: Meta) -> Image {
 fn rows(from: &Image) -> Vec<MapOp> {
     let egress = (0u16..).zip(&from.egress).filter(|(_, egress)| **egress != Egress::default());
     let mut ops: Vec<MapOp> = egress.map(|(row, &egress)| MapOp::WriteEgress { row, egress }).collect();
+    let sources = (0u16..).zip(&from.sources).filter(|(_, source)| **source != Source::default());
+    ops.extend(sources.map(|(row, &source)| MapOp::WriteSource { row, source }));
     let named = |id: u16| id != BACKEND_NOBODY && id != BACKEND_PASS;
     let backends = (0u16..).zip(&from.backends);
     let backends = backends.filter(|(id, row)| named(*id) && **row != Backend::default());
@@ -104,6 +106,7 @@ fn vips(from: &Image, capacity: &Capacity, tables: &HashMap<u16, u16>) -> Result
     };
     let entry = |entry: VipEntry| match entry {
         VipEntry::Service(target) => lead(target).map(VipEntry::Service),
+        VipEntry::Source(row) => Some(VipEntry::Source(row)),
         VipEntry::Address { flags, rules } => {
             let rule = |rule: PortRule| Some(PortRule { target: lead(rule.target)?, ..rule });
             Some(VipEntry::Address { flags, rules: rules.into_iter().filter_map(rule).collect() })
@@ -117,5 +120,6 @@ fn targets(entry: &VipEntry) -> Vec<VipTarget> {
     match entry {
         VipEntry::Service(target) => vec![*target],
         VipEntry::Address { rules, .. } => rules.iter().map(|rule| rule.target).collect(),
+        VipEntry::Source(_) => Vec::new(),
     }
 }

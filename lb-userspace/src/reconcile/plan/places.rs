@@ -185,6 +185,7 @@ fn leads<'v>(vips: impl Iterator<Item = &'v DesiredVip>) -> BTreeMap<Counted, Le
     let all = vips.flat_map(|vip| match vip {
         DesiredVip::Service(lead) => vec![*lead],
         DesiredVip::Address { rules, .. } => rules.iter().map(|rule| rule.lead).collect(),
+        DesiredVip::Source => Vec::new(),
     });
     all.map(|lead| (lead.counted, lead)).collect()
 }

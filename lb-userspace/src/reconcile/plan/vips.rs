@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lb_common::abi::{
-    FILTER_WORDS, MOST_PORT_RULES, PortKey, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow, Vip4,
-    Vip4Bucket, Vip6, Vip6Bucket, VipTarget, VipWord,
+    BackendKind, FILTER_WORDS, MOST_PORT_RULES, PortKey, PortRule, PrefixLengths, RULES_PER_ROW, RuleRow,
+    Vip4, Vip4Bucket, Vip6, Vip6Bucket, VipTarget, VipWord,
 };
 use lb_common::vips::{FilterBit, filter4, filter6};
 use lb_common::wire::Address6;
 
-use super::{Places, PlanError, Planner};
+use super::{Places, PlanError, Planner, sources};
 use crate::capacity::Capacity;
 use crate::config::model::Ports;
 use crate::reconcile::entries::{Counted, DesiredRule, DesiredVip, Lead, VipKey, marked};
@@ -26,6 +26,8 @@ pub enum VipEntry {
     Service(VipTarget),
     /// Marks an address or a prefix; with its flags.
     Address { flags: u16, rules: Vec<PortRule> },
+    /// An address that clients' are translated to, by its row.
+    Source(u32),
 }
 
 pub type VipMap = BTreeMap<VipKey, VipEntry>;
@@ -52,6 +54,9 @@ fn entry(image: &Image, key: PortKey, target: VipTarget) -> VipEntry {
     if !key.is_address() || target.is_service() || target.is_none() {
         return VipEntry::Service(target);
     }
+    if let Some(row) = target.source().checked_sub(1) {
+        return VipEntry::Source(row);
+    }
     let first = target.first_rule();
     let rules = (first..first.saturating_add(target.rules().min(MOST_PORT_RULES)))
         .map_while(|index| image.port_rule(index).copied());
@@ -74,6 +79,7 @@ pub fn counted_targets(vips: &VipMap) -> BTreeMap<Counted, VipTarget> {
     for (key, entry) in vips {
         match entry {
             VipEntry::Address { rules, .. } => marks.extend(marked(*key).map(|vip| (vip, rules))),
+            VipEntry::Source(_) => {}
             VipEntry::Service(_) if PortKey(key.1).is_fragments() || PortKey(key.1).is_address() => {}
             VipEntry::Service(target) => {
                 let port = PortKey(key.1);
@@ -104,8 +110,15 @@ pub fn ports(rule: &PortRule) -> Ports {
 impl Planner<'_> {
     /// Entries and rules, written anew into the half that is not live, if anything of the family differs.
     pub(super) fn vips(&mut self, present: &VipMap, places: &Places) -> Result<(), PlanError> {
+        let sources = sources::place(self.image, self.desired);
+        self.add.extend(sources::writes(self.image, &sources));
         let rows = self.counters(present)?;
-        let target = |lead: &Lead| VipTarget::service(places.of(lead), lead.flags, rows[&lead.counted]);
+        let translated = self.still_translated(present);
+        let target = |lead: &Lead| {
+            let flags =
+                lead.flags | if translated.contains(&lead.counted) { VipTarget::TRANSLATED } else { 0 };
+            VipTarget::service(places.of(lead), flags, rows[&lead.counted])
+        };
         let rule = |rule: &DesiredRule| {
             PortRule::new(rule.ports.lowest(), rule.ports.highest(), rule.protocol, target(&rule.lead))
         };
@@ -113,20 +126,31 @@ impl Planner<'_> {
             .desired
             .vips
             .iter()
-            .map(|(key, vip)| {
+            .filter_map(|(key, vip)| {
                 let entry = match vip {
                     DesiredVip::Service(lead) => VipEntry::Service(target(lead)),
                     DesiredVip::Address { flags, rules } => {
                         VipEntry::Address { flags: *flags, rules: rules.iter().map(rule).collect() }
                     }
+                    DesiredVip::Source => VipEntry::Source(sources::row_of(&sources, key.0)?),
                 };
-                (*key, entry)
+                Some((*key, entry))
             })
             .collect();
         self.filter(wanted.keys());
         self.lengths(present, &wanted);
         self.family::<V4>(present, &wanted)?;
         self.family::<V6>(present, &wanted)
+    }
+
+    /// What led to translated connections, and may still: packets look for them as long as there are backends of this kind.
+    fn still_translated(&self, present: &VipMap) -> HashSet<Counted> {
+        let kinds = self.image.backends.iter().filter_map(|row| BackendKind::from_raw(row.kind));
+        if !kinds.into_iter().any(BackendKind::translates) {
+            return HashSet::new();
+        }
+        let targets = counted_targets(present).into_iter();
+        targets.filter(|(_, target)| target.has(VipTarget::TRANSLATED)).map(|(counted, _)| counted).collect()
     }
 
     /// A row for everything that is counted.
@@ -238,6 +262,7 @@ fn written<F: Family>(wanted: &VipMap, live: VipWord, capacity: &Capacity) -> Re
         .filter_map(|(key, entry)| {
             let target = match entry {
                 VipEntry::Service(target) => *target,
+                VipEntry::Source(row) => VipTarget::address(0, VipTarget::SOURCE, *row),
                 VipEntry::Address { flags, rules: own } => {
                     VipTarget::address(own.len() as u16, *flags, rules.first(own, rule_row * RULES_PER_ROW))
                 }

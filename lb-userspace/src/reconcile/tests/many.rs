@@ -54,7 +54,8 @@ impl Hands for Witness {
 impl Witness {
     fn new(tables: u32, log2_length: u32) -> Self {
         let slots = (tables << log2_length.max(12)) + (16 << 12);
-        let capacity = Capacity::new(&Limits { vips: tables + 16, backends: 512, slots, pins: 256 });
+        let capacity =
+            Capacity::new(&Limits { vips: tables + 16, backends: 512, slots, pins: 256, connections: 0 });
         Self { held: Held::new(capacity, 16), ops: Vec::new(), failing: Vec::new() }
     }
 

@@ -7,6 +7,7 @@ pub fn service_targets(image: &Image) -> Vec<VipTarget> {
     let of_entry = |entry| match entry {
         VipEntry::Service(target) => vec![target],
         VipEntry::Address { rules, .. } => rules.iter().map(|rule| rule.target).collect(),
+        VipEntry::Source(_) => Vec::new(),
     };
     present_vips(image).into_values().flat_map(of_entry).collect()
 }
@@ -178,6 +179,8 @@ impl Readable {
             | MapOp::ExpectFailed { .. }
             | MapOp::SetFlags { .. }
             | MapOp::DropPins { .. }
+            | MapOp::DropConnections { .. }
+            | MapOp::WriteSource { .. }
             | MapOp::SetLoadWeight { .. }
             | MapOp::SetServer { .. }
             | MapOp::RemoveServer { .. }

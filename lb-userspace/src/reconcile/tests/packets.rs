@@ -142,6 +142,7 @@ impl<'d> Ends<'d> {
                     let fragment = PortKey(*key).is_fragments();
                     probes.insert(Probe { address: *address, port: ports.lowest(), protocol, fragment });
                 }
+                DesiredVip::Source => {}
                 DesiredVip::Address { rules, .. } => {
                     let address = last_of(*address, PortKey(*key));
                     for DesiredRule { ports, protocol, .. } in rules {

@@ -52,7 +52,7 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
         counter_rows(&present).into_iter().map(|(counted, row)| (row, counted)).collect();
     let lead = |target: VipTarget| Lead {
         table: image.table_states[usize::from(target.table())].identity,
-        flags: target.flags() & VipTarget::SOURCE_HASH,
+        flags: target.flags() & (VipTarget::SOURCE_HASH | VipTarget::TRANSLATED),
         counted: counted[&target.vip()],
     };
     read.vips = present
@@ -60,6 +60,7 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
         .map(|(key, entry)| {
             let entry = match entry {
                 VipEntry::Service(target) => DesiredVip::Service(lead(*target)),
+                VipEntry::Source(_) => DesiredVip::Source,
                 VipEntry::Address { flags, rules } => {
                     let rule = |rule: &lb_common::abi::PortRule| DesiredRule {
                         ports: ports(rule),

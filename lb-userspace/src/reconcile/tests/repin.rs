@@ -97,8 +97,8 @@ fn what_was_used_after_it_was_copied_is_renewed_and_nothing_newer_is_lost() {
     }
 }
 
-const SMALL: Limits = Limits { vips: 16, backends: 64, slots: 16 << 12, pins: 4096 };
-const LARGE: Limits = Limits { vips: 2000, backends: 5000, slots: 100 << 12, pins: 1 << 16 };
+const SMALL: Limits = Limits { vips: 16, backends: 64, slots: 16 << 12, pins: 4096, connections: 0 };
+const LARGE: Limits = Limits { vips: 2000, backends: 5000, slots: 100 << 12, pins: 1 << 16, connections: 0 };
 
 /// Slots on the move, and a table that is not at the beginning of the map.
 fn in_the_midst() -> (State, Image) {

@@ -59,6 +59,8 @@ impl State {
             interfaces: Vec::new(),
             seed: 7,
             outer_source: OuterSource::default(),
+            sources: Sources::default(),
+            timeouts: Timeouts::default(),
             vip_arp: false,
             trace: false,
             vlan: false,
@@ -164,6 +166,7 @@ impl PoolState {
             name: host.to_string(),
             address: backend_address(host),
             weight,
+            port: None,
             server_id: None,
             leaving: false,
         };
@@ -173,6 +176,7 @@ impl PoolState {
             check: Check {
                 kind: CheckKind::None,
                 port: 0,
+                at_own_port: false,
                 interval: Duration::from_secs(1),
                 timeout: Duration::from_secs(1),
                 rise: 1,

@@ -1,5 +1,7 @@
 //! What a sweep takes out, what it counts, and what may be freed after it.
 
+mod connections;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use lb_common::abi::{BackendKind, Discipline, PINS_PER_BUCKET, Pin, PinState, TableState};
@@ -10,7 +12,7 @@ use lb_common::wire::{PROTO_TCP, TcpFlags};
 use super::*;
 use crate::reconcile::desired::OldFlows;
 use crate::reconcile::memory::Held;
-use crate::reconcile::sweep::{Found, Rules, Sweeper, drop_pins};
+use crate::reconcile::sweep::{Found, Places, Rules, Sweeper, drop_pins};
 use crate::reconcile::tracking::{Hands, Tracking};
 
 /// A unit of ages.
@@ -55,7 +57,11 @@ fn words_of(pins: &[Pin]) -> Vec<AtomicU64> {
 fn swept(image: &Image, rules: Rules, pins: &[AtomicU64]) -> Found {
     let (mut sweeper, now) = (Sweeper::default(), Instant::now());
     sweeper.begin(image, rules, now);
-    sweeper.step(pins, pins.len(), NOW, now).expect("a whole cycle")
+    sweeper.step(places(pins), pins.len(), NOW, now).expect("a whole cycle")
+}
+
+fn places(pins: &[AtomicU64]) -> Places<'_> {
+    Places { pins, ..Places::default() }
 }
 
 fn cleared(found: &Found) -> Vec<u32> {
@@ -143,20 +149,23 @@ fn a_slot_that_is_written_while_a_cycle_is_under_way_keeps_its_mark() {
     let pins: Vec<AtomicU64> = (0..2 * PINS_PER_BUCKET).map(|_| AtomicU64::default()).collect();
     let mut sweeper = Sweeper::default();
     sweeper.begin(&image, rules(T1, T1), now);
-    assert!(sweeper.step(&pins, 1, NOW, now).is_none());
+    assert!(sweeper.step(places(&pins), 1, NOW, now).is_none());
     for slot in [Slot::new(B, A, true, true), rest] {
         sweeper.written(ROW * SLOTS_PER_ROW, 1);
         write(&mut image, &[slot]);
         pins[0].store(Pin::new(tag(false, 0), B, PinState::Established, NOW).bits(), Ordering::SeqCst);
     }
-    let found = sweeper.step(&pins, 1, NOW, now).expect("a whole cycle");
+    let found = sweeper.step(places(&pins), 1, NOW, now).expect("a whole cycle");
     assert_eq!(cleared(&found), [1]);
 }
 
 #[test]
 fn pins_that_packets_use_again_and_again_are_taken_out_whole() {
     const FLOWS: usize = 64;
-    let held = Held::new(Capacity::new(&Limits { vips: 1, backends: 1, slots: 2 << 12, pins: 64 }), 8);
+    let held = Held::new(
+        Capacity::new(&Limits { vips: 1, backends: 1, slots: 2 << 12, pins: 64, connections: 0 }),
+        8,
+    );
     let memory = &held.memory;
     let word = TableWord::new(ROW, 1, Discipline::Hash);
     memory.apply(&MapOp::SetTableWord { table: 0, word });
@@ -223,7 +232,10 @@ struct Tracked {
 
 impl Tracked {
     fn new() -> Self {
-        let held = Held::new(Capacity::new(&Limits { vips: 1, backends: 1, slots: 4 << 12, pins: 64 }), 8);
+        let held = Held::new(
+            Capacity::new(&Limits { vips: 1, backends: 1, slots: 4 << 12, pins: 64, connections: 0 }),
+            8,
+        );
         Self { tracking: Tracking::new(held.now()), held }
     }
 

@@ -21,7 +21,7 @@ pub enum Shape {
 impl Shape {
     pub fn capacity(self) -> Capacity {
         let slots = if self == Shape::Small { 16 << 12 } else { 32 << 12 };
-        Capacity::new(&Limits { vips: 16, backends: 512, slots, pins: 256 })
+        Capacity::new(&Limits { vips: 16, backends: 512, slots, pins: 256, connections: 0 })
     }
 
     /// For few ids, which are looked through again and again.
