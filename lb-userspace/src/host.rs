@@ -3,8 +3,9 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
-use crate::config::model::{Config, Mode, Vip};
+use crate::config::model::{Config, Forward, Mode, Vip};
 use crate::config::{Places, Problem, Subject};
 use crate::nexthop::{Leg, Link, LinkError, Resolver, Unresolved};
 use crate::ways::Judge;
@@ -38,6 +39,8 @@ struct Look<'c> {
     config: &'c Config,
     places: &'c Places,
     found: Findings,
+    /// Addresses of this host that clients' are translated to.
+    local_sources: Vec<IpAddr>,
 }
 
 /// Looks at the host. `None` if none of the configured interfaces is here, so that the file will be for another host;
@@ -48,12 +51,14 @@ pub async fn look(
     resolver: &Resolver,
     insist: bool,
 ) -> Result<Option<Findings>, LinkError> {
-    let mut look = Look { config, places, found: Findings::default() };
+    let mut look = Look { config, places, found: Findings::default(), local_sources: Vec::new() };
     let links = look.interfaces(resolver, insist).await?;
     if links.is_empty() && !insist {
         return Ok(None);
     }
-    look.local_vips(&resolver.addresses().await?.into_iter().collect());
+    let addresses = resolver.addresses().await?.into_iter().collect();
+    look.local_vips(&addresses);
+    look.sources(&addresses);
     look.backends(resolver, &links).await;
     Ok(Some(look.found))
 }
@@ -161,6 +166,30 @@ impl Look<'_> {
         }
     }
 
+    /// Those that are addresses of this host share their ports with its own sockets.
+    fn sources(&mut self, addresses: &HashMap<IpAddr, String>) {
+        if self.config.limits.connections == 0 {
+            return;
+        }
+        self.local_sources =
+            self.config.sources.all().filter(|source| addresses.contains_key(source)).collect();
+        let ports = &self.config.sources.ports;
+        let (Some(source), Some(own)) = (self.local_sources.first(), local_ports()) else { return };
+        if ports.start() <= own.end() && own.start() <= ports.end() {
+            let message = format!(
+                "{source} is an address of this host, whose own connections use ports {}-{}: an answer to one of them may be taken for a client's",
+                own.start(),
+                own.end()
+            );
+            let hint = format!(
+                "use other ports (fullnat.ports), narrow net.ipv4.ip_local_port_range, or a source that is no address of this host but routed to it (now {}-{})",
+                ports.start(),
+                ports.end()
+            );
+            self.warn(Subject::Sources, message, hint);
+        }
+    }
+
     async fn backends(&mut self, resolver: &Resolver, links: &[(Link, bool)]) {
         let addresses: Vec<IpAddr> =
             self.config.pools.iter().flat_map(|pool| pool.backends.iter().map(|b| b.address)).collect();
@@ -187,7 +216,8 @@ impl Look<'_> {
             let way = match legs.get(&address) {
                 Some(Ok(leg)) => leg.way(),
                 Some(Err(reason)) => {
-                    self.unresolved(subject, address, reason);
+                    let fullnat = matches!(config.pools[pool].forward, Forward::Fullnat { .. });
+                    self.unresolved(subject, (address, fullnat), reason);
                     continue;
                 }
                 None => continue,
@@ -210,11 +240,24 @@ impl Look<'_> {
         }
     }
 
-    fn unresolved(&mut self, subject: Subject, address: IpAddr, reason: &Unresolved) {
+    fn unresolved(&mut self, subject: Subject, (address, fullnat): (IpAddr, bool), reason: &Unresolved) {
         let told = reason.to_string();
         let (message, hint) = told.split_once("; ").unwrap_or((&told, ""));
         let message = format!("{address}: {message}");
         match reason {
+            // By the veth pair that the agent makes.
+            Unresolved::Local if fullnat => {
+                if let Some(source) = self.local_sources.first() {
+                    let message = format!(
+                        "{address} is on this host, and so is the source {source} of fullnat: its answers would not leave the host"
+                    );
+                    self.error(
+                        subject,
+                        message,
+                        "use sources that are routed to this host and no addresses of it",
+                    );
+                }
+            }
             Unresolved::Local => {
                 let message = format!("{address} is an address of this host: its packets would come back");
                 self.error(subject, message, hint);
@@ -252,6 +295,13 @@ impl Look<'_> {
         }
         self.warn(*subject, message, hint);
     }
+}
+
+/// Ports that the kernel picks for connections of this host.
+fn local_ports() -> Option<RangeInclusive<u16>> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut ports = text.split_whitespace().map(str::parse);
+    Some(ports.next()?.ok()?..=ports.next()?.ok()?)
 }
 
 /// The narrowest way of a pool.

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::commands::Held;
 use super::core::{BackendKey, Core, NextHops, ReconcileError, keys, preflight};
 use super::interfaces::{self, Wanted};
+use super::own;
 use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
 use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
@@ -32,11 +33,12 @@ impl Core {
     /// whose health was not known.
     pub async fn reload(
         &mut self,
-        file: Config,
+        mut file: Config,
         first: &[(BackendKey, Probe)],
         found: NextHops,
         resolver: &Resolver,
     ) -> anyhow::Result<()> {
+        let own = own::prepare(&mut file, resolver).await?;
         let (Held { overrides, mut config }, ended, cut) = self.with_file(&file);
         self.keep_connections(&mut config);
         let capacity = Capacity::new(&config.limits);
@@ -62,10 +64,10 @@ impl Core {
         }
 
         let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone(), self.steering.clone());
-        let before = (before, self.file.clone(), self.overrides.clone());
+        let before = (before, self.file.clone(), self.overrides.clone(), self.own.clone());
         let known = std::mem::take(&mut self.fsms);
         let previous = std::mem::replace(&mut self.config, Arc::new(config));
-        (self.file, self.overrides) = (Arc::new(file), overrides);
+        (self.file, self.overrides, self.own) = (Arc::new(file), overrides, own);
         self.fsms = self.carry_over(&previous, known);
         let is_up = |key: &BackendKey| self.fsms.get(key).is_some_and(Fsm::is_up);
         self.steering.reload(Instant::now(), &previous, &self.config, is_up);
@@ -81,7 +83,8 @@ impl Core {
             self.turn_over(capacity, &wanted, resolver).await
         };
         if let Err(error) = taken {
-            ((self.config, self.fsms, self.next_hops, self.steering), self.file, self.overrides) = before;
+            ((self.config, self.fsms, self.next_hops, self.steering), self.file, self.overrides, self.own) =
+                before;
             self.changed = true;
             return Err(error);
         }

@@ -18,6 +18,7 @@ use super::connections::{Filter, flush};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
+use super::own;
 use super::snapshot::{
     BackendState, BackendView, ConnectionCounts, ConnectionsStatus, Index, Moving, PinsStatus, PoolView,
     Reloads, Remaining, Snapshot, Transitions,
@@ -76,6 +77,8 @@ pub struct Core {
     checker: Checker<BackendKey>,
     pub(super) fsms: HashMap<BackendKey, Fsm>,
     pub(super) next_hops: HashMap<IpAddr, Answer>,
+    /// The way to backends on this host itself.
+    pub(super) own: Option<NextHop>,
     /// Pools that have nobody up: said once.
     empty: HashSet<String>,
     pub(super) transitions: HashMap<BackendKey, Transitions>,
@@ -96,7 +99,7 @@ impl Core {
     /// as it found them, for [`Self::begin`].
     pub async fn start(
         path: &std::path::Path,
-        file: Config,
+        mut file: Config,
         store: Store,
         fs: BpfFs,
         resolver: &Resolver,
@@ -105,6 +108,7 @@ impl Core {
         let capacity = Capacity::new(&file.limits);
         preflight(&file, &capacity)?;
         interfaces::refuse_local_vips(&file, resolver).await?;
+        let own = own::prepare(&mut file, resolver).await?;
         let mut links = Links::new(fs.clone());
         let wanted = Wanted::look_up(&file, &mut links, resolver).await?;
         let (held, ended) = Held::recovered(&store.recover(), &file);
@@ -129,6 +133,7 @@ impl Core {
             refused: Refused::new(),
             checker,
             next_hops: HashMap::new(),
+            own,
             empty: HashSet::new(),
             transitions: HashMap::new(),
             steering: Steering::default(),
@@ -355,7 +360,11 @@ impl Core {
     pub fn unknown(&self, config: &Config) -> Vec<(BackendKey, Check)> {
         let judged = |key: &BackendKey| self.fsms.get(key).is_some_and(|fsm| fsm.state() != State::Checking);
         let unknown = keys(config).filter(|(key, ..)| !judged(key));
-        unknown.map(|(key, pool, _)| (key, config.pools[pool].check.clone())).collect()
+        unknown
+            .map(|(key, pool, backend)| {
+                (key, config.pools[pool].check_of(&config.pools[pool].backends[backend]))
+            })
+            .collect()
     }
 
     pub fn note_reload(&mut self, result: Result<(), String>) {

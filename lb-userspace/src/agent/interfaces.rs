@@ -9,6 +9,7 @@ use lb_common::wire::Mac;
 use tracing::{info, warn};
 
 use super::core::Core;
+use super::own;
 use crate::bpf::{Attached, Links};
 use crate::config::model::{Config, Mode};
 use crate::host::local_of;
@@ -218,7 +219,7 @@ pub async fn refuse_local_vips(config: &Config, resolver: &Resolver) -> anyhow::
 
 /// XDP cannot see that a packet's checksum is still to be filled in, and XDP_TX loses the note.
 pub fn warn_of_veth(link: &Link) {
-    if link.kind.as_deref() == Some("veth") {
+    if link.kind.as_deref() == Some("veth") && link.name != own::PROGRAM_END {
         warn!(
             interface = %link.name,
             "a veth: senders behind it must have transmit checksums off (`ethtool -K IF tx off` in their namespace), or TCP and UDP arrive with bad checksums"

@@ -14,6 +14,7 @@ mod named;
 mod next_hops;
 mod notify;
 mod overrides;
+pub mod own;
 mod reload;
 pub mod run_dir;
 pub mod snapshot;

@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use tracing::{info, warn};
 
 use super::core::{Core, NextHops, keys};
-use crate::config::model::Config;
-use crate::nexthop::{Answer, Known, NextHop};
+use super::own;
+use crate::config::model::{Config, Forward};
+use crate::nexthop::{Answer, Known, NextHop, Unresolved};
 use crate::ways::Judge;
 
 impl Core {
@@ -48,11 +49,19 @@ impl Core {
                 (Ok(_), None) if same_hop => info!(%address, "next hop confirmed"),
                 (Ok(hop), None) => info!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop"),
                 (Err(_), _) if same_hop => {}
+                (Err(Unresolved::Local), _) if self.own.is_some() => {
+                    info!(%address, interface = own::PROGRAM_END, "a backend on this host");
+                }
                 (Err(reason), _) => warn!(%address, %reason, "no next hop"),
             }
             self.next_hops.insert(address, answer);
             self.changed = true;
         }
+    }
+
+    /// Whether packets of a pool get to this host itself.
+    fn is_by_pair(&self, pool: usize) -> bool {
+        matches!(self.config.pools[pool].forward, Forward::Fullnat { .. }) && self.own.is_some()
     }
 
     /// What this configuration asks of ways, with the interfaces as they are attached.
@@ -70,9 +79,11 @@ impl Core {
     ) -> Result<NextHop, String> {
         let hop = match self.next_hops.get(&address).map(|answer| &answer.hop) {
             None => return Err("its next hop is being looked up".into()),
+            Some(Err(Unresolved::Local)) if self.is_by_pair(pool) => self.own.as_ref(),
             Some(Err(reason)) => return Err(reason.to_string()),
-            Some(Ok(hop)) => hop,
+            Some(Ok(hop)) => Some(hop),
         };
+        let hop = hop.ok_or_else(|| Unresolved::Local.to_string())?;
         judge.passes(pool, address, &hop.way()).map_err(|obstacle| obstacle.to_string())?;
         Ok(hop.clone())
     }

@@ -1,5 +1,5 @@
-//! Generic receive offload of an interface: off while a program runs in generic mode, which would see
-//! merged super-frames that no path takes.
+//! Offloads of an interface. Generic receive offload is off while a program runs in generic mode, which would see
+//! merged super-frames that no path takes; transmit checksums are off where XDP gets what the stack sends.
 
 #![allow(unsafe_code, reason = "the ethtool ioctl has no safe wrapper")]
 
@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
+const ETHTOOL_STXCSUM: u32 = 0x17;
 const ETHTOOL_GGRO: u32 = 0x2b;
 const ETHTOOL_SGRO: u32 = 0x2c;
 
@@ -24,6 +25,10 @@ pub fn gro(interface: &str) -> io::Result<bool> {
 
 pub fn set_gro(interface: &str, on: bool) -> io::Result<()> {
     call(interface, ETHTOOL_SGRO, u32::from(on)).map(drop)
+}
+
+pub fn set_transmit_checksums(interface: &str, on: bool) -> io::Result<()> {
+    call(interface, ETHTOOL_STXCSUM, u32::from(on)).map(drop)
 }
 
 fn call(interface: &str, command: u32, data: u32) -> io::Result<u32> {

@@ -4,7 +4,7 @@ mod bench;
 mod bpffs;
 mod counters;
 mod decap;
-mod ethtool;
+pub mod ethtool;
 mod figures;
 mod generation;
 mod grace;

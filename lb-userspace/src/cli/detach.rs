@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 
-use crate::agent::run_dir;
+use crate::agent::{own, run_dir};
 use crate::bpf::{self, BpfFs, Maps};
 use crate::capabilities;
 use crate::nexthop::Resolver;
@@ -24,6 +24,7 @@ pub async fn run(run_dir: &std::path::Path) -> anyhow::Result<()> {
     let mount = fs.path().to_owned();
     let detached = bpf::detach(fs, &links).with_context(|| format!("{}", run_dir.display()))?;
     resolver.unmanage(&neighbours, &addresses).await;
+    resolver.remove_link(own::HOST_END).await?;
     let interfaces = detached.interfaces.join(", ");
     let interfaces = if interfaces.is_empty() { "no interface" } else { &interfaces };
     say!("detached from {interfaces}; maps and pins are removed");

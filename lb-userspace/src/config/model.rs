@@ -66,6 +66,10 @@ pub struct Sources {
 }
 
 impl Sources {
+    pub fn all(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.v4.iter().copied().map(IpAddr::from).chain(self.v6.iter().copied().map(IpAddr::from))
+    }
+
     /// Ports of each address.
     pub fn ports_of_one(&self) -> u32 {
         u32::from(*self.ports.end()) - u32::from(*self.ports.start()) + 1

@@ -24,7 +24,7 @@ pub(super) struct WrittenSources {
     pub model: Sources,
     prefixes: Vec<(IpNetwork, Spot)>,
     /// Where they are listed.
-    spot: Option<Spot>,
+    pub spot: Option<Spot>,
 }
 
 impl WrittenSources {

@@ -12,6 +12,8 @@ pub enum Subject {
     Backend(usize, usize),
     /// Service, and VIP of it.
     Vip(usize, usize),
+    /// `fullnat.sources`.
+    Sources,
 }
 
 /// Of a valid configuration; beside the model, so that two files that mean the same have equal models.
@@ -21,12 +23,13 @@ pub struct Places {
     interfaces: Vec<Spot>,
     backends: Vec<Vec<Spot>>,
     vips: Vec<Vec<Spot>>,
+    sources: Option<Spot>,
 }
 
 impl Places {
     pub(super) fn new(
         file: &str,
-        interfaces: Vec<Spot>,
+        (interfaces, sources): (Vec<Spot>, Option<Spot>),
         pools: &[PoolDraft],
         services: &[ServiceDraft],
     ) -> Self {
@@ -37,6 +40,7 @@ impl Places {
             interfaces,
             backends: pools.iter().map(backends).collect(),
             vips: services.iter().map(vips).collect(),
+            sources,
         }
     }
 
@@ -45,6 +49,7 @@ impl Places {
         let spot = match subject {
             Subject::Interface(index) => self.interfaces.get(index),
             Subject::Backend(pool, index) => self.backends.get(pool).and_then(|spots| spots.get(index)),
+            Subject::Sources => self.sources.as_ref(),
             Subject::Vip(service, index) => self.vips.get(service).and_then(|spots| spots.get(index)),
         };
         Problem {

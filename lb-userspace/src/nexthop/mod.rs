@@ -1,6 +1,6 @@
 //! Next hops: from a backend's address to the interface, MAC addresses and MTU that a frame to it needs, as the
 //! kernel's routes and neighbours say. Knows nothing of pools or maps, and writes nothing but requests
-//! to resolve a neighbour.
+//! to resolve a neighbour, and a veth pair for packets to this host itself.
 
 mod decode;
 mod features;
@@ -8,6 +8,7 @@ mod follower;
 mod netlink;
 #[cfg(test)]
 mod netns;
+mod pair;
 mod resolver;
 mod route;
 
@@ -141,7 +142,9 @@ impl fmt::Display for Unresolved {
                 f.write_str("the route says blackhole; see `ip route show type blackhole`")
             }
             Unresolved::Prohibit => f.write_str("the route says prohibit; see `ip route show type prohibit`"),
-            Unresolved::Local => f.write_str("the address is this host's own; use another host as a backend"),
+            Unresolved::Local => f.write_str(
+                "the address is this host's own; use another host as a backend, or forward: fullnat",
+            ),
             Unresolved::NotUnicast(kind) => {
                 write!(f, "a {kind} address; use the address of one host")
             }

@@ -114,7 +114,7 @@ impl Netlink {
     }
 
     /// The connection ends itself on a socket error; a later request opens another.
-    fn handle(&self) -> Result<Handle, Error> {
+    pub(super) fn handle(&self) -> Result<Handle, Error> {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         if connection.task.is_finished() {
             *connection = Connection::open().map_err(|e| Error::Broken(e.to_string()))?;

@@ -9,9 +9,7 @@ use lb_common::abi::{PortKey, VipTarget};
 
 use super::desired::{protocol_number, table_identity};
 use super::servers::server_id_bytes;
-use crate::config::model::{
-    Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Sources, Unmapped, Vip,
-};
+use crate::config::model::{Config, Fragments, Ports, Scheduler, Service, SourcePrefix, Unmapped, Vip};
 
 /// An address and a `PortKey`.
 pub type VipKey = (IpAddr, u32);
@@ -129,9 +127,7 @@ fn translates(config: &Config, service: &Service) -> bool {
 /// Addresses that clients' are translated to, where any are.
 fn sources(config: &Config) -> impl Iterator<Item = IpAddr> + '_ {
     let used = config.limits.connections > 0;
-    let Sources { v4, v6, .. } = &config.sources;
-    let all = v4.iter().copied().map(IpAddr::from).chain(v6.iter().copied().map(IpAddr::from));
-    all.filter(move |_| used)
+    config.sources.all().filter(move |_| used)
 }
 
 /// How packets to a VIP of a service are hashed.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::time::Duration;
 
+use crate::agent::own;
 use crate::config::model::{
     Api, Backend, Check, CheckKind, Config, Flows, Forward, Group, Icmp, IdleTimeout, Interface, Limits,
     Metrics, OuterSource, Pool, Service, SlowStart, Tiers, Timeouts,
@@ -30,7 +31,9 @@ pub enum Subject {
 
 pub fn of(config: &Config) -> BTreeMap<Subject, Facts> {
     let mut facts = BTreeMap::from([(Subject::Top, top(config))]);
-    for Interface { name, mode } in &config.interfaces {
+    // The agent's own is in no file.
+    let configured = config.interfaces.iter().filter(|interface| interface.name != own::PROGRAM_END);
+    for Interface { name, mode } in configured {
         facts.insert(Subject::Interface(name.clone()), said([("mode", mode.to_string())]));
     }
     for item in &config.services {
