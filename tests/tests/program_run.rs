@@ -436,6 +436,21 @@ fn every_feature_bit_and_every_hash_key_bites() {
         assert_eq!(outcome, without, "{name}, without {feature:?}");
         assert_ne!(outcome, row.expect.outcome(), "{name}");
     }
+    for (feature, name, without) in [
+        (Features::NAT, "nat from IPv4 to IPv4, TCP: an ACK", Outcome::DropInconsistent),
+        (Features::NAT, "nat from IPv6 to IPv6, UDP: an answer, by a datagram", Outcome::PassNotVip),
+        (Features::FULLNAT, "fullnat from IPv6 to IPv4, TCP: an answer", Outcome::PassNotVip),
+    ] {
+        let rest = Features::from_bits(everything.bits() & !feature.bits() & !Features::TRACE.bits());
+        let mut kernel = Kernel::load(Setting::Translated, rest);
+        let translated = translated_rows(&kernel.image);
+        let row = translated.iter().find(|translated| translated.row.name == name);
+        let row = row.unwrap_or_else(|| panic!("no row `{name}`"));
+        let connections = &kernel.image.connections;
+        row.staged(*ages().start()).iter().for_each(|(position, place)| place.put(connections, *position));
+        let (outcome, _) = kernel.compare(name, &row.row.frame);
+        assert_eq!(outcome, without, "{name}, without {feature:?}");
+    }
     // Keys: `compare` sees another tunnel source or label as soon as one of them is not the host's.
     let mut reseeded = Kernel::load(Setting::Everything, Setting::Everything.features());
     let flow = rows.iter().find(|row| row.name.starts_with("flow 1 ")).expect("a flow");
