@@ -402,6 +402,7 @@ fn spread_image(backends: usize, weights: &[u8]) -> Image {
                 name: address.to_string(),
                 address,
                 weight,
+                port: None,
                 server_id: None,
                 leaving: false,
             }
