@@ -346,3 +346,6 @@ fn id_by_address(text: &str, index: &Index) -> Result<Option<u16>, String> {
         .map(|(id, _)| Some(*id))
         .ok_or_else(|| format!("no pool {pool} has a backend {address} in the tables"))
 }
+
+#[cfg(test)]
+mod tests;
