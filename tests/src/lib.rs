@@ -1,6 +1,7 @@
 //! Laboratories and fixtures for everything that needs a kernel.
 
 pub mod balancer;
+pub mod between;
 pub mod crowd;
 pub mod fixtures;
 pub mod fuzz;

@@ -78,7 +78,7 @@ impl NginxServer {
 }
 
 /// Starts nginx on all addresses of a host and waits until it accepts connections. `/` returns `name` and a newline,
-/// `/healthz` 200 or 503, `/big` a large file; `/up/NAME` takes what is PUT there. Every request has a connection of its
+/// `/ends` address and port of the client and of the server as nginx sees them, `/healthz` 200 or 503, `/big` a large file; `/up/NAME` takes what is PUT there. Every request has a connection of its
 /// own. It is one process, so that a signal (SIGSTOP, say) meets all of it.
 pub fn nginx(host: &Host, name: &str, options: Nginx) -> Result<NginxServer> {
     let dir = host.new_file("nginx");
@@ -108,6 +108,7 @@ http {{
     server {{
         {listen}
         location = / {{ return 200 "{name}\n"; }}
+        location = /ends {{ return 200 "$remote_addr $remote_port $server_addr $server_port\n"; }}
         location = /healthz {{
             if (!-f {healthy}) {{ return 503 "unhealthy\n"; }}
             return 200 "healthy\n";

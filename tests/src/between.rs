@@ -1,0 +1,207 @@
+//! The scene of the modes that translate addresses: a balancer between the clients' network and that of backends which know
+//! nothing of it. It knows no test.
+//!
+//! ```text
+//! client --- outside --- balancer --- inside --- web1, web2, ...
+//! ```
+//!
+//! Nobody routes between the two networks, so that whatever crosses was translated. With `nat` the backends' default route
+//! leads to the balancer. With `fullnat` they have none at all, and the sources are further addresses of the balancer in
+//! their own network.
+
+use std::fmt;
+
+use anyhow::{Result, ensure};
+
+use crate::balancer::Balancer;
+use crate::lab::{self, Host, Lab, Nginx, NginxServer};
+use crate::stage::{PATIENCE, PATIENT_CHECKS, name};
+
+/// The client's addresses.
+pub const CLIENTS: [&str; 2] = ["10.120.0.2", "fd00:120::2"];
+/// Where it finds the balancer.
+const OUTSIDE: [&str; 2] = ["10.120.0.3", "fd00:120::3"];
+/// Where backends find it.
+pub const INSIDE: [&str; 2] = ["10.112.0.3", "fd00:112::3"];
+/// The sources of `fullnat`.
+pub const SOURCES: [&str; 2] = ["10.112.0.5", "fd00:112::5"];
+
+/// VIPs whose backends are of their own family, IPv4 first.
+pub const SAME: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
+/// VIPs whose backends are of the other family, IPv4 first.
+pub const OTHER: [&str; 2] = ["203.0.113.46", "2001:db8:113::64"];
+
+/// The ports of every backend's nginx.
+pub const PORTS: [u16; 2] = [80, 8080];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Nat,
+    Fullnat,
+}
+
+impl Mode {
+    /// Each VIP, and whether its backends have IPv6 addresses.
+    pub fn vips(self) -> Vec<(&'static str, bool)> {
+        let same = SAME.into_iter().zip([false, true]);
+        match self {
+            Self::Nat => same.collect(),
+            Self::Fullnat => same.chain(OTHER.into_iter().zip([true, false])).collect(),
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nat => "nat",
+            Self::Fullnat => "fullnat",
+        })
+    }
+}
+
+pub struct Between {
+    pub mode: Mode,
+    pub client: Host,
+    pub balancer: Host,
+    pub backends: Vec<Backend>,
+    /// Last, so that a failed test's lab is removed after everything else of it.
+    pub lab: Lab,
+}
+
+/// A host that knows nothing of VIPs.
+pub struct Backend {
+    pub host: Host,
+    pub nginx: NginxServer,
+}
+
+impl Between {
+    /// So many backends; nothing where skipping was asked for.
+    pub fn set(name: &str, mode: Mode, backends: usize) -> Result<Option<Self>> {
+        if !lab::available()? {
+            return Ok(None);
+        }
+        let lab = Lab::new(name)?;
+        let inside = lab.switch("inside")?;
+        let [client, outer, inner] = [CLIENTS, OUTSIDE, INSIDE].map(with_lengths);
+        let client = lab.host("client", &client.each_ref().map(String::as_str))?;
+        client.set_mtu("eth0", 1500)?;
+        client.route(&format!("203.0.113.0/24 via {}", OUTSIDE[0]))?;
+        client.ip(&format!("-6 route add 2001:db8:113::/64 via {}", OUTSIDE[1]))?;
+        let (outer, inner) = (outer.each_ref().map(String::as_str), inner.each_ref().map(String::as_str));
+        let balancer = lab.host_on("balancer", &[(lab.lan(), &outer), (&inside, &inner)])?;
+        if mode == Mode::Fullnat {
+            for source in with_lengths(SOURCES) {
+                balancer.add_address(&source, "eth1")?;
+            }
+        }
+        let mut this = Self { mode, client, balancer, backends: Vec::new(), lab };
+        for index in 0..backends {
+            let host = this.lab.host_on(
+                &crate::stage::name(index),
+                &[(&inside, &[&format!("{}/24", address(index, false)), &format!("{}/64", address(index, true))])],
+            )?;
+            this.backends.push(this.backend(host)?);
+        }
+        Ok(Some(this))
+    }
+
+    fn backend(&self, host: Host) -> Result<Backend> {
+        if self.mode == Mode::Nat {
+            host.route(&format!("default via {}", INSIDE[0]))?;
+            host.ip(&format!("-6 route add default via {}", INSIDE[1]))?;
+        } else {
+            for client in CLIENTS {
+                ensure!(host.ip(&format!("route get {client}")).is_err(), "{client} can be reached");
+            }
+        }
+        let nginx = Nginx { ports: PORTS.to_vec(), ..Nginx::default() };
+        Ok(Backend { nginx: lab::nginx(&host, host.name(), nginx)?, host })
+    }
+
+    /// The configuration of this scene: services on all VIPs of the mode, port 80.
+    pub fn config(&self) -> Config {
+        let backends = |ipv6| (0..self.backends.len()).map(|index| backend(index, ipv6)).collect();
+        Config {
+            mode: self.mode,
+            top: String::new(),
+            sources: SOURCES.map(|source| format!("\"{source}\"")).join(", "),
+            health: PATIENT_CHECKS.replace("path:", "port: 80, path:"),
+            pool: String::new(),
+            backends: [backends(false), backends(true)],
+            ports: "80".to_owned(),
+            protocol: "tcp".to_owned(),
+        }
+    }
+
+    /// Starts xlb and waits until all backends of both families are up.
+    pub fn start(&self, config: &Config) -> Result<Balancer> {
+        let balancer = Balancer::start(&self.balancer, &self.lab.dir().join("xlb"), &config.to_string())?;
+        balancer.wait_for_backends(config.backends.iter().map(Vec::len).sum(), PATIENCE)?;
+        Ok(balancer)
+    }
+}
+
+/// A configuration as text, in parts that tests change: a pool for each family of backends, and a service for each VIP.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub mode: Mode,
+    /// Lines at the top.
+    pub top: String,
+    pub sources: String,
+    pub health: String,
+    /// Further keys of both pools, each on a line with four spaces before it.
+    pub pool: String,
+    /// IPv4 first.
+    pub backends: [Vec<String>; 2],
+    pub ports: String,
+    pub protocol: String,
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "interfaces: [eth0, eth1]\nseed: 5f1d0c3a9be24771\n{}", self.top)?;
+        if self.mode == Mode::Fullnat {
+            writeln!(f, "fullnat: {{sources: [{}]}}", self.sources)?;
+        }
+        writeln!(f, "pools:")?;
+        for (pool, backends) in ["web4", "web6"].iter().zip(&self.backends) {
+            writeln!(f, "  {pool}:\n    forward: {}\n    health: {}", self.mode, self.health)?;
+            writeln!(f, "{}    backends:", self.pool)?;
+            backends.iter().try_for_each(|backend| writeln!(f, "      - {backend}"))?;
+        }
+        writeln!(f, "services:")?;
+        for (index, (vip, ipv6)) in self.mode.vips().into_iter().enumerate() {
+            let (ports, protocol, pool) = (&self.ports, &self.protocol, if ipv6 { "web6" } else { "web4" });
+            writeln!(
+                f,
+                "  - {{name: s{index}, vip: \"{vip}\", ports: {ports}, protocol: {protocol}, pool: {pool}}}"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A backend's address inside.
+pub fn address(index: usize, ipv6: bool) -> String {
+    let prefix = if ipv6 { "fd00:112::" } else { "10.112.0." };
+    format!("{prefix}{}", 11 + index)
+}
+
+/// A backend as the configuration names it.
+pub fn backend(index: usize, ipv6: bool) -> String {
+    format!("{{address: \"{}\", name: {}}}", address(index, ipv6), name(index))
+}
+
+/// The URL of a path at a VIP.
+pub fn url(vip: &str, port: u16, path: &str) -> String {
+    match vip.contains(':') {
+        true => format!("http://[{vip}]:{port}/{path}"),
+        false => format!("http://{vip}:{port}/{path}"),
+    }
+}
+
+/// Addresses as they are given to an interface.
+fn with_lengths(addresses: [&str; 2]) -> [String; 2] {
+    [format!("{}/24", addresses[0]), format!("{}/64", addresses[1])]
+}
