@@ -99,7 +99,10 @@ impl Between {
         for index in 0..backends {
             let host = this.lab.host_on(
                 &crate::stage::name(index),
-                &[(&inside, &[&format!("{}/24", address(index, false)), &format!("{}/64", address(index, true))])],
+                &[(
+                    &inside,
+                    &[&format!("{}/24", address(index, false)), &format!("{}/64", address(index, true))],
+                )],
             )?;
             this.backends.push(this.backend(host)?);
         }
