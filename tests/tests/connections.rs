@@ -13,6 +13,7 @@ use lb_userspace::agent::connections::{Connection, ConnectionState};
 use lb_userspace::reconcile::pins::coarse_ns;
 use tests::balancer::Balancer;
 use tests::between::{Between, CLIENTS, Config, Mode, SAME, SOURCES, backend};
+use tests::held::SHORT_IDLE;
 use tests::lab::{Connections, EchoServer, Signal, wait_for};
 use tests::stage::PATIENCE;
 
@@ -30,10 +31,19 @@ struct Scene {
 
 impl Scene {
     fn set(name: &str, mode: Mode, backends: usize, top: &str) -> Result<Option<Self>> {
+        Self::with(name, mode, backends, |config| Config { top: format!("{top}\n"), ..config })
+    }
+
+    fn with(
+        name: &str,
+        mode: Mode,
+        backends: usize,
+        change: impl FnOnce(Config) -> Config,
+    ) -> Result<Option<Self>> {
         let Some(between) = Between::set(name, mode, backends)? else { return Ok(None) };
         let servers = between.backends.iter().map(|backend| EchoServer::start(&backend.host, PORT));
         let servers = servers.collect::<Result<Vec<_>>>()?;
-        let config = Config { ports: PORT.to_string(), top: format!("{top}\n"), ..between.config() };
+        let config = change(Config { ports: PORT.to_string(), ..between.config() });
         let balancer = between.start(&config)?;
         Ok(Some(Self { servers, config, balancer, between }))
     }
@@ -209,9 +219,12 @@ fn connections_outlive_the_agent_and_are_listed_and_flushed_without_it() -> Resu
 
 #[test]
 fn a_drain_waits_for_connections_and_a_removed_backend_for_its_last_one() -> Result<()> {
-    let Some(mut scene) = Scene::set("drains", Mode::Nat, 2, "timeouts: {fin: 1s, reset: 1s}")? else {
-        return Ok(());
+    let soon = |config| Config {
+        top: "timeouts: {fin: 1s, reset: 1s}\n".to_owned(),
+        pool: SHORT_IDLE.to_owned(),
+        ..config
     };
+    let Some(mut scene) = Scene::with("drains", Mode::Nat, 2, soon)? else { return Ok(()) };
     let connections = scene.open(24)?;
     connections.wait_until_answered(Instant::now(), PATIENCE)?;
     let on_web1 = scene.on("web1")?;
@@ -236,7 +249,7 @@ fn a_drain_waits_for_connections_and_a_removed_backend_for_its_last_one() -> Res
 
 #[test]
 fn connections_of_a_backend_that_fails_go_and_no_others() -> Result<()> {
-    let Some(mut scene) = Scene::set("fails", Mode::Nat, 2, "")? else { return Ok(()) };
+    let Some(scene) = Scene::set("fails", Mode::Nat, 2, "")? else { return Ok(()) };
     let connections = scene.open(24)?;
     connections.wait_until_answered(Instant::now(), PATIENCE)?;
     let on_web1: BTreeSet<SocketAddr> = served(&connections)
@@ -245,7 +258,7 @@ fn connections_of_a_backend_that_fails_go_and_no_others() -> Result<()> {
         .map(|(local, _)| local)
         .collect();
     // Its checks are refused from now on.
-    drop(scene.between.backends.remove(0).nginx);
+    scene.between.backends[0].nginx.process.kill();
     // What comes to the other one, it has never heard of: it resets it.
     let lost = || connections.lost().iter().map(|lost| lost.local).collect::<BTreeSet<_>>();
     wait_for("they are reset", PATIENCE, || lost() == on_web1)
