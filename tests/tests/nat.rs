@@ -1,23 +1,31 @@
 //! Real clients of backends that know nothing of the balancer: addresses translated on the way there (`nat`), or both
 //! ways (`fullnat`), within a family and from one to the other.
 
-use anyhow::{Result, ensure};
-use tests::between::{self, Between, CLIENTS, Config, Mode, SOURCES, url};
-use tests::lab;
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use tests::between::{self, Between, CLIENTS, Config, Mode, OTHER, SAME, SOURCES, url};
+use tests::lab::{self, Capture, DatagramServer, Host, Transport, send_without_checksum};
 use tests::stage;
+
+const ECHO: u16 = 5000;
 
 /// Requests to all VIPs: everybody answers, and backends see the client they should, at the port they should.
 fn everybody_is_served(name: &str, mode: Mode, port: u16) -> Result<()> {
     let Some(scene) = Between::set(name, mode, 3)? else { return Ok(()) };
     let pool = if port == 80 { String::new() } else { format!("    port: {port}\n") };
     let balancer = scene.start(&Config { pool, ..scene.config() })?;
+    let captures = [Capture::at_host(&scene.client)?, Capture::at_host(&scene.backends[0].host)?];
     for (vip, ipv6) in mode.vips() {
         let requests = lab::http_load(&scene.client, &url(vip, 80, ""), 200, 4)?;
         stage::none_failed(&requests)?;
         ensure!(lab::backends(&requests).len() == 3, "{vip}: {:?}", lab::backends(&requests));
         let seen = lab::http_get(&scene.client, &url(vip, 80, "ends"))?.1;
         let [client, _, server, at] = seen.split_whitespace().collect::<Vec<_>>()[..] else {
-            anyhow::bail!("{vip}: {seen}")
+            bail!("{vip}: {seen}")
         };
         let wanted = match mode {
             Mode::Nat => CLIENTS[usize::from(ipv6)],
@@ -26,8 +34,17 @@ fn everybody_is_served(name: &str, mode: Mode, port: u16) -> Result<()> {
         ensure!(client == wanted && at == port.to_string(), "{vip}: {seen}");
         ensure!((0..3).any(|index| server == between::address(index, ipv6)), "{vip}: {seen}");
     }
+    for capture in captures {
+        capture.end()?;
+        capture.has_no_bad_checksum()?;
+    }
+    // SYN, ACK, request and FIN at the least of each request; SYN, answer and FIN.
+    let requests = 200 * mode.vips().len() as u64;
     let (there, back) = (balancer.outcome("forward_redirect")?, balancer.outcome("forward_reply_redirect")?);
-    println!("{there} {back}");
+    ensure!(there >= 4 * requests && back >= 3 * requests, "{there} and {back} of {requests} requests");
+    for none in ["drop_connections_full", "drop_no_connection", "drop_inconsistent", "drop_untranslatable"] {
+        ensure!(balancer.outcome(none)? == 0, "{none}");
+    }
     Ok(())
 }
 
@@ -49,4 +66,224 @@ fn clients_of_fullnat_are_seen_as_a_source_by_backends_of_either_family() -> Res
 #[test]
 fn clients_of_fullnat_are_served_at_another_port() -> Result<()> {
     everybody_is_served("fullnatport", Mode::Fullnat, 8080)
+}
+
+#[test]
+fn sources_may_be_a_network_of_their_own_that_is_routed_to_the_balancer() -> Result<()> {
+    let Some(scene) = Between::set("routedsrc", Mode::Fullnat, 2)? else { return Ok(()) };
+    for backend in &scene.backends {
+        backend.host.route(&format!("198.18.7.0/28 via {}", between::INSIDE[0]))?;
+        backend.host.ip(&format!("-6 route add 2001:db8:7::/124 via {}", between::INSIDE[1]))?;
+    }
+    let sources = "198.18.7.0/28, \"2001:db8:7::/124\"".to_owned();
+    // Enough for all sources with all of their ports.
+    let top = "limits: {connections: 1048576}\n".to_owned();
+    let balancer = scene.start(&Config { sources, top, ..scene.config() })?;
+    let mut seen = BTreeSet::new();
+    for (vip, ipv6) in Mode::Fullnat.vips() {
+        for _ in 0..20 {
+            let ends = lab::http_get(&scene.client, &url(vip, 80, "ends"))?.1;
+            let client = ends.split(' ').next().context("no client")?;
+            ensure!(client.starts_with(if ipv6 { "2001:db8:7::" } else { "198.18.7." }), "{vip}: {ends}");
+            seen.insert(client.to_owned());
+        }
+    }
+    // 80 requests over 16 sources of each family.
+    ensure!(seen.len() > 16, "{seen:?}");
+    ensure!(balancer.outcome("drop_connections_full")? == 0);
+    Ok(())
+}
+
+/// Transfers 40 MB or more within 20 s, or some thousands of datagrams.
+fn iperf3(client: &Host, vip: &str, words: &[&str]) -> Result<()> {
+    let udp = words.contains(&"--udp");
+    let fixed = ["timeout", "20", "iperf3", "--json", "--connect-timeout", "2000", "--client", vip];
+    let report = client.run(fixed.iter().chain(words))?;
+    let report: serde_json::Value = serde_json::from_str(&report)?;
+    let number = |sum: &str, name: &str| {
+        report["end"][sum][name].as_u64().with_context(|| format!("{vip} {words:?}: {report}"))
+    };
+    if udp {
+        let (packets, lost) = (number("sum", "packets")?, number("sum", "lost_packets")?);
+        ensure!(packets > 1000 && lost < packets / 10, "{vip} {words:?}: {lost} of {packets} lost");
+    } else {
+        // The sender stops at that many; what its sockets still hold, some megabytes each, is not waited for.
+        let bytes = number("sum_received", "bytes")?;
+        ensure!(bytes >= 10 << 20, "{vip} {words:?}: {bytes} bytes arrived");
+    }
+    Ok(())
+}
+
+fn streams(name: &str, mode: Mode) -> Result<()> {
+    let Some(scene) = Between::set(name, mode, 1)? else { return Ok(()) };
+    lab::iperf3_server(&scene.backends[0].host)?;
+    let protocol = "[tcp, udp]".to_owned();
+    let balancer = scene.start(&Config { ports: "5201".to_owned(), protocol, ..scene.config() })?;
+    for (vip, _) in mode.vips() {
+        for direction in [&[][..], &["--reverse"]] {
+            iperf3(&scene.client, vip, &[direction, &["--bytes", "40M", "--parallel", "4"]].concat())?;
+        }
+        let udp = ["--udp", "--bitrate", "40M", "--length", "1200", "--bytes", "4M"];
+        for direction in [&[][..], &["--reverse"]] {
+            iperf3(&scene.client, vip, &[direction, &udp].concat())?;
+        }
+    }
+    for none in ["drop_oversize", "drop_connections_full", "drop_vip_fragment"] {
+        ensure!(balancer.outcome(none)? == 0, "{none}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nat_carries_streams_and_datagrams_of_iperf3_in_both_directions() -> Result<()> {
+    streams("iperfnat", Mode::Nat)
+}
+
+#[test]
+fn fullnat_carries_streams_and_datagrams_of_iperf3_in_both_directions() -> Result<()> {
+    streams("iperffull", Mode::Fullnat)
+}
+
+fn names(name: &str, mode: Mode) -> Result<()> {
+    let Some(scene) = Between::set(name, mode, 2)? else { return Ok(()) };
+    for backend in &scene.backends {
+        lab::dns(&backend.host, backend.host.name())?;
+    }
+    let protocol = "[tcp, udp]".to_owned();
+    let balancer = scene.start(&Config { ports: "53".to_owned(), protocol, ..scene.config() })?;
+    for (vip, _) in mode.vips() {
+        for transport in [Transport::Udp, Transport::Tcp] {
+            // With two backends, one in 2^24 runs would find only one of them.
+            let answers: BTreeSet<String> =
+                (0..25).map(|_| lab::dns_who(&scene.client, vip, transport)).collect::<Result<_>>()?;
+            ensure!(answers.iter().eq(["web1", "web2"].iter()), "{vip} {transport:?}: {answers:?}");
+        }
+        let told = scene.client.run(["ping", "-n", "-c", "3", "-i", "0.05", "-W", "5", vip])?;
+        ensure!(told.contains("3 received"), "{vip}: {told}");
+    }
+    // The balancer itself answers.
+    ensure!(balancer.outcome("answer_echo")? == 3 * mode.vips().len() as u64);
+    Ok(())
+}
+
+#[test]
+fn nat_carries_dns_and_its_vips_answer_pings() -> Result<()> {
+    names("dnsnat", Mode::Nat)
+}
+
+#[test]
+fn fullnat_carries_dns_and_its_vips_answer_pings() -> Result<()> {
+    names("dnsfull", Mode::Fullnat)
+}
+
+const BIG: u32 = 64;
+
+/// 64 MB there and back, byte by byte.
+fn long_transfers(name: &str, mode: Mode) -> Result<()> {
+    let Some(scene) = Between::set(name, mode, 1)? else { return Ok(()) };
+    let backend = &scene.backends[0].host;
+    let nginx = lab::Nginx { ports: vec![81], big_megabytes: BIG };
+    let server = lab::nginx(backend, "big", nginx)?;
+    let big = scene.lab.dir().join(format!("big-{BIG}"));
+    let _balancer = scene.start(&Config { pool: "    port: 81\n".to_owned(), ..scene.config() })?;
+    for (vip, _) in mode.vips() {
+        let down = scene.client.new_file("down");
+        let words = ["curl", "-qsSgf", "--max-time", "50"];
+        let get = url(vip, 80, "big");
+        scene.client.run(words.iter().copied().chain(["--output", &down.to_string_lossy(), &get]))?;
+        ensure!(fs::read(&down)? == fs::read(&big)?, "{vip}: the download is another");
+        fs::remove_file(down)?;
+        let put = url(vip, 80, "up/file");
+        scene.client.run(words.iter().copied().chain(["--upload-file", &big.to_string_lossy(), &put]))?;
+        let up = server.uploads.join("file");
+        ensure!(fs::read(&up)? == fs::read(&big)?, "{vip}: the upload is another");
+        fs::remove_file(up)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nat_carries_long_downloads_and_uploads_byte_by_byte() -> Result<()> {
+    long_transfers("longnat", Mode::Nat)
+}
+
+#[test]
+fn fullnat_carries_long_downloads_and_uploads_byte_by_byte() -> Result<()> {
+    long_transfers("longfull", Mode::Fullnat)
+}
+
+/// A socket of the client's that is connected to a VIP.
+fn datagrams(client: &Host, vip: &str) -> Result<UdpSocket> {
+    let server = SocketAddr::new(vip.parse()?, ECHO);
+    let any: IpAddr = if server.is_ipv6() { "::".parse()? } else { "0.0.0.0".parse()? };
+    let socket = client.inside(|| -> std::io::Result<UdpSocket> {
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        socket.connect(server)?;
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        Ok(socket)
+    })?;
+    socket.context("a socket")
+}
+
+/// Whether a datagram comes back.
+fn echoes(socket: &UdpSocket, datagram: &[u8]) -> Result<bool> {
+    socket.send(datagram)?;
+    let mut answer = [0; 2048];
+    Ok(socket
+        .recv(&mut answer)
+        .is_ok_and(|length| answer[..length].starts_with(&datagram[..datagram.len().min(64)])))
+}
+
+fn with_datagrams(scene: &Between) -> Result<(Vec<DatagramServer>, Config)> {
+    let mut servers = Vec::new();
+    for (index, backend) in scene.backends.iter().enumerate() {
+        for ipv6 in [false, true] {
+            let address = SocketAddr::new(between::address(index, ipv6).parse()?, ECHO);
+            servers.push(DatagramServer::start(&backend.host, address)?);
+        }
+    }
+    Ok((servers, Config { ports: ECHO.to_string(), protocol: "udp".to_owned(), ..scene.config() }))
+}
+
+#[test]
+fn fragments_have_no_ports_and_are_dropped() -> Result<()> {
+    for (name, mode) in [("fragnat", Mode::Nat), ("fragfull", Mode::Fullnat)] {
+        let Some(scene) = Between::set(name, mode, 1)? else { return Ok(()) };
+        let (_servers, config) = with_datagrams(&scene)?;
+        let balancer = scene.start(&config)?;
+        for (vip, _) in mode.vips() {
+            let socket = datagrams(&scene.client, vip)?;
+            ensure!(echoes(&socket, &[7; 1200])?, "{mode} {vip}");
+            let before = balancer.outcome("drop_vip_fragment")?;
+            ensure!(!echoes(&socket, &[7; 2000])?, "{mode} {vip}: fragments arrived");
+            ensure!(balancer.outcome("drop_vip_fragment")? == before + 2, "{mode} {vip}");
+        }
+    }
+    Ok(())
+}
+
+/// UDP over IPv4 may do without a checksum, over IPv6 it may not, and a balancer that made one would vouch for what it does
+/// not know.
+#[test]
+fn datagrams_without_a_checksum_stay_in_their_family() -> Result<()> {
+    for (name, mode) in [("sumnat", Mode::Nat), ("sumfull", Mode::Fullnat)] {
+        let Some(scene) = Between::set(name, mode, 1)? else { return Ok(()) };
+        let (_servers, config) = with_datagrams(&scene)?;
+        let balancer = scene.start(&config)?;
+        let socket = datagrams(&scene.client, SAME[0])?;
+        send_without_checksum(&socket)?;
+        let wire = Capture::at_host(&scene.backends[0].host)?;
+        ensure!(echoes(&socket, b"none")?, "{mode}: within its family");
+        wire.end()?;
+        let sums = wire.fields(&format!("udp.dstport == {ECHO}"), &["udp.checksum"])?;
+        ensure!(sums == [["0x0000"]], "{mode}: {sums:?}");
+        if mode == Mode::Fullnat {
+            let socket = datagrams(&scene.client, OTHER[0])?;
+            ensure!(echoes(&socket, b"with one")?);
+            send_without_checksum(&socket)?;
+            ensure!(!echoes(&socket, b"none")?, "it arrived in the other family");
+            ensure!(balancer.outcome("drop_no_checksum")? == 1);
+        }
+    }
+    Ok(())
 }

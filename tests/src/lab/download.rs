@@ -35,7 +35,7 @@ pub struct SlowServer {
 }
 
 impl SlowServer {
-    /// Listens on all IPv4 addresses of a host. Sending the file takes so long.
+    /// Listens on all addresses of a host. Sending the file takes so long.
     pub fn start(host: &Host, port: u16, takes: Duration) -> Result<Self> {
         let pieces = pieces(takes);
         Ok(Self { _events: serve(host, port, move |stream| send(stream, pieces))? })

@@ -35,7 +35,7 @@ pub(super) fn event_loop() -> Result<Runtime> {
     builder.worker_threads(1).enable_all().build().context("an event loop")
 }
 
-/// Listens on all IPv4 addresses of a host and handles every connection, for as long as the event loop lives.
+/// Listens on all addresses of a host and handles every connection, for as long as the event loop lives.
 pub(super) fn serve<H>(
     host: &Host,
     port: u16,
@@ -45,7 +45,7 @@ where
     H: Future<Output = io::Result<()>> + Send + 'static,
 {
     let events = event_loop()?;
-    let listener = host.inside(|| StdListener::bind(("0.0.0.0", port)))?;
+    let listener = host.inside(|| StdListener::bind(("::", port)))?;
     let listener = listener.with_context(|| format!("host {}: port {port}", host.name()))?;
     listener.set_nonblocking(true).context("a listener")?;
     events.spawn(accept(listener, handle));
@@ -69,7 +69,7 @@ pub struct EchoServer {
 }
 
 impl EchoServer {
-    /// Listens on all IPv4 addresses of a host.
+    /// Listens on all addresses of a host.
     pub fn start(host: &Host, port: u16) -> Result<Self> {
         let greeting = format!("{}\n", host.name());
         Ok(Self { _events: serve(host, port, move |stream| echo(stream, greeting.clone()))? })
@@ -127,7 +127,8 @@ impl Connections {
     ) -> Result<Self> {
         let events = event_loop()?;
         let sockets: Result<Vec<TcpSocket>> = host.inside(|| {
-            (0..count).map(|index| bound(sources.get(index % sources.len().max(1)).copied())).collect()
+            let source = |index: usize| sources.get(index % sources.len().max(1)).copied();
+            (0..count).map(|index| bound(server.is_ipv6(), source(index))).collect()
         })?;
         let record = Arc::new(Record { connections: Mutex::new(vec![None; count]), ..Record::default() });
         let turns = Arc::new(Semaphore::new(CONNECTING));
@@ -203,8 +204,8 @@ impl Connections {
     }
 }
 
-fn bound(source: Option<IpAddr>) -> Result<TcpSocket> {
-    let socket = TcpSocket::new_v4().context("a socket")?;
+fn bound(ipv6: bool, source: Option<IpAddr>) -> Result<TcpSocket> {
+    let socket = if ipv6 { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.context("a socket")?;
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0)).with_context(|| format!("binding to {source}"))?;
     }

@@ -53,7 +53,7 @@ pub struct NamingServer {
 }
 
 impl NamingServer {
-    /// Listens on all IPv4 addresses of a host.
+    /// Listens on all addresses of a host.
     pub fn start(host: &Host, port: u16) -> Result<Self> {
         ensure!(host.name().len() <= NAME_BYTES, "{} is longer than {NAME_BYTES} bytes", host.name());
         let mut name = [0; NAME_BYTES];
@@ -85,7 +85,7 @@ pub(super) async fn ask(stream: &mut TcpStream, connection: u64, number: u64) ->
 }
 
 pub(super) async fn connect(source: IpAddr, server: SocketAddr) -> io::Result<TcpStream> {
-    let socket = TcpSocket::new_v4()?;
+    let socket = if server.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
     socket.bind(SocketAddr::new(source, 0))?;
     let stream = socket.connect(server).await?;
     stream.set_nodelay(true)?;

@@ -35,6 +35,7 @@ mod process;
 mod quic;
 mod raw;
 mod remains;
+mod rush;
 mod servers;
 mod stalls;
 mod visits;
@@ -64,8 +65,9 @@ pub use self::late::LateServer;
 pub use self::live::{LiveConnections, LiveLoad, NamingServer, STALL};
 pub use self::process::Process;
 pub use self::quic::{QuicClients, QuicConnection, quic_server};
-pub use self::raw::{IcmpSocket, Options, http_get_with_options};
+pub use self::raw::{IcmpSocket, Options, http_get_with_options, send_without_checksum};
 pub use self::remains::{kept, remove_kept, sweep};
+pub use self::rush::Rush;
 pub use self::servers::{
     Nginx, NginxServer, Transport, backend_dsr, dns, dns_long, dns_who, iperf3_server, iperf3_server_at,
     nginx,

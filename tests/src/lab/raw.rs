@@ -3,7 +3,7 @@
 
 use std::ffi::c_int;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -70,8 +70,13 @@ fn get(server: SocketAddr, options: Options<'_>) -> io::Result<String> {
     Ok(answer)
 }
 
+/// Makes a socket send IPv4 datagrams without a checksum.
+pub fn send_without_checksum(socket: &UdpSocket) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &1_i32.to_ne_bytes())
+}
+
 /// The options that neither `std` nor rustix know.
-fn set_option(socket: &OwnedFd, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
+fn set_option(socket: &impl AsRawFd, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
     // SAFETY: the kernel reads `value.len()` bytes from a live slice and keeps no pointer.
     let code = unsafe {
         libc::setsockopt(
