@@ -54,9 +54,9 @@ fn served_by_the_host_itself(name: &str, mode: &str) -> Result<()> {
     balancer.upgrade(&tests::balancer::xlb()?)?;
     balancer.wait_for_backends(2, tests::stage::PATIENCE)?;
     ensure!(lab::http_get(&scene.client, &url(SAME[0], 80, ""))?.0 == 200, "after a restart");
-    drop(balancer);
-    Ended::of_xlb(host, &["detach", "--run-dir", &scene.lab.dir().join("xlb").display().to_string()])?
-        .expect(0, &["detached from eth0, xlb-self-xdp"])?;
+    balancer.process.kill();
+    balancer.process.wait_exit(tests::stage::PATIENCE)?;
+    balancer.command(&["detach"])?.expect(0, &["detached from", "eth0", "xlb-self-xdp"])?;
     ensure!(host.ip("link show xlb-self").is_err(), "the pair is left");
     Ok(())
 }
