@@ -33,7 +33,8 @@ fn served_by_the_host_itself(name: &str, mode: &str) -> Result<()> {
     let file = host.new_file("refused.yaml");
     std::fs::write(&file, config("10.112.0.5, 'fd00:112::5'", mode))?;
     let refused = Ended::of_xlb(host, &["check", "-c", &file.display().to_string()])?;
-    refused.expect(3, &["10.120.0.3 is on this host, and so is the source 10.112.0.5", "no addresses of it"])?;
+    refused
+        .expect(3, &["10.120.0.3 is on this host, and so is the source 10.112.0.5", "no addresses of it"])?;
 
     let balancer = tests::balancer::Balancer::start(
         host,

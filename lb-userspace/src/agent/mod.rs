@@ -128,11 +128,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let fs = BpfFs::open(&options.run_dir)?;
     let fresh = !fs.is_used()?;
     let started = Core::start(&options.config, loaded.config, store, fs.clone(), &resolver, checker).await;
-    let (mut core, wanted) = started.inspect_err(|_| give_up(&fs, fresh))?;
+    let (mut core, wanted) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            give_up(&fs, fresh, &resolver).await;
+            return Err(error);
+        }
+    };
     tokio::spawn(api::serve(socket, request_tx));
     if let Err(error) = begin(&mut core, &wanted, &resolver).await {
         drop(core);
-        give_up(&fs, fresh);
+        give_up(&fs, fresh, &resolver).await;
         return Err(error);
     }
 
@@ -248,9 +254,15 @@ async fn begin(core: &mut Core, wanted: &Wanted, resolver: &Resolver) -> anyhow:
 }
 
 /// A first start that fails leaves nothing; what an earlier agent left goes on.
-fn give_up(fs: &BpfFs, fresh: bool) {
-    if fresh && let Err(left) = bpf::detach(fs.clone(), &[]) {
+async fn give_up(fs: &BpfFs, fresh: bool, resolver: &Resolver) {
+    if !fresh {
+        return;
+    }
+    if let Err(left) = bpf::detach(fs.clone(), &[]) {
         warn!(error = %left, "what this start has pinned is left; `xlb detach` removes it");
+    }
+    if let Err(left) = resolver.remove_link(own::HOST_END).await {
+        warn!(error = %left, "the veth pair for backends on this host is left; `xlb detach` removes it");
     }
 }
 

@@ -20,11 +20,12 @@ mod turns;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{
     ABI_VERSION, BACKEND_NOBODY, BACKEND_PASS, Backend as BackendRow, Egress, MOST_BACKENDS, Meta, Path,
-    PortKey, PrefixLengths, RULES_PER_ROW, SLOTS_PER_ROW, TableWord, VipTarget, VipWord,
+    PortKey, PrefixLengths, RULES_PER_ROW, SLOTS_PER_ROW, Source, TableWord, VipTarget, VipWord,
 };
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, Outcome};
@@ -33,6 +34,7 @@ use lb_common::slots::Slot;
 use lb_common::wire;
 use proptest::prelude::*;
 
+use super::connections::Connections;
 use super::desired::{
     Desired, DesiredBackend, DesiredTable, Target, World, backend_identity, desired, features, forward_of,
 };
@@ -41,7 +43,7 @@ use super::image::{Image, Traced};
 use super::moves::{Course, Due, MOST_AT_ONCE, Moves, SLACK, finish, runs};
 use super::op::MapOp;
 use super::plan::{
-    Leave, PlanError, Unpinned, VipEntry, counter_rows, plan, plan_at_once, ports, present_vips,
+    Leave, PlanError, Unpinned, VipEntry, counter_rows, plan, plan_at_once, ports, present_vips, sources,
 };
 use crate::capacity::Capacity;
 use crate::config::model::{
@@ -58,5 +60,5 @@ use self::promises::*;
 use self::read_back::*;
 use self::state::*;
 
-const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12, pins: 4096, connections: 0 };
+const LIMITS: Limits = Limits { vips: 256, backends: 512, slots: 48 << 12, pins: 4096, connections: 4096 };
 const INGRESS: u32 = 1;

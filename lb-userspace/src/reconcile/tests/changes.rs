@@ -21,6 +21,7 @@ impl Run {
     pub fn step(&mut self, next: Desired, flows: &[u16]) -> Result<(), TestCaseError> {
         let old = std::mem::take(&mut self.state);
         let ids_before = self.image.ids();
+        let sources_before = self.image.sources.clone();
         let mut probes = Probes::of(&old, &next, flows);
         let mut all = Vec::new();
         let mut ops = planned(&self.image, &next)?;
@@ -35,6 +36,7 @@ impl Run {
         prop_assert!(read_back(&self.image, &next) == next, "{}", difference(&self.image, &next));
         prop_assert_eq!(planned(&self.image, &next)?, [], "planned twice");
         self.ids_stay(&ids_before, &next, &all)?;
+        self.sources_stay(&sources_before)?;
         self.nothing_overlaps()?;
         self.state = next;
         Ok(())
@@ -62,6 +64,18 @@ impl Run {
             }
             let seen = probes.look(&self.image, op);
             seen.map_err(|wrong| TestCaseError::fail(format!("after {}: {wrong}", place())))?;
+        }
+        Ok(())
+    }
+
+    /// An address that is still there is where it was: connections name its row.
+    fn sources_stay(&self, before: &[Source]) -> Result<(), TestCaseError> {
+        let now = &self.image.sources;
+        for (row, source) in before.iter().enumerate() {
+            let elsewhere4 = now.iter().position(|other| source.v4 != 0 && other.v4 == source.v4);
+            let elsewhere6 = now.iter().position(|other| source.v6 != [0; 2] && other.v6 == source.v6);
+            prop_assert!(elsewhere4.is_none_or(|place| place == row), "{:?} has moved", source);
+            prop_assert!(elsewhere6.is_none_or(|place| place == row), "{:?} has moved", source);
         }
         Ok(())
     }
@@ -148,6 +162,8 @@ pub enum Change {
     RemoveService(u8),
     /// The service goes to another pool.
     MoveService(u8, u8),
+    /// Addresses that clients' are translated to.
+    Sources(BTreeSet<u8>),
     /// To 41 backends, over a length class, or back to 40.
     Class(u8, bool),
 }
@@ -156,7 +172,8 @@ pub fn change() -> impl Strategy<Value = Change> {
     let hop = || prop::option::weighted(0.8, (1u32..4, prop::sample::select(vec![1280u16, 1500]), 1u8..4));
     let small = 0u8..5;
     let gue = [6080, 7000].map(|port| Forward::Gue { port });
-    let way = prop::sample::select([&[Forward::Ipip, Forward::L2][..], &gue].concat());
+    let nat = [Forward::Nat { port: 0 }, Forward::Nat { port: 8080 }, Forward::Fullnat { port: 0 }];
+    let way = prop::sample::select([&[Forward::Ipip, Forward::L2][..], &gue, &nat].concat());
     let weight = prop::sample::select(vec![0u8, 1, 50, 100]);
     let vips = prop::collection::btree_set(0u8..12, 1..4);
     let ports = prop::collection::btree_set(1u16..5, 0..3);
@@ -177,6 +194,7 @@ pub fn change() -> impl Strategy<Value = Change> {
             .prop_map(|(s, p, v, ports, both, kind)| Change::AddService(s, p, v, ports, both, kind)),
         1 => small.clone().prop_map(Change::RemoveService),
         2 => (small.clone(), small.clone()).prop_map(|(s, p)| Change::MoveService(s, p)),
+        1 => prop::collection::btree_set(1u8..8, 0..4).prop_map(Change::Sources),
         1 => (small, any::<bool>()).prop_map(|(p, grow)| Change::Class(p, grow)),
     ]
 }
@@ -204,6 +222,7 @@ pub fn apply(state: &mut State, change: &Change) {
                     .collect(),
             });
         }
+        Change::Sources(sources) => state.sources.clone_from(sources),
         Change::RemovePool(pool) => {
             state.pools.remove(pool);
             state.services.retain(|_, service| service.pool != *pool);

@@ -301,6 +301,8 @@ pub fn the_row_of_a_backend_says_all_of_its_tunnel() {
         ("ipip over IPv6", Forward::Ipip, 1, BackendKind::Ipip6, 0, false),
         ("gue over IPv4", gue, 0, BackendKind::Gue4, 7000, true),
         ("gue over IPv6", gue, 1, BackendKind::Gue6, 7000, false),
+        ("nat to an IPv4 address", Forward::Nat { port: 8080 }, 0, BackendKind::Nat4, 8080, true),
+        ("fullnat to an IPv6 address", Forward::Fullnat { port: 0 }, 1, BackendKind::Fullnat6, 0, false),
         ("l2 to an IPv4 address", Forward::L2, 0, BackendKind::L2, 0, false),
         ("l2 to an IPv6 address", Forward::L2, 1, BackendKind::L2, 0, false),
     ];

@@ -16,15 +16,21 @@ pub fn fresh() -> Image {
         features: all.bits(),
         icmp_rate: 1000,
         pin_rate: 1000,
+        source_ports: 1024 | 1024 << 16,
         ..Meta::default()
     };
-    Image::empty(&capacity(), meta)
+    let connections = Connections::in_memory(capacity().connections() as usize);
+    Image { connections, ..Image::empty(&capacity(), meta) }
 }
 
 /// What the image says, in the words of `Desired`: ids and places are left out. A table may be longer than its content,
 /// which is as long as `desired` says.
 pub fn read_back(image: &Image, desired: &Desired) -> Desired {
     let mut read = Desired::default();
+    // Every address has its row.
+    if sources::place(image, desired) == image.sources {
+        read.sources = desired.sources.clone();
+    }
     for (row, weight) in image.backends.iter().zip(&image.load_weights).filter(|(row, _)| row.identity != 0) {
         let path = Path::from_bits(row.path);
         let egress = image.egress[usize::from(path.egress())];

@@ -9,6 +9,8 @@ pub struct State {
     pub services: BTreeMap<u8, ServiceState>,
     /// Next hop of a backend's address: interface, MTU, last byte of the MAC; `None` is unresolved.
     pub hops: BTreeMap<u16, Option<(u32, u16, u8)>>,
+    /// Last byte of each address that clients' are translated to, of both families: four at the most.
+    pub sources: BTreeSet<u8>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -41,9 +43,21 @@ pub struct Kind {
 
 pub const PLAIN: Kind = Kind { range: false, any: false, scheduler: Scheduler::Maglev, unmapped: None };
 
+/// Of 4096 connections, so that there are four rows.
+const PORTS_OF_ONE: RangeInclusive<u16> = 1024..=2047;
+
+fn source6(last: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, u16::from(last))
+}
+
 impl State {
     pub fn empty() -> Self {
-        Self { pools: BTreeMap::new(), services: BTreeMap::new(), hops: BTreeMap::new() }
+        Self {
+            pools: BTreeMap::new(),
+            services: BTreeMap::new(),
+            hops: BTreeMap::new(),
+            sources: BTreeSet::new(),
+        }
     }
 
     pub fn hop(&self, host: u16) -> Option<(u32, u16, u8)> {
@@ -59,7 +73,11 @@ impl State {
             interfaces: Vec::new(),
             seed: 7,
             outer_source: OuterSource::default(),
-            sources: Sources::default(),
+            sources: Sources {
+                v4: self.sources.iter().map(|last| Ipv4Addr::new(10, 99, 0, *last)).collect(),
+                v6: self.sources.iter().map(|last| source6(*last)).collect(),
+                ports: PORTS_OF_ONE,
+            },
             timeouts: Timeouts::default(),
             vip_arp: false,
             trace: false,
