@@ -6,7 +6,8 @@ use std::net::UdpSocket;
 use anyhow::{Context, Result, bail, ensure};
 use lb_userspace::api::metrics::{FAMILIES, Kind};
 use tests::balancer::Balancer;
-use tests::lab::wait_for;
+use tests::between::{self, Between, Mode, SAME};
+use tests::lab::{self, wait_for};
 use tests::stage::{self, Config, PATIENCE, Stage, VIP4};
 
 type Labels = BTreeMap<String, String>;
@@ -143,6 +144,57 @@ fn over_tcp(balancer: &Balancer) -> Result<Scrape> {
     scrape(balancer, &["http://127.0.0.1:9465/metrics"])
 }
 
+/// Metrics of connections, which nobody has whose pools translate no addresses.
+const OF_CONNECTIONS: [&str; 7] = [
+    "xlb_connections",
+    "xlb_connections_room",
+    "xlb_backend_reply_packets_total",
+    "xlb_backend_reply_bytes_total",
+    "xlb_backend_resets_total",
+    "xlb_backend_answered_total",
+    "xlb_backend_answer_seconds_total",
+];
+
+/// The table that the docs are made of is what is served.
+fn documented(scrape: &Scrape, translates: bool) -> Result<()> {
+    let served: BTreeSet<_> = scrape.samples.keys().map(|(name, _)| name.clone()).collect();
+    let all = FAMILIES.iter().map(|family| family.name());
+    let all: BTreeSet<_> = all.filter(|name| translates || !OF_CONNECTIONS.contains(&&**name)).collect();
+    ensure!(served == all, "{:?}", served.symmetric_difference(&all));
+    for (name, labels) in scrape.samples.keys() {
+        let family = FAMILIES.iter().find(|family| family.name() == *name).context("a family")?;
+        ensure!(
+            labels.len() == family.labels.len() && family.labels.iter().all(|key| labels.contains_key(*key))
+        );
+        let stem = name.strip_suffix("_total").filter(|_| family.kind == Kind::Counter).unwrap_or(name);
+        ensure!(scrape.helps[stem] == family.help && scrape.kinds[stem] == family.kind.as_str());
+    }
+    Ok(())
+}
+
+#[test]
+fn metrics_tell_of_connections_where_a_pool_translates_addresses() -> Result<()> {
+    let Some(between) = Between::set("metricsnat", Mode::Nat, 1)? else { return Ok(()) };
+    let balancer = between.start(&between.config())?;
+    let requests = lab::http_load(&between.client, &between::url(SAME[0], 80, ""), 20, 1)?;
+    stage::none_failed(&requests)?;
+    let socket = balancer.run_dir.join("xlb.sock");
+    let socket = ["--unix-socket", &socket.to_string_lossy(), "http://xlb/metrics"];
+    let seen = |scrape: &Scrape| scrape.sum("xlb_connections");
+    wait_for("a sweep", PATIENCE, || scrape(&balancer, &socket).is_ok_and(|scrape| seen(&scrape) >= 20.0))?;
+    let scrape = scrape(&balancer, &socket)?;
+    documented(&scrape, true)?;
+    let web1 = [("pool", "web4"), ("backend", "web1"), ("address", &*between::address(0, false))];
+    ensure!(scrape.get("xlb_backend_answered_total", &web1)? == 20.0);
+    ensure!(scrape.get("xlb_backend_resets_total", &web1)? == 0.0);
+    let (waited, packets) = ("xlb_backend_answer_seconds_total", "xlb_backend_reply_packets_total");
+    ensure!((1e-6..20.0).contains(&scrape.get(waited, &web1)?), "{:?}", scrape.get(waited, &web1));
+    ensure!(scrape.get(packets, &web1)? >= 80.0 && scrape.sum("xlb_connections_room") > 4096.0);
+    let states = scrape.samples.keys().filter(|(name, _)| name == "xlb_connections");
+    ensure!(states.count() == 8, "two pools of four states");
+    Ok(())
+}
+
 #[test]
 fn metrics_are_openmetrics_and_say_what_a_client_sent() -> Result<()> {
     let Some(stage) = Stage::set("metrics", 2)? else { return Ok(()) };
@@ -198,17 +250,7 @@ fn metrics_are_openmetrics_and_say_what_a_client_sent() -> Result<()> {
     ensure!(get("xlb_interface_attached", &[("interface", "eth0"), ("mode", "native")])? == 1.0);
     ensure!(get("xlb_config_last_reload_successful", &[])? == 1.0);
 
-    // The table that the docs are made of is what is served.
-    let served: BTreeSet<_> = scrape.samples.keys().map(|(name, _)| name.clone()).collect();
-    ensure!(served == FAMILIES.iter().map(|family| family.name()).collect());
-    for (name, labels) in scrape.samples.keys() {
-        let family = FAMILIES.iter().find(|family| family.name() == *name).context("a family")?;
-        ensure!(
-            labels.len() == family.labels.len() && family.labels.iter().all(|key| labels.contains_key(*key))
-        );
-        let stem = name.strip_suffix("_total").filter(|_| family.kind == Kind::Counter).unwrap_or(name);
-        ensure!(scrape.helps[stem] == family.help && scrape.kinds[stem] == family.kind.as_str());
-    }
+    documented(&scrape, false)?;
     Ok(())
 }
 
