@@ -71,37 +71,42 @@ impl Rules {
         rules
     }
 
-    /// How long flows of TCP and of UDP are protected.
-    fn idle_of(&self, id: u16) -> (Duration, Duration) {
-        self.idle.get(&id).copied().unwrap_or((self.longest, self.longest))
+    /// Of a backend whose flows of TCP and of UDP are protected so long.
+    fn limits(&self, (tcp, udp): (Duration, Duration)) -> Limits {
+        let Timeouts { syn, fin, reset: _ } = self.timeouts;
+        Limits {
+            // An age is rounded down, twice.
+            pins: [tcp.min(UNCONFIRMED), tcp, tcp, udp].map(|idle| units(idle + SLACK) + 2),
+            connections: [syn, tcp, fin, udp].map(limit),
+        }
     }
 
-    fn limit(&self, pin: Pin) -> u32 {
-        let (tcp, udp) = self.idle_of(pin.backend());
-        let idle = match pin.state() {
-            PinState::Syn => tcp.min(UNCONFIRMED),
-            PinState::Established | PinState::Finishing => tcp,
-            PinState::Datagram => udp,
-        };
-        // An age is rounded down, twice.
-        ((idle + SLACK).as_nanos() / UNIT.as_nanos()) as u32 + 2
+    /// By backend id.
+    fn all_limits(&self, ids: usize) -> Vec<Limits> {
+        let mut all = vec![self.limits((self.longest, self.longest)); ids];
+        for (id, idle) in &self.idle {
+            if let Some(limits) = all.get_mut(usize::from(*id)) {
+                *limits = self.limits(*idle);
+            }
+        }
+        all
     }
+}
 
-    /// Of a connection. Its record is that of whoever holds the place, or is just leaving it: what is silent for long
-    /// enough to be asked about has not changed hands.
-    fn limit_of_connection(&self, pin: Pin, record: &Record) -> u32 {
-        let (tcp, udp) = self.idle_of(pin.backend());
-        let idle = match pin.state() {
-            _ if pin.backend() == BACKEND_CLAIMED => LEFTOVER,
-            PinState::Syn => self.timeouts.syn,
-            PinState::Established => tcp,
-            PinState::Finishing if is_reset(record) => self.timeouts.reset,
-            PinState::Finishing => self.timeouts.fin,
-            PinState::Datagram => udp,
-        };
-        // Both ages are rounded down: up to a unit of those that are between them may not have passed.
-        (idle.as_nanos() / UNIT.as_nanos()) as u32 + 1
-    }
+/// Units of age that a flow may be silent for, by `PinState`.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    pins: [u32; 4],
+    connections: [u32; 4],
+}
+
+fn units(time: Duration) -> u32 {
+    (time.as_nanos() / UNIT.as_nanos()) as u32
+}
+
+/// Of a connection. Both ages are rounded down: up to a unit of those that are between them may not have passed.
+fn limit(idle: Duration) -> u32 {
+    units(idle) + 1
 }
 
 fn is_reset(record: &Record) -> bool {
@@ -162,6 +167,11 @@ struct Cycle {
     /// The same by their first slot. No two tables share one.
     places: BTreeMap<u32, u16>,
     rules: Rules,
+    /// By backend id.
+    limits: Vec<Limits>,
+    /// Of connections that were reset, and of places that were claimed.
+    reset: u32,
+    leftover: u32,
 }
 
 /// What a whole cycle found.
@@ -227,6 +237,9 @@ impl Sweeper {
             expired: 0,
             candidates,
             places,
+            limits: rules.all_limits(image.backends.len()),
+            reset: limit(rules.timeouts.reset),
+            leftover: limit(LEFTOVER),
             rules,
         });
     }
@@ -287,9 +300,9 @@ impl Sweeper {
 
 impl Cycle {
     /// What is left of a place; one that was silent for longer than the limit is free now.
-    fn aged(&mut self, word: &AtomicU64, now: u16, limit: impl FnOnce(&Rules, Pin) -> u32) -> Option<Pin> {
+    fn aged(&mut self, word: &AtomicU64, now: u16, limit: impl FnOnce(&Self, Pin) -> u32) -> Option<Pin> {
         let mut pin = Pin::from_bits(word.load(Ordering::Acquire));
-        if !pin.is_free() && pin.idle(now) > limit(&self.rules, pin) {
+        if !pin.is_free() && pin.idle(now) > limit(self, pin) {
             // A packet may just have renewed it.
             match word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) => {
@@ -302,9 +315,26 @@ impl Cycle {
         (!pin.is_free()).then_some(pin)
     }
 
+    fn limit(&self, pin: Pin) -> u32 {
+        self.limits.get(usize::from(pin.backend())).map_or(u32::MAX, |of| of.pins[pin.state() as usize])
+    }
+
+    /// What has been silent for so long that its record is asked has not changed hands since its word was read: with
+    /// another owner it has another age, and stays.
+    fn limit_of_connection(&self, pin: Pin, record: &Record) -> u32 {
+        if pin.backend() == BACKEND_CLAIMED {
+            return self.leftover;
+        }
+        if pin.state() == PinState::Finishing && is_reset(record) {
+            return self.reset;
+        }
+        let limits = self.limits.get(usize::from(pin.backend()));
+        limits.map_or(u32::MAX, |of| of.connections[pin.state() as usize])
+    }
+
     /// Connections hold no slot: where theirs leads is nothing to them.
     fn look_at_connection(&mut self, word: &AtomicU64, record: &Record, now: u16) {
-        let limit = |rules: &Rules, pin| rules.limit_of_connection(pin, record);
+        let limit = |cycle: &Self, pin| cycle.limit_of_connection(pin, record);
         let Some(pin) = self.aged(word, now, limit) else { return };
         self.connections += 1;
         if let Some(held) = self.held.get_mut(usize::from(pin.backend()))
@@ -316,7 +346,7 @@ impl Cycle {
     }
 
     fn look(&mut self, word: &AtomicU64, now: u16) {
-        let Some(pin) = self.aged(word, now, Rules::limit) else { return };
+        let Some(pin) = self.aged(word, now, Self::limit) else { return };
         self.pins += 1;
         if let Some(held) = self.held.get_mut(usize::from(pin.backend())) {
             held.pins += 1;

@@ -122,6 +122,26 @@ fn an_id_rests_while_a_connection_names_it_even_one_that_has_ended() {
     assert_eq!(connections.at(3), None);
 }
 
+#[test]
+fn a_backend_of_least_connections_is_as_busy_as_its_connections_that_have_not_ended() {
+    let mut tracked = Tracked::new();
+    let states = [PinState::Syn, PinState::Established, PinState::Finishing, PinState::Datagram];
+    let mut desired = wanted(&[10], 10);
+    let table = desired.tables.get_mut(&1).expect("its table");
+    (table.discipline, table.est) = (Discipline::Least, Some(vec![Target::Backend(10); 2]));
+    tracked.tracking.reconcile(&mut tracked.held, desired).expect("within the limits");
+    let id = tracked.held.image.ids()[&10];
+    let pin = |(tag, state)| (Pin::new(tag, id, state, tracked.held.age()), 0);
+    let all: Vec<_> = (1..).zip(states).map(pin).collect();
+    tracked.held.image.connections = connections(&all);
+    for _ in 0..4 {
+        tracked.held.memory.pass(Duration::from_millis(500));
+        tracked.tracking.look_after(&mut tracked.held).expect("within the limits");
+    }
+    let load = lb_common::tables::Tables::load(&*tracked.held.memory, id).expect("a load");
+    assert_eq!(load.active.load(Ordering::SeqCst), 3);
+}
+
 /// Packets renew a connection as they do it: by exchanges.
 fn renew(word: &AtomicU64, age: u16) -> bool {
     let pin = Pin::from_bits(word.load(Ordering::Acquire));
