@@ -64,6 +64,27 @@ pub struct Crowd {
     pub stage: Stage,
 }
 
+/// How packets get to the backends of a crowd, and lines of its configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Way<'a> {
+    pub forward: &'a str,
+    pub top: &'a str,
+    pub pool: &'a str,
+}
+
+/// In tunnels, with the crowd's idle time.
+pub const TUNNELS: Way<'_> = Way { forward: "ipip", top: "", pool: POOL };
+
+/// What stands for the clients with `fullnat`.
+pub const SOURCE: &str = "10.111.0.5";
+
+/// Backends are on the client's link, and would answer it directly.
+fn answers_through_the_balancer(backend: &Host) -> Result<()> {
+    let mut clients = vec![2];
+    clients.extend(SOURCES);
+    clients.iter().try_for_each(|last| backend.route(&format!("10.111.0.{last}/32 via {}", stage::BALANCER4)))
+}
+
 /// What happened in some time.
 #[derive(Clone, Debug)]
 struct Look {
@@ -74,15 +95,9 @@ struct Look {
 }
 
 impl Crowd {
-    /// So many backends, all in the pool, so many connections, and a first look at them while nothing happens; `top` and
-    /// `pool` are lines of the configuration. Nothing where skipping was asked for.
-    pub fn gather(
-        name: &str,
-        backends: usize,
-        connections: usize,
-        top: &str,
-        pool: &str,
-    ) -> Result<Option<Self>> {
+    /// So many backends, all in the pool, so many connections, and a first look at them while nothing happens. Nothing where
+    /// skipping was asked for.
+    pub fn gather(name: &str, backends: usize, connections: usize, way: Way<'_>) -> Result<Option<Self>> {
         if !lab::available()? {
             return Ok(None);
         }
@@ -94,12 +109,19 @@ impl Crowd {
         for source in &sources {
             stage.client.add_address(&format!("{source}/24"), "eth0")?;
         }
+        if way.forward == "fullnat" {
+            stage.balancer.add_address(&format!("{SOURCE}/24"), "eth0")?;
+        }
+        for backend in stage.backends.iter().filter(|_| way.forward == "nat") {
+            answers_through_the_balancer(&backend.host)?;
+        }
         let servers = stage.backends.iter().map(|backend| NamingServer::start(&backend.host, PORT).map(Some));
         let servers = servers.collect::<Result<Vec<_>>>()?;
         let config = Config {
             health: CHECKS.to_owned(),
-            top: top.to_owned(),
-            pool: pool.to_owned(),
+            top: way.top.to_owned(),
+            pool: way.pool.to_owned(),
+            forward: way.forward.to_owned(),
             services: vec![stage::service("crowd", &[VIP4], &PORT.to_string(), "tcp")],
             ..stage.config()
         };
@@ -139,6 +161,9 @@ impl Crowd {
     /// One more backend with its server, which no configuration knows yet.
     pub fn add_backend(&mut self) -> Result<usize> {
         let host = self.stage.add_backend()?.host.clone();
+        if self.config.forward == "nat" {
+            answers_through_the_balancer(&host)?;
+        }
         self.servers.push(Some(NamingServer::start(&host, PORT)?));
         Ok(self.servers.len() - 1)
     }

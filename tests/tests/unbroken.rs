@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests::balancer::other_build;
-use tests::crowd::{Crowd, Dies, IDLE, POOL};
+use tests::crowd::{Crowd, Dies, IDLE, TUNNELS, Way};
 use tests::lab::Signal;
 use tests::stage::{self, PATIENCE};
 
@@ -20,12 +20,12 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// SYNs a second, far more than there is room for pins.
 const FLOOD: u32 = 10_000;
 const FLOOD_LASTS: Duration = Duration::from_secs(60);
-const FEW_PINS: &str = "limits: {pins: 16384}\n";
+const FEW_PINS: Way<'_> = Way { top: "limits: {pins: 16384}\n", ..TUNNELS };
 
 #[test]
 fn connections_live_through_every_change_and_only_those_of_the_dead_end() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(mut crowd) = Crowd::gather("unbroken", 4, CONNECTIONS, "", POOL)? else { return Ok(()) };
+    let Some(mut crowd) = Crowd::gather("unbroken", 4, CONNECTIONS, TUNNELS)? else { return Ok(()) };
     backends_come_and_go(&mut crowd)?;
     twenty_reloads(&mut crowd)?;
     crowd.balancer.xlb(&["backend", "drain", "web/web1"])?;
@@ -129,7 +129,7 @@ fn the_agent_dies_and_is_replaced(crowd: &mut Crowd) -> Result<()> {
 #[test]
 fn connections_live_through_other_limits_in_the_midst_of_a_drain_and_after_it() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(mut crowd) = Crowd::gather("otherlimits", 4, FEW, FEW_PINS, POOL)? else { return Ok(()) };
+    let Some(mut crowd) = Crowd::gather("otherlimits", 4, FEW, FEW_PINS)? else { return Ok(()) };
     crowd.config.backends[0] = stage::weighted(0, false, 0);
     crowd.reload()?;
     crowd.wait_until_served_by(&[1, 2, 3])?;
@@ -170,7 +170,7 @@ fn other_limits(crowd: &mut Crowd, limits: &str, take: fn(&mut Crowd) -> Result<
 #[test]
 fn fault_11_a_syn_flood_during_changes_breaks_nothing_and_new_clients_are_served() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(mut crowd) = Crowd::gather("synflood", 4, CONNECTIONS, FEW_PINS, POOL)? else { return Ok(()) };
+    let Some(mut crowd) = Crowd::gather("synflood", 4, CONNECTIONS, FEW_PINS)? else { return Ok(()) };
     let flood = crowd.flood(FLOOD, FLOOD_LASTS)?;
     changes(&mut crowd, |_, _| Ok(()))?;
     the_agent_dies_and_is_replaced(&mut crowd)?;

@@ -32,6 +32,13 @@ pub enum Kind {
     Stalled(Duration),
 }
 
+impl Incident {
+    /// The connection goes on.
+    pub fn is_a_stall(&self) -> bool {
+        matches!(self.kind, Kind::Stalled(_))
+    }
+}
+
 impl Kind {
     pub(super) fn of(error: &io::Error) -> Self {
         match error.kind() {
