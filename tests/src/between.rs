@@ -25,6 +25,8 @@ const OUTSIDE: [&str; 2] = ["10.120.0.3", "fd00:120::3"];
 pub const INSIDE: [&str; 2] = ["10.112.0.3", "fd00:112::3"];
 /// The sources of `fullnat`.
 pub const SOURCES: [&str; 2] = ["10.112.0.5", "fd00:112::5"];
+/// Further ones, of which the configuration knows nothing yet.
+pub const MORE_SOURCES: [&str; 2] = ["10.112.0.6", "fd00:112::6"];
 
 /// VIPs whose backends are of their own family, IPv4 first.
 pub const SAME: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
@@ -91,7 +93,7 @@ impl Between {
         let (outer, inner) = (outer.each_ref().map(String::as_str), inner.each_ref().map(String::as_str));
         let balancer = lab.host_on("balancer", &[(lab.lan(), &outer), (&inside, &inner)])?;
         if mode == Mode::Fullnat {
-            for source in with_lengths(SOURCES) {
+            for source in [SOURCES, MORE_SOURCES].into_iter().flat_map(with_lengths) {
                 balancer.add_address(&source, "eth1")?;
             }
         }
@@ -128,7 +130,7 @@ impl Between {
         Config {
             mode: self.mode,
             top: String::new(),
-            sources: SOURCES.map(|source| format!("\"{source}\"")).join(", "),
+            sources: listed(&SOURCES),
             health: PATIENT_CHECKS.replace("path:", "port: 80, path:"),
             pool: String::new(),
             backends: [backends(false), backends(true)],
@@ -202,6 +204,12 @@ pub fn url(vip: &str, port: u16, path: &str) -> String {
         true => format!("http://[{vip}]:{port}/{path}"),
         false => format!("http://{vip}:{port}/{path}"),
     }
+}
+
+/// Addresses as the configuration lists them.
+pub fn listed(addresses: &[&str]) -> String {
+    let quoted: Vec<String> = addresses.iter().map(|address| format!("\"{address}\"")).collect();
+    quoted.join(", ")
 }
 
 /// Addresses as they are given to an interface.

@@ -195,6 +195,10 @@ impl Crowd {
             self.servers[backend] = Some(NamingServer::start(host, PORT)?);
         }
         host.set_link("eth0", true)?;
+        if self.config.forward == "nat" {
+            // They went with the link.
+            answers_through_the_balancer(host)?;
+        }
         self.up += 1;
         self.balancer.wait_for_backends(self.up, PATIENCE)
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tests::balancer::other_build;
-use tests::between::{Between, Config, Mode};
+use tests::between::{self, Between, Config, Mode};
 use tests::crowd::{Crowd, Dies, SOURCE, TUNNELS, Way};
 use tests::lab::{LiveConnections, LiveLoad, NamingServer, Rush, Signal};
 use tests::stage::{self, PATIENCE};
@@ -111,7 +111,9 @@ fn a_rush(name: &str, mode: Mode) -> Result<()> {
             sources[usize::from(ipv6)].push(caller.parse()?);
         }
     }
-    let balancer = scene.start(&Config { ports: PORT.to_string(), ..scene.config() })?;
+    // Each of them keeps its port for two minutes after its end: more than one source has.
+    let all = between::listed(&[between::SOURCES, between::MORE_SOURCES].concat());
+    let balancer = scene.start(&Config { ports: PORT.to_string(), sources: all, ..scene.config() })?;
 
     let vips = mode.vips();
     let mut held = Vec::new();
