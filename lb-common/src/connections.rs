@@ -11,11 +11,12 @@
 use core::sync::atomic::AtomicU64;
 
 use crate::abi::{
-    BACKEND_CLAIMED, Backend, PINS_PER_BUCKET, Path, Pin, PinBucket, PinState, Record, VipTarget,
+    BACKEND_CLAIMED, Backend, BackendKind, PINS_PER_BUCKET, Path, Pin, PinBucket, Record, VipTarget,
 };
 use crate::atomic::is_zero;
 use crate::flow::{self, FlowHash};
 use crate::nat::Ends;
+use crate::outcome::Outcome;
 use crate::pins::tag;
 use crate::tables::Tables;
 use crate::wire::Address6;
@@ -93,6 +94,7 @@ pub mod seen {
     pub const ANSWER: u64 = 1 << 40;
     /// A reset by the backend.
     pub const RESET: u64 = 1 << 41;
+    pub const ALL: u64 = 0xff << 40;
 }
 
 /// What a backend's packet was.
@@ -211,9 +213,26 @@ pub fn find<'t, T: Tables>(tables: &'t T, haunts: Haunts, caller: &Caller) -> Op
     search(tables, haunts, |place| is_of(tables, place.record, caller))
 }
 
+/// The connection of a packet from a backend. `source` is one more than the number of the source that the packet is to,
+/// or 0 where it is to the client itself.
+#[inline(always)]
+pub fn find_reply<'t, T: Tables>(tables: &'t T, source: u32, ends: &Ends, protocol: u8) -> Option<Place<'t>> {
+    let port = ends.ports >> 16;
+    if source == 0 {
+        let haunts = Haunts::new(tables, ends.destination, port, protocol);
+        return find_answered(tables, haunts, ends, protocol);
+    }
+    let place = at(tables, tables.rooms().position(source - 1, port as u16)?)?;
+    let key = tables.word(&place.record.0[Record::PORTS]);
+    if place.pin.is_free() || (key >> PROTOCOL) as u8 != protocol {
+        return None;
+    }
+    is_from(tables, &place, ends, true).then_some(place)
+}
+
 /// The connection of a packet from `ends.source` to a client, whose own address it has.
 #[inline(always)]
-pub fn find_reply<'t, T: Tables>(
+fn find_answered<'t, T: Tables>(
     tables: &'t T,
     haunts: Haunts,
     ends: &Ends,
@@ -225,21 +244,36 @@ pub fn find_reply<'t, T: Tables>(
         let other = (tables.word(&place.record.0[0]) ^ { ends.destination.high })
             | (tables.word(&place.record.0[1]) ^ { ends.destination.low })
             | ((key ^ wanted) & (0xff << PROTOCOL | 0xffff));
-        other == 0 && is_from(tables, place, ends)
+        other == 0 && is_from(tables, place, ends, false)
     })
 }
 
-/// Whether a packet comes from the backend of a connection.
+/// Whether a packet comes from the backend of a connection, which has its source translated or not.
 #[inline(always)]
-pub fn is_from<T: Tables>(tables: &T, place: &Place<'_>, ends: &Ends) -> bool {
+fn is_from<T: Tables>(tables: &T, place: &Place<'_>, ends: &Ends, translated: bool) -> bool {
     let Some(backend) = tables.backend(place.pin.backend()) else { return false };
+    let Some(kind) = BackendKind::from_raw(backend.kind) else { return false };
     let key = tables.word(&place.record.0[Record::PORTS]);
     let address = address_of(backend);
     let port = port_of(backend, key);
-    (address.high ^ { ends.source.high })
+    let other = (address.high ^ { ends.source.high })
         | (address.low ^ { ends.source.low })
-        | (port ^ (ends.ports & 0xffff)) as u64
-        == 0
+        | (port ^ (ends.ports & 0xffff)) as u64;
+    other == 0 && kind.translates() && kind.translates_source() == translated
+}
+
+/// The address and port (as it lies in the packet) that a backend sees in place of the client's; `row` is
+/// `Record::ROW`.
+#[inline(always)]
+pub fn source_of<T: Tables>(tables: &T, row: u64, backend: &Backend) -> Result<(Address6, u32), Outcome> {
+    let end = SourceEnd::from_bits((row >> 32) as u32);
+    let source = tables.source(end.index()).ok_or(Outcome::DropInconsistent)?;
+    let address = if backend.is_v4() {
+        Address6::mapped(source.v4)
+    } else {
+        Address6 { high: source.v6[0], low: source.v6[1] }
+    };
+    Ok((address, end.port()))
 }
 
 /// A backend's address; of IPv4, mapped.
@@ -255,8 +289,9 @@ pub fn port_of(backend: &Backend, key: u64) -> u32 {
     if port == 0 { (key as u32) >> 16 } else { port }
 }
 
+/// Whether a record is of this connection.
 #[inline(always)]
-fn is_of<T: Tables>(tables: &T, record: &Record, caller: &Caller) -> bool {
+pub fn is_of<T: Tables>(tables: &T, record: &Record, caller: &Caller) -> bool {
     let word = |index: usize| tables.word(&record.0[index]);
     (word(0) ^ { caller.client.high })
         | (word(1) ^ { caller.client.low })
@@ -300,42 +335,45 @@ fn search<'t, T: Tables>(
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
     Full,
-    /// Another packet of the same client's port is at it.
+    /// Another packet of the same client's port is at it, or has done it.
     Busy,
+    /// Replies to it could not be told from those to another connection of the same client's port.
+    Clash,
     Inconsistent,
 }
 
-/// What goes into a record besides the caller.
+/// What goes into a place besides the caller.
 #[derive(Clone, Copy)]
 pub struct Opening {
-    pub backend: u16,
-    pub state: PinState,
-    pub age: u16,
+    pub pin: Pin,
     pub back: Path,
-    pub opened: u64,
     pub target: VipTarget,
 }
 
-/// Gives a connection a place: claims it, fills the record, then lets the pin name the backend.
+/// Gives a connection a place: claims it, fills the record, then lets the pin name the backend. `alone` is that backend
+/// where no other connection of the client's port may go to it.
 ///
-/// Two CPUs may open the same connection. Both have claimed before either looks whether the other has, so at least one
-/// sees it, and the one whose place is first in order goes on.
+/// Two CPUs may open the same connection, or two that clash. Each looks for the other once its own claim is there, so at
+/// least one sees the other, and who sees a claim gives way: it may be of somebody who has looked before. If both do, the
+/// client sends again.
 #[inline(always)]
 pub fn open<'t, T: Tables>(
     tables: &'t T,
     haunts: Haunts,
     caller: &Caller,
     opening: &Opening,
+    alone: Option<&Backend>,
 ) -> Result<Place<'t>, Refused> {
     let Some(position) = free(tables, haunts) else { return Err(Refused::Full) };
     let Some(place) = at(tables, position) else { return Err(Refused::Inconsistent) };
-    let claim = Pin::new(haunts.tag, BACKEND_CLAIMED, opening.state, opening.age);
+    let pin = opening.pin;
+    let claim = Pin::new(pin.tag(), BACKEND_CLAIMED, pin.state(), pin.age());
     if !tables.exchange(place.word, 0, claim.bits()) {
         return Err(Refused::Busy);
     }
-    if is_second(tables, haunts, caller, position) {
+    if let Some(refused) = rival(tables, haunts, caller, position, alone) {
         tables.exchange(place.word, claim.bits(), 0);
-        return Err(Refused::Busy);
+        return Err(refused);
     }
     let source = tables.rooms().source(position);
     let store = |index: usize, value: u64| tables.store(&place.record.0[index], value);
@@ -345,9 +383,8 @@ pub fn open<'t, T: Tables>(
     store(3, caller.vip.low);
     store(Record::PORTS, caller.key());
     store(Record::BACK, opening.back.bits());
-    store(Record::OPENED, opening.opened);
+    store(Record::OPENED, tables.precise_clock());
     store(Record::ROW, opening.target.vip() as u64 | (source.bits() as u64) << 32);
-    let pin = Pin::new(haunts.tag, opening.backend, opening.state, opening.age);
     // A full barrier: whoever sees the backend sees the record.
     if !tables.exchange(place.word, claim.bits(), pin.bits()) {
         return Err(Refused::Busy);
@@ -380,30 +417,63 @@ fn free_ways<T: Tables>(tables: &T, bucket: &PinBucket) -> u64 {
     free
 }
 
-/// Whether another place has the same connection, or is before this one and may be about to have it.
+/// Whether another place has the same connection, or one that clashes, or may be about to.
 #[inline(always)]
-fn is_second<T: Tables>(tables: &T, haunts: Haunts, caller: &Caller, position: u32) -> bool {
-    let (mut look, mut before) = (0, true);
-    while look < 2 {
-        let row = if look == 0 { haunts.first } else { haunts.second };
-        let Some(bucket) = tables.connection_bucket(row) else { return true };
+fn rival<T: Tables>(
+    tables: &T,
+    haunts: Haunts,
+    caller: &Caller,
+    position: u32,
+    alone: Option<&Backend>,
+) -> Option<Refused> {
+    let mut look = 0;
+    while look < haunts.looks() {
+        let row = haunts.look(look);
+        look += 1;
+        let Some(bucket) = tables.connection_bucket(row) else { continue };
         let mut way = 0;
         while way < PINS_PER_BUCKET {
             let at = row.wrapping_mul(PINS_PER_BUCKET as u32).wrapping_add(way as u32);
-            before = before && at != position;
             let pin = Pin::from_bits(tables.word(&bucket.0[way]));
             if at != position && pin.tag() == haunts.tag {
                 if pin.backend() == BACKEND_CLAIMED {
-                    if before {
-                        return true;
-                    }
-                } else if tables.record(at).is_none_or(|record| is_of(tables, record, caller)) {
-                    return true;
+                    return Some(Refused::Busy);
+                }
+                let record = tables.record(at)?;
+                if is_of(tables, record, caller) {
+                    return Some(Refused::Busy);
+                }
+                if let Some(backend) = alone
+                    && clashes(tables, record, pin, caller, backend)
+                {
+                    return Some(Refused::Clash);
                 }
             }
             way += 1;
         }
-        look += 1;
     }
-    false
+    None
+}
+
+/// Whether replies of `backend` to a caller could be replies to the connection of a record: of the same client's port,
+/// by another row of the same backend and port, or by the same row.
+#[inline(always)]
+fn clashes<T: Tables>(tables: &T, record: &Record, pin: Pin, caller: &Caller, backend: &Backend) -> bool {
+    let Some(other) = tables.backend(pin.backend()) else { return false };
+    let word = |index: usize| tables.word(&record.0[index]);
+    let key = word(Record::PORTS);
+    let (address, its) = (address_of(backend), address_of(other));
+    let different = (word(0) ^ { caller.client.high })
+        | (word(1) ^ { caller.client.low })
+        | ((key ^ caller.key()) & (0xff << PROTOCOL | 0xffff))
+        | (address.high ^ its.high)
+        | (address.low ^ its.low)
+        | (port_of(backend, caller.ports as u64) ^ port_of(other, key)) as u64;
+    different == 0 && is_nat(other)
+}
+
+/// Whether a backend's packets are to the client itself.
+#[inline(always)]
+fn is_nat(backend: &Backend) -> bool {
+    BackendKind::from_raw(backend.kind).is_some_and(|kind| kind.translates() && !kind.translates_source())
 }

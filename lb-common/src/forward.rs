@@ -5,6 +5,7 @@ use crate::classify::{self, Flow, Role};
 use crate::encap::{self, Inner, InnerFamily};
 use crate::flow::FlowHash;
 use crate::icmp::{self, Reason};
+use crate::icmp_errors::{self, About};
 use crate::nat::Layout;
 use crate::outcome::Outcome;
 use crate::packet::Packet;
@@ -15,7 +16,7 @@ use crate::slots::{self, Steered};
 use crate::tables::Tables;
 use crate::translate::{self, Passed, Shape};
 use crate::vlan::{self, Tags};
-use crate::wire::{Address6, EtherType, Ethernet};
+use crate::wire::{Address6, EtherType, Ethernet, Icmp, PROTO_ICMP, PROTO_ICMPV6};
 use crate::{answer, flow, parse, vips};
 
 /// Where the IP header begins, once VLAN tags are off.
@@ -133,8 +134,7 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
     if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
-        let at = Layout { family: InnerFamily::V4, offset: ip.transport.offset, protocol: flow.protocol };
-        let passed = translate::forward(packet, tables, flow.target, hash, Shape::new(at));
+        let passed = connected(packet, tables, &flow, InnerFamily::V4, ip.transport.offset, hash)?;
         if passed != Passed::NOT_HERE {
             return translated(packet, tables, ip.ip_length, passed);
         }
@@ -152,20 +152,25 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     Ok(decision)
 }
 
-/// A packet to no VIP may be a backend's to a client.
+/// A packet to no VIP may be a backend's to a client, or an ICMP error about one to a backend.
 #[inline(always)]
 fn reply4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Result<Decision, Refusal> {
-    if parse::ports(packet, &ip.transport).is_err() {
-        return Err(Outcome::PassNotVip.into());
-    }
-    let source = if tables.features().has(Features::FULLNAT) {
-        vips::vip4(tables, ip.destination).source()
-    } else {
-        0
+    let error = match parse::ports(packet, &ip.transport) {
+        Ok(_) => false,
+        Err(Outcome::DropVipProtocol) if is_error4(packet, &ip.transport) => true,
+        Err(_) => return Err(Outcome::PassNotVip.into()),
     };
-    let at = Layout { family: InnerFamily::V4, offset: ip.transport.offset, protocol: ip.transport.protocol };
-    let passed = tables.reply_translated(packet, source, Shape::new(at));
+    let fullnat = tables.features().has(Features::FULLNAT);
+    let source = if fullnat { vips::vip4(tables, ip.destination).source() } else { 0 };
+    let passed = returned(packet, tables, InnerFamily::V4, &ip.transport, source, error);
     translated(packet, tables, ip.ip_length, passed)
+}
+
+#[inline(always)]
+fn is_error4<P: Packet>(packet: &P, transport: &Transport) -> bool {
+    transport.protocol == PROTO_ICMP
+        && parse::whole(packet, transport, size_of::<Icmp>()).is_ok()
+        && packet.header::<Icmp>(transport.offset).is_some_and(|icmp| icmp.is_error())
 }
 
 /// What no client sends to a VIP: the answer would go round in circles, or to nobody.
@@ -225,8 +230,7 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
     if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
-        let at = Layout { family: InnerFamily::V6, offset: ip.transport.offset, protocol: flow.protocol };
-        let passed = translate::forward(packet, tables, flow.target, hash, Shape::new(at));
+        let passed = connected(packet, tables, &flow, InnerFamily::V6, ip.transport.offset, hash)?;
         if passed != Passed::NOT_HERE {
             return translated(packet, tables, ip.ip_length, passed);
         }
@@ -244,20 +248,25 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     Ok(decision)
 }
 
-/// A packet to no VIP may be a backend's to a client.
+/// A packet to no VIP may be a backend's to a client, or an ICMP error about one to a backend.
 #[inline(always)]
 fn reply6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Decision, Refusal> {
-    if parse::ports(packet, &ip.transport).is_err() {
-        return Err(Outcome::PassNotVip.into());
-    }
-    let source = if tables.features().has(Features::FULLNAT) {
-        vips::vip6(tables, ip.destination).source()
-    } else {
-        0
+    let error = match parse::ports(packet, &ip.transport) {
+        Ok(_) => false,
+        Err(Outcome::DropVipProtocol) if is_error6(packet, &ip.transport) => true,
+        Err(_) => return Err(Outcome::PassNotVip.into()),
     };
-    let at = Layout { family: InnerFamily::V6, offset: ip.transport.offset, protocol: ip.transport.protocol };
-    let passed = tables.reply_translated(packet, source, Shape::new(at));
+    let fullnat = tables.features().has(Features::FULLNAT);
+    let source = if fullnat { vips::vip6(tables, ip.destination).source() } else { 0 };
+    let passed = returned(packet, tables, InnerFamily::V6, &ip.transport, source, error);
     translated(packet, tables, ip.ip_length, passed)
+}
+
+#[inline(always)]
+fn is_error6<P: Packet>(packet: &P, transport: &Transport) -> bool {
+    transport.protocol == PROTO_ICMPV6
+        && parse::whole(packet, transport, size_of::<Icmp>()).is_ok()
+        && packet.header::<Icmp>(transport.offset).is_some_and(|icmp| icmp.is_error6())
 }
 
 #[inline(always)]
@@ -301,6 +310,44 @@ fn choose<P: Packet, T: Tables, A>(
     Ok((tables.decide(found.table, asked, hash, found.slot).backend()?, named))
 }
 
+/// A packet of a service with connections, or an error about one. Fragments have no ports.
+#[inline(always)]
+fn connected<P: Packet, T: Tables, A>(
+    packet: &mut P,
+    tables: &T,
+    flow: &Flow<A>,
+    family: InnerFamily,
+    offset: usize,
+    hash: FlowHash,
+) -> Result<Passed, Outcome> {
+    match flow.role {
+        Role::Packet => {
+            let shape = Shape::new(Layout { family, offset, protocol: flow.protocol });
+            Ok(translate::forward(packet, tables, flow.target, hash, shape))
+        }
+        Role::Error => Ok(icmp_errors::pass_on(packet, tables, About::new(family, offset, false), 0)),
+        Role::FirstFragment | Role::LaterFragment => Err(Outcome::DropVipFragment),
+    }
+}
+
+/// A packet to a client or to a source, from a backend or about one.
+#[inline(always)]
+fn returned<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    family: InnerFamily,
+    transport: &Transport,
+    source: u32,
+    error: bool,
+) -> Passed {
+    let Transport { offset, protocol, .. } = *transport;
+    if !error {
+        return tables.reply_translated(packet, source, Shape::new(Layout { family, offset, protocol }));
+    }
+    let passed = icmp_errors::pass_on(packet, tables, About::new(family, offset, true), source);
+    if passed == Passed::NOT_HERE { Passed::NOT_OURS } else { passed }
+}
+
 /// What the function that translated a packet, or not, says of it.
 #[inline(always)]
 fn translated<P: Packet, T: Tables>(
@@ -336,6 +383,8 @@ fn send<P: Packet, T: Tables>(
     let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
     let kind = BackendKind::from_raw(backend.kind).ok_or(Outcome::DropInconsistent)?;
     match kind {
+        // Its packets have a connection, so this is an error about one that is gone.
+        _ if features.has(Features::NAT) && kind.translates() => return Err(Outcome::DropIcmpStranger.into()),
         BackendKind::Nobody => return Err(Outcome::DropNoBackend.into()),
         BackendKind::Pass => return Err(Outcome::PassNoBackend.into()),
         _ if egress.ifindex == 0 => return Err(Outcome::DropUnresolved.into()),

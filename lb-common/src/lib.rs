@@ -55,6 +55,7 @@ pub mod encap;
 pub mod flow;
 pub mod forward;
 pub mod icmp;
+pub mod icmp_errors;
 pub mod nat;
 pub mod outcome;
 pub mod packet;

@@ -138,7 +138,7 @@ outcomes! {
             "";
         36 DropIcmpForged Drop "drop_icmp_forged" "an ICMP error to a VIP about a packet that the VIP did not send"
             "Forged, or a NAT on the way that does not translate what ICMP errors carry.";
-        37 DropIcmpStranger Drop "drop_icmp_stranger" "an ICMP error to a VIP about a flow of no service"
+        37 DropIcmpStranger Drop "drop_icmp_stranger" "an ICMP error to a VIP about a flow of no service, or (`nat`, `fullnat`) of a connection that is not known"
             "";
         38 DropIcmpLimit Drop "drop_icmp_limit" "an ICMP error about a flow, above `icmp.rate`"
             "Raise `icmp.rate` if path MTU discovery of many clients needs it.";
@@ -166,9 +166,15 @@ outcomes! {
             "Raise `limits.connections`, or give `fullnat` more `sources`; `xlb conn list` shows who holds them.";
         50 DropNoConnection Drop "drop_no_connection" "in the middle of a TCP connection that is not known (`fullnat`)"
             "Its state is lost: it was silent for longer than its timeout, or began on another balancer.";
-        51 DropNoChecksum Drop "drop_no_checksum" "a UDP packet without a checksum that would change its address family (RFC 7915, section 4.5)"
+        51 DropNoChecksum Drop "drop_no_checksum" "a UDP packet of IPv4 without a checksum that would become one of IPv6 (RFC 7915, section 4.5)"
             "Let the sender compute checksums, or give the pool a backend of its clients' family.";
         52 DropUntranslatable Drop "drop_untranslatable" "a packet that cannot change its address family: IPv4 options, IPv6 extension headers, or an ICMP message without a counterpart"
+            "";
+        53 DropReplyClash Drop "drop_reply_clash" "a new connection of a client's port that is connected to the same backend and port through another VIP: replies could not be told apart (`nat`)"
+            "The client tries another port; if it keeps to one (DNS, NTP), give one of the services another pool, or use `fullnat`.";
+        54 ForwardReplyErrorTransmit Transmit "forward_reply_error_transmit" "an ICMP error about a packet to a backend, translated for the client, through the interface it came from (`nat`, `fullnat`)"
+            "";
+        55 ForwardReplyErrorRedirect Redirect "forward_reply_error_redirect" "an ICMP error about a packet to a backend, translated for the client, through another interface (`nat`, `fullnat`)"
             "";
     }
 }

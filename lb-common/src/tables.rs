@@ -10,6 +10,7 @@ use crate::allowance::Limited;
 use crate::atomic;
 use crate::connections::{Reply, Rooms};
 use crate::flow::FlowHash;
+use crate::icmp_errors::{self, About, Half};
 use crate::outcome::Outcome;
 use crate::packet::Packet;
 use crate::pins::{self, Asked, PinEvent, Proposal, Verdict};
@@ -83,14 +84,8 @@ pub trait Tables: Sized {
     fn load(&self, id: u16) -> Option<&Load>;
 
     /// Parts of `translate`: in the kernel, functions of their own.
-    fn find_connection<P: Packet>(
-        &self,
-        packet: &P,
-        target: VipTarget,
-        hash: FlowHash,
-        shape: Shape,
-    ) -> Found {
-        translate::find(packet, self, target, hash, shape)
+    fn find_connection<P: Packet>(&self, packet: &P, target: VipTarget, shape: Shape) -> Found {
+        translate::find(packet, self, target, shape)
     }
     fn open_connection<P: Packet>(
         &self,
@@ -112,6 +107,23 @@ pub trait Tables: Sized {
     }
     fn reply_translated<P: Packet>(&self, packet: &mut P, source: u32, shape: Shape) -> Passed {
         translate::reply(packet, self, source, shape)
+    }
+
+    /// Parts of `icmp_errors`: in the kernel, functions of their own.
+    fn find_error<P: Packet>(&self, packet: &P, about: About, source: u32) -> Found {
+        icmp_errors::find(packet, self, about, source)
+    }
+    fn send_error<P: Packet>(&self, packet: &mut P, position: u32, about: About) -> Passed {
+        icmp_errors::send(packet, self, position, about)
+    }
+    fn cross_error<P: Packet>(&self, packet: &mut P, position: u32, about: About) -> Half {
+        icmp_errors::cross(packet, self, position, about)
+    }
+    fn widen_error<P: Packet>(&self, packet: &mut P, position: u32, about: About, half: Half) -> Passed {
+        icmp_errors::widen(packet, self, position, about, half)
+    }
+    fn narrow_error<P: Packet>(&self, packet: &mut P, position: u32, about: About, half: Half) -> Passed {
+        icmp_errors::narrow(packet, self, position, about, half)
     }
 
     /// Rooms for connections; constant while a program is loaded.

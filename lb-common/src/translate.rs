@@ -9,7 +9,7 @@
 
 use crate::abi::{BackendKind, Interface, Path, Pin, PinState, Record, VipTarget};
 use crate::classify::{self, Role};
-use crate::connections::{self, Caller, Haunts, Opening, Place, Refused, Reply, SourceEnd, seen};
+use crate::connections::{self, Caller, Haunts, Opening, Place, Refused, Reply, seen};
 use crate::encap::InnerFamily;
 use crate::flow::FlowHash;
 use crate::forward::volatile;
@@ -62,9 +62,13 @@ pub struct Passed(u64);
 impl Passed {
     /// No connection, and its backend is of another kind: it goes on as any other.
     pub const NOT_HERE: Self = Self(0xffff);
+    /// Nothing that any of these modes has to do with.
+    pub const NOT_OURS: Self = Self::new(Outcome::PassNotVip, 0, 0);
+
+    pub(crate) const UNTRANSLATABLE: Self = Self::new(Outcome::DropUntranslatable, 0, 0);
 
     #[inline(always)]
-    const fn new(outcome: Outcome, backend: u16, value: u32) -> Self {
+    pub(crate) const fn new(outcome: Outcome, backend: u16, value: u32) -> Self {
         Self(outcome as u64 | (backend as u64) << 16 | (value as u64) << 32)
     }
 
@@ -102,7 +106,7 @@ pub fn forward<P: Packet, T: Tables>(
     hash: FlowHash,
     shape: Shape,
 ) -> Passed {
-    let found = tables.find_connection(packet, target, hash, shape);
+    let found = tables.find_connection(packet, target, shape);
     let found =
         if found == Found::NONE { tables.open_connection(packet, target, hash, shape) } else { found };
     match found.position() {
@@ -111,23 +115,40 @@ pub fn forward<P: Packet, T: Tables>(
     }
 }
 
-/// Where a connection is: from bit 48 on 1, and below it the place; or why it is nowhere, as in `Passed`.
+/// Where a connection is: bit 48, and below it the place; or why it is nowhere, as in `Passed`.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Found(u64);
 
 impl Found {
     const AT: u64 = 1 << 48;
+    const ACROSS: u64 = 1 << 49;
     /// Nobody knows it yet.
     pub const NONE: Self = Self(u64::MAX >> 17);
 
     #[inline(always)]
-    const fn at(position: u32) -> Self {
+    pub(crate) const fn at(position: u32) -> Self {
         Self(Self::AT | position as u64)
     }
 
+    /// Marked as one whose ends are of two families.
     #[inline(always)]
-    const fn position(self) -> Option<u32> {
+    pub(crate) const fn marked_across(self, across: bool) -> Self {
+        if across { Self(self.0 | Self::ACROSS) } else { self }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn is_across(self) -> bool {
+        self.0 & Self::ACROSS != 0
+    }
+
+    #[inline(always)]
+    pub(crate) const fn refused(outcome: Outcome) -> Self {
+        Self(Passed::new(outcome, 0, 0).0)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn position(self) -> Option<u32> {
         if self.0 & Self::AT == 0 { None } else { Some(self.0 as u32) }
     }
 
@@ -140,15 +161,9 @@ impl Found {
     }
 }
 
-/// Looks a connection up, and notes that it was heard of.
+/// Looks a connection up, and notes that it was heard of. One that begins anew gives its place up.
 #[inline(always)]
-pub fn find<P: Packet, T: Tables>(
-    packet: &P,
-    tables: &T,
-    target: VipTarget,
-    hash: FlowHash,
-    shape: Shape,
-) -> Found {
+pub fn find<P: Packet, T: Tables>(packet: &P, tables: &T, target: VipTarget, shape: Shape) -> Found {
     let at = shape.layout();
     let Some(ends) = nat::ends(packet, at) else { return Found::NONE };
     let haunts = Haunts::new(tables, ends.source, ends.ports, at.protocol);
@@ -156,10 +171,7 @@ pub fn find<P: Packet, T: Tables>(
         return Found::NONE;
     };
     let says = classify::says(packet, at.protocol, at.offset, Role::Packet);
-    match renew(packet, tables, target, hash, says, &place) {
-        Ok(()) => Found::at(place.position),
-        Err(outcome) => Found(Passed::new(outcome, 0, 0).0),
-    }
+    if renew(packet, tables, target, says, &place) { Found::at(place.position) } else { Found::NONE }
 }
 
 /// Gives a connection a place.
@@ -174,7 +186,7 @@ pub fn open<P: Packet, T: Tables>(
     match begin(packet, tables, target, hash, shape.layout()) {
         Ok(Some(position)) => Found::at(position),
         Ok(None) => Found(Passed::NOT_HERE.0),
-        Err(outcome) => Found(Passed::new(outcome, 0, 0).0),
+        Err(outcome) => Found::refused(outcome),
     }
 }
 
@@ -209,8 +221,7 @@ fn send_or<P: Packet, T: Tables>(
     let path = Path::from_bits(volatile(&backend.path));
     let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
     // The place may have changed hands since it was found.
-    let key = tables.word(&place.record.0[Record::PORTS]);
-    if !kind.translates() || key as u32 != ends.ports {
+    if !kind.translates() || !connections::is_of(tables, place.record, &Caller::of(&ends, at.protocol)) {
         return Err(Outcome::DropConnectionsFull);
     }
     if egress.ifindex == 0 {
@@ -220,21 +231,17 @@ fn send_or<P: Packet, T: Tables>(
     if let Some(most) = too_long(length, egress.mtu, at.family, backend.is_v4()) {
         return Ok(Passed::new(Outcome::AnswerTooBig, id, most));
     }
-    let port = connections::port_of(backend, key);
+    let port = connections::port_of(backend, ends.ports as u64);
     let mut to = Ends {
         source: ends.source,
         destination: connections::address_of(backend),
         ports: ends.ports & 0xffff | port << 16,
     };
     if kind.translates_source() {
-        let end = SourceEnd::from_bits((tables.word(&place.record.0[Record::ROW]) >> 32) as u32);
-        let source = tables.source(end.index()).ok_or(Outcome::DropInconsistent)?;
-        to.source = if backend.is_v4() {
-            Address6::mapped(source.v4)
-        } else {
-            Address6 { high: source.v6[0], low: source.v6[1] }
-        };
-        to.ports = end.port() | port << 16;
+        let row = tables.word(&place.record.0[Record::ROW]);
+        let (source, source_port) = connections::source_of(tables, row, backend)?;
+        to.source = source;
+        to.ports = source_port | port << 16;
     }
     nat::rewrite(packet, at, &ends, &to, (path.mac(), Mac::from_bits(egress.source_mac)))?;
     tables.count_vip(target.vip(), length as u64);
@@ -266,39 +273,44 @@ fn ip_length<P: Packet>(packet: &P, at: Layout) -> Option<u32> {
     })
 }
 
-/// A packet of a connection that is known.
+/// A packet of a connection that is known; false where it begins another one of the same ends, whose backend is to be
+/// chosen anew.
 #[inline(always)]
 fn renew<P: Packet, T: Tables>(
     packet: &P,
     tables: &T,
     target: VipTarget,
-    hash: FlowHash,
     says: Says,
     place: &Place<'_>,
-) -> Result<(), Outcome> {
+) -> bool {
     let (pin, age) = (place.pin, Pin::age_of(tables.clock()));
-    let anew = says.begins() && !pins::holds(tables, says, pin, age);
-    let next = if anew {
-        let (id, _) = pick(tables, target, hash, says)?;
-        let backend = slots::backend(tables, id)?.backend;
-        let same = backend.kind == slots::backend(tables, pin.backend())?.backend.kind;
-        // Its record and its port are of this kind.
-        let id = if same { id } else { pin.backend() };
-        Pin::new(pin.tag(), id, pins::first_state(says), age)
-    } else {
-        Pin::new(pin.tag(), pin.backend(), pins::next_state(pin.state(), says), age)
-    };
-    if next != pin {
-        if tables.exchange(place.word, pin.bits(), next.bits()) {
-            if let Some(table) = tables.table_word(target.table()) {
-                pins::weigh(tables, table, pin, next);
-            }
-        } else if anew {
-            return Err(Outcome::DropConnectionsFull);
+    if says.begins() && !pins::holds(tables, says, pin, age) {
+        let ended = Pin::new(pin.tag(), pin.backend(), PinState::Finishing, pin.age());
+        // Whoever was faster has seen to it.
+        if tables.exchange(place.word, pin.bits(), 0) {
+            weigh(tables, target, pin, ended);
         }
+        return false;
+    }
+    let next = Pin::new(pin.tag(), pin.backend(), pins::next_state(pin.state(), says), age);
+    if next != pin && tables.exchange(place.word, pin.bits(), next.bits()) {
+        weigh(tables, target, pin, next);
+    }
+    if says.begins() && !matches!(pin.state(), PinState::Syn) {
+        // The same ports again: how long its first answer takes is of interest again, too.
+        let key = tables.word(&place.record.0[Record::PORTS]);
+        tables.store(&place.record.0[Record::OPENED], tables.precise_clock());
+        tables.exchange(&place.record.0[Record::PORTS], key, key & !seen::ALL);
     }
     follow(packet, tables, place.record);
-    Ok(())
+    true
+}
+
+#[inline(always)]
+fn weigh<T: Tables>(tables: &T, target: VipTarget, pin: Pin, next: Pin) {
+    if let Some(table) = tables.table_word(target.table()) {
+        pins::weigh(tables, table, pin, next);
+    }
 }
 
 /// Keeps the way back in step with where the client's packets come from.
@@ -359,19 +371,18 @@ fn begin<P: Packet, T: Tables>(
     let ends = nat::ends(packet, at).ok_or(Outcome::DropVipTruncated)?;
     let caller = Caller::of(&ends, at.protocol);
     let haunts = Haunts::new(tables, ends.source, ends.ports, at.protocol);
-    let opening = Opening {
-        backend,
-        state: pins::first_state(says),
-        age: Pin::age_of(tables.clock()),
-        back: way_back(packet, tables),
-        opened: tables.precise_clock(),
-        target,
+    let pin = Pin::new(haunts.tag, backend, pins::first_state(says), Pin::age_of(tables.clock()));
+    let opening = Opening { pin, back: way_back(packet, tables), target };
+    let alone = if kind.translates_source() {
+        None
+    } else if row.is_v4() == ends.source.is_mapped_v4() {
+        Some(row)
+    } else {
+        return Err(Outcome::DropUntranslatable);
     };
-    match connections::open(tables, haunts, &caller, &opening) {
+    match connections::open(tables, haunts, &caller, &opening, alone) {
         Ok(place) => {
-            if let Some(table) = tables.table_word(target.table()) {
-                pins::weigh(tables, table, Pin::default(), place.pin);
-            }
+            weigh(tables, target, Pin::default(), place.pin);
             Ok(Some(place.position))
         }
         // Another packet of it may be through by now.
@@ -380,6 +391,7 @@ fn begin<P: Packet, T: Tables>(
             None => Err(Outcome::DropConnectionsFull),
         },
         Err(Refused::Full) => Err(Outcome::DropConnectionsFull),
+        Err(Refused::Clash) => Err(Outcome::DropReplyClash),
         Err(Refused::Inconsistent) => Err(Outcome::DropInconsistent),
     }
 }
@@ -391,7 +403,7 @@ pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, source: u32, shap
     match reply_or(packet, tables, source, shape.layout()) {
         Some(Ok(passed)) => passed,
         Some(Err(outcome)) => Passed::new(outcome, 0, 0),
-        None => Passed::new(Outcome::PassNotVip, 0, 0),
+        None => Passed::NOT_OURS,
     }
 }
 
@@ -403,19 +415,7 @@ fn reply_or<P: Packet, T: Tables>(
     at: Layout,
 ) -> Option<Result<Passed, Outcome>> {
     let ends = nat::ends(packet, at)?;
-    let place = if source == 0 {
-        let port = ends.ports >> 16;
-        let haunts = Haunts::new(tables, ends.destination, port, at.protocol);
-        connections::find_reply(tables, haunts, &ends, at.protocol)?
-    } else {
-        let position = tables.rooms().position(source - 1, (ends.ports >> 16) as u16)?;
-        let place = connections::at(tables, position)?;
-        let key = tables.word(&place.record.0[Record::PORTS]);
-        if place.pin.is_free() || (key >> 32) as u8 != at.protocol {
-            return None;
-        }
-        connections::is_from(tables, &place, &ends).then_some(place)?
-    };
+    let place = connections::find_reply(tables, source, &ends, at.protocol)?;
     let word = |index: usize| tables.word(&place.record.0[index]);
     let to = Ends {
         source: Address6 { high: word(2), low: word(3) },

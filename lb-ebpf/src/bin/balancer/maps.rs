@@ -19,6 +19,7 @@ use lb_common::allowance::Limited;
 use lb_common::atomic;
 use lb_common::connections::{Reply, Rooms};
 use lb_common::flow::FlowHash;
+use lb_common::icmp_errors::{self, About, Half};
 use lb_common::outcome::Outcome;
 use lb_common::packet::Packet;
 use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
@@ -122,10 +123,10 @@ pub extern "C" fn pick(table: u64, asked: u32, slot: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn find_connection(context: *mut xdp_md, target: u64, hash: u64, shape: u64) -> u64 {
+pub extern "C" fn find_connection(context: *mut xdp_md, target: u64, shape: u64) -> u64 {
     let context = XdpContext::new(context);
     let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
-    translate::find(&Frame::new(&context), &KernelTables, target, FlowHash::from_bits(hash), shape).bits()
+    translate::find(&Frame::new(&context), &KernelTables, target, shape).bits()
 }
 
 #[unsafe(no_mangle)]
@@ -149,6 +150,43 @@ pub extern "C" fn send_translated(context: *mut xdp_md, target: u64, position: u
 pub extern "C" fn reply_translated(context: *mut xdp_md, source: u32, shape: u64) -> u64 {
     let context = XdpContext::new(context);
     translate::reply(&mut Frame::new(&context), &KernelTables, source, Shape::from_bits(shape)).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_error(context: *mut xdp_md, about: u64, source: u32) -> u64 {
+    let context = XdpContext::new(context);
+    icmp_errors::find(&Frame::new(&context), &KernelTables, About::from_bits(about), source).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn send_error(context: *mut xdp_md, position: u32, about: u64) -> u64 {
+    let context = XdpContext::new(context);
+    icmp_errors::send(&mut Frame::new(&context), &KernelTables, position, About::from_bits(about)).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cross_error(context: *mut xdp_md, position: u32, about: u64) -> u64 {
+    let context = XdpContext::new(context);
+    icmp_errors::cross(&mut Frame::new(&context), &KernelTables, position, About::from_bits(about)).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn widen_error(context: *mut xdp_md, position: u32, about: u64, half: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (about, half) = (About::from_bits(about), Half::from_bits(half));
+    icmp_errors::widen(&mut Frame::new(&context), &KernelTables, position, about, half).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn narrow_error(context: *mut xdp_md, position: u32, about: u64, half: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (about, half) = (About::from_bits(about), Half::from_bits(half));
+    icmp_errors::narrow(&mut Frame::new(&context), &KernelTables, position, about, half).bits()
 }
 
 /// The balancer's maps.
@@ -303,15 +341,9 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn find_connection<P: Packet>(
-        &self,
-        packet: &P,
-        target: VipTarget,
-        hash: FlowHash,
-        shape: Shape,
-    ) -> Found {
+    fn find_connection<P: Packet>(&self, packet: &P, target: VipTarget, shape: Shape) -> Found {
         let context = packet.context().cast();
-        Found::from_bits(find_connection(context, target.bits(), hash.bits(), shape.bits()))
+        Found::from_bits(find_connection(context, target.bits(), shape.bits()))
     }
 
     #[inline(always)]
@@ -341,6 +373,33 @@ impl Tables for KernelTables {
     #[inline(always)]
     fn reply_translated<P: Packet>(&self, packet: &mut P, source: u32, shape: Shape) -> Passed {
         Passed::from_bits(reply_translated(packet.context().cast(), source, shape.bits()))
+    }
+
+    #[inline(always)]
+    fn find_error<P: Packet>(&self, packet: &P, about: About, source: u32) -> Found {
+        Found::from_bits(find_error(packet.context().cast(), about.bits(), source))
+    }
+
+    #[inline(always)]
+    fn send_error<P: Packet>(&self, packet: &mut P, position: u32, about: About) -> Passed {
+        Passed::from_bits(send_error(packet.context().cast(), position, about.bits()))
+    }
+
+    #[inline(always)]
+    fn cross_error<P: Packet>(&self, packet: &mut P, position: u32, about: About) -> Half {
+        Half::from_bits(cross_error(packet.context().cast(), position, about.bits()))
+    }
+
+    #[inline(always)]
+    fn widen_error<P: Packet>(&self, packet: &mut P, position: u32, about: About, half: Half) -> Passed {
+        let context = packet.context().cast();
+        Passed::from_bits(widen_error(context, position, about.bits(), half.bits()))
+    }
+
+    #[inline(always)]
+    fn narrow_error<P: Packet>(&self, packet: &mut P, position: u32, about: About, half: Half) -> Passed {
+        let context = packet.context().cast();
+        Passed::from_bits(narrow_error(context, position, about.bits(), half.bits()))
     }
 
     #[inline(always)]
