@@ -342,41 +342,61 @@ pub enum Refused {
     Inconsistent,
 }
 
+impl Refused {
+    #[inline(always)]
+    pub(crate) const fn outcome(self) -> Outcome {
+        match self {
+            Self::Full | Self::Busy => Outcome::DropConnectionsFull,
+            Self::Clash => Outcome::DropReplyClash,
+            Self::Inconsistent => Outcome::DropInconsistent,
+        }
+    }
+}
+
+/// Claims a place for a connection: `pin` is what it will have. Until it is opened nobody finds it there.
+#[inline(always)]
+pub fn claim<T: Tables>(tables: &T, haunts: Haunts, pin: Pin) -> Result<u32, Refused> {
+    let Some(position) = free(tables, haunts) else { return Err(Refused::Full) };
+    let Some(place) = at(tables, position) else { return Err(Refused::Inconsistent) };
+    let claim = Pin::new(pin.tag(), BACKEND_CLAIMED, pin.state(), pin.age());
+    if tables.exchange(place.word, 0, claim.bits()) { Ok(position) } else { Err(Refused::Busy) }
+}
+
 /// What goes into a place besides the caller.
 #[derive(Clone, Copy)]
 pub struct Opening {
-    pub pin: Pin,
+    pub backend: u16,
     pub back: Path,
     pub target: VipTarget,
 }
 
-/// Gives a connection a place: claims it, fills the record, then lets the pin name the backend. `alone` is that backend
-/// where no other connection of the client's port may go to it.
+/// Fills the record of a place that was claimed, then lets its pin name the backend. `alone` is that backend where no
+/// other connection of the client's port may go to it.
 ///
 /// Two CPUs may open the same connection, or two that clash. Each looks for the other once its own claim is there, so at
 /// least one sees the other, and who sees a claim gives way: it may be of somebody who has looked before. If both do, the
 /// client sends again.
 #[inline(always)]
-pub fn open<'t, T: Tables>(
-    tables: &'t T,
+pub fn open<T: Tables>(
+    tables: &T,
+    position: u32,
     haunts: Haunts,
     caller: &Caller,
     opening: &Opening,
     alone: Option<&Backend>,
-) -> Result<Place<'t>, Refused> {
-    let Some(position) = free(tables, haunts) else { return Err(Refused::Full) };
-    let Some(place) = at(tables, position) else { return Err(Refused::Inconsistent) };
-    let pin = opening.pin;
-    let claim = Pin::new(pin.tag(), BACKEND_CLAIMED, pin.state(), pin.age());
-    if !tables.exchange(place.word, 0, claim.bits()) {
+) -> Result<Pin, Refused> {
+    let Some(Place { word, pin: claim, record, .. }) = at(tables, position) else {
+        return Err(Refused::Inconsistent);
+    };
+    if claim.tag() != haunts.tag || claim.backend() != BACKEND_CLAIMED {
         return Err(Refused::Busy);
     }
     if let Some(refused) = rival(tables, haunts, caller, position, alone) {
-        tables.exchange(place.word, claim.bits(), 0);
+        tables.exchange(word, claim.bits(), 0);
         return Err(refused);
     }
     let source = tables.rooms().source(position);
-    let store = |index: usize, value: u64| tables.store(&place.record.0[index], value);
+    let store = |index: usize, value: u64| tables.store(&record.0[index], value);
     store(0, caller.client.high);
     store(1, caller.client.low);
     store(2, caller.vip.high);
@@ -385,11 +405,9 @@ pub fn open<'t, T: Tables>(
     store(Record::BACK, opening.back.bits());
     store(Record::OPENED, tables.precise_clock());
     store(Record::ROW, opening.target.vip() as u64 | (source.bits() as u64) << 32);
+    let pin = Pin::new(claim.tag(), opening.backend, claim.state(), claim.age());
     // A full barrier: whoever sees the backend sees the record.
-    if !tables.exchange(place.word, claim.bits(), pin.bits()) {
-        return Err(Refused::Busy);
-    }
-    Ok(Place { pin, ..place })
+    if tables.exchange(word, claim.bits(), pin.bits()) { Ok(pin) } else { Err(Refused::Busy) }
 }
 
 /// A free place in the bucket that has more of them: if the first were filled before the second, the earliest connections
@@ -474,6 +492,6 @@ fn clashes<T: Tables>(tables: &T, record: &Record, pin: Pin, caller: &Caller, ba
 
 /// Whether a backend's packets are to the client itself.
 #[inline(always)]
-fn is_nat(backend: &Backend) -> bool {
+pub(crate) fn is_nat(backend: &Backend) -> bool {
     BackendKind::from_raw(backend.kind).is_some_and(|kind| kind.translates() && !kind.translates_source())
 }

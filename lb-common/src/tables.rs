@@ -87,14 +87,23 @@ pub trait Tables: Sized {
     fn find_connection<P: Packet>(&self, packet: &P, target: VipTarget, shape: Shape) -> Found {
         translate::find(packet, self, target, shape)
     }
-    fn open_connection<P: Packet>(
+    fn claim_connection<P: Packet>(
         &self,
         packet: &P,
         target: VipTarget,
         hash: FlowHash,
         shape: Shape,
     ) -> Found {
-        translate::open(packet, self, target, hash, shape)
+        translate::claim(packet, self, target, hash, shape)
+    }
+    fn open_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        claimed: Found,
+        shape: Shape,
+    ) -> Found {
+        translate::open(packet, self, target, claimed, shape)
     }
     fn send_translated<P: Packet>(
         &self,

@@ -96,7 +96,7 @@ impl Passed {
     }
 }
 
-/// A client's packet to a service with connections. Three steps, each a function of its own in the kernel: together
+/// A client's packet to a service with connections. Up to four steps, each a function of its own in the kernel: together
 /// they would take more stack than there is.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables>(
@@ -107,15 +107,23 @@ pub fn forward<P: Packet, T: Tables>(
     shape: Shape,
 ) -> Passed {
     let found = tables.find_connection(packet, target, shape);
-    let found =
-        if found == Found::NONE { tables.open_connection(packet, target, hash, shape) } else { found };
+    let found = if found == Found::NONE {
+        let claimed = tables.claim_connection(packet, target, hash, shape);
+        if claimed.position().is_some() {
+            tables.open_connection(packet, target, claimed, shape)
+        } else {
+            claimed
+        }
+    } else {
+        found
+    };
     match found.position() {
         Some(position) => tables.send_translated(packet, target, position, shape),
         None => Passed(found.0),
     }
 }
 
-/// Where a connection is: bit 48, and below it the place; or why it is nowhere, as in `Passed`.
+/// Where a connection is: bit 48, and below it the place, with the backend that it is to have in bits 32-46; or why it is nowhere, as in `Passed`.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Found(u64);
@@ -129,6 +137,16 @@ impl Found {
     #[inline(always)]
     pub(crate) const fn at(position: u32) -> Self {
         Self(Self::AT | position as u64)
+    }
+
+    #[inline(always)]
+    const fn claimed(position: u32, backend: u16) -> Self {
+        Self(Self::AT | position as u64 | (backend as u64 & 0x7fff) << 32)
+    }
+
+    #[inline(always)]
+    const fn backend(self) -> u16 {
+        (self.0 >> 32) as u16 & 0x7fff
     }
 
     /// Marked as one whose ends are of two families.
@@ -174,18 +192,33 @@ pub fn find<P: Packet, T: Tables>(packet: &P, tables: &T, target: VipTarget, sha
     if renew(packet, tables, target, says, &place) { Found::at(place.position) } else { Found::NONE }
 }
 
-/// Gives a connection a place.
+/// Claims a place for a connection that is not known: one that begins, or (`nat`) one whose state was lost.
 #[inline(always)]
-pub fn open<P: Packet, T: Tables>(
+pub fn claim<P: Packet, T: Tables>(
     packet: &P,
     tables: &T,
     target: VipTarget,
     hash: FlowHash,
     shape: Shape,
 ) -> Found {
-    match begin(packet, tables, target, hash, shape.layout()) {
-        Ok(Some(position)) => Found::at(position),
+    match claim_or(packet, tables, target, hash, shape.layout()) {
+        Ok(Some(claimed)) => claimed,
         Ok(None) => Found(Passed::NOT_HERE.0),
+        Err(outcome) => Found::refused(outcome),
+    }
+}
+
+/// Opens a connection that has a place.
+#[inline(always)]
+pub fn open<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    target: VipTarget,
+    claimed: Found,
+    shape: Shape,
+) -> Found {
+    match begin(packet, tables, target, claimed, shape.layout()) {
+        Ok(position) => Found::at(position),
         Err(outcome) => Found::refused(outcome),
     }
 }
@@ -349,15 +382,14 @@ fn pick<T: Tables>(
     Ok((if new { tables.pick(found.table, asked, found.slot) } else { found.slot.est() }, new))
 }
 
-/// The place of a connection that is not known: one that begins, or (`nat`) one whose state was lost.
 #[inline(always)]
-fn begin<P: Packet, T: Tables>(
+fn claim_or<P: Packet, T: Tables>(
     packet: &P,
     tables: &T,
     target: VipTarget,
     hash: FlowHash,
     at: Layout,
-) -> Result<Option<u32>, Outcome> {
+) -> Result<Option<Found>, Outcome> {
     let says = classify::says(packet, at.protocol, at.offset, Role::Packet);
     let (backend, new) = pick(tables, target, hash, says)?;
     let row = slots::backend(tables, backend)?.backend;
@@ -369,30 +401,43 @@ fn begin<P: Packet, T: Tables>(
         return Err(Outcome::DropNoConnection);
     }
     let ends = nat::ends(packet, at).ok_or(Outcome::DropVipTruncated)?;
-    let caller = Caller::of(&ends, at.protocol);
+    if !kind.translates_source() && row.is_v4() != ends.source.is_mapped_v4() {
+        return Err(Outcome::DropUntranslatable);
+    }
     let haunts = Haunts::new(tables, ends.source, ends.ports, at.protocol);
     let pin = Pin::new(haunts.tag, backend, pins::first_state(says), Pin::age_of(tables.clock()));
-    let opening = Opening { pin, back: way_back(packet, tables), target };
-    let alone = if kind.translates_source() {
-        None
-    } else if row.is_v4() == ends.source.is_mapped_v4() {
-        Some(row)
-    } else {
-        return Err(Outcome::DropUntranslatable);
-    };
-    match connections::open(tables, haunts, &caller, &opening, alone) {
-        Ok(place) => {
-            weigh(tables, target, Pin::default(), place.pin);
-            Ok(Some(place.position))
+    match connections::claim(tables, haunts, pin) {
+        Ok(position) => Ok(Some(Found::claimed(position, backend))),
+        Err(refused) => Err(refused.outcome()),
+    }
+}
+
+#[inline(always)]
+fn begin<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    target: VipTarget,
+    claimed: Found,
+    at: Layout,
+) -> Result<u32, Outcome> {
+    let position = claimed.position().ok_or(Outcome::DropInconsistent)?;
+    let ends = nat::ends(packet, at).ok_or(Outcome::DropVipTruncated)?;
+    let caller = Caller::of(&ends, at.protocol);
+    let haunts = Haunts::new(tables, ends.source, ends.ports, at.protocol);
+    let backend = slots::backend(tables, claimed.backend())?.backend;
+    let alone = if connections::is_nat(backend) { Some(backend) } else { None };
+    let opening = Opening { backend: claimed.backend(), back: way_back(packet, tables), target };
+    match connections::open(tables, position, haunts, &caller, &opening, alone) {
+        Ok(pin) => {
+            weigh(tables, target, Pin::default(), pin);
+            Ok(position)
         }
         // Another packet of it may be through by now.
         Err(Refused::Busy) => match connections::find(tables, haunts, &caller) {
-            Some(place) => Ok(Some(place.position)),
-            None => Err(Outcome::DropConnectionsFull),
+            Some(place) => Ok(place.position),
+            None => Err(Refused::Busy.outcome()),
         },
-        Err(Refused::Full) => Err(Outcome::DropConnectionsFull),
-        Err(Refused::Clash) => Err(Outcome::DropReplyClash),
-        Err(Refused::Inconsistent) => Err(Outcome::DropInconsistent),
+        Err(refused) => Err(refused.outcome()),
     }
 }
 

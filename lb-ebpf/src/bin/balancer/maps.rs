@@ -131,10 +131,18 @@ pub extern "C" fn find_connection(context: *mut xdp_md, target: u64, shape: u64)
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn open_connection(context: *mut xdp_md, target: u64, hash: u64, shape: u64) -> u64 {
+pub extern "C" fn claim_connection(context: *mut xdp_md, target: u64, hash: u64, shape: u64) -> u64 {
     let context = XdpContext::new(context);
     let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
-    translate::open(&Frame::new(&context), &KernelTables, target, FlowHash::from_bits(hash), shape).bits()
+    translate::claim(&Frame::new(&context), &KernelTables, target, FlowHash::from_bits(hash), shape).bits()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn open_connection(context: *mut xdp_md, target: u64, claimed: u64, shape: u64) -> u64 {
+    let context = XdpContext::new(context);
+    let (target, shape) = (VipTarget::from_bits(target), Shape::from_bits(shape));
+    translate::open(&Frame::new(&context), &KernelTables, target, Found::from_bits(claimed), shape).bits()
 }
 
 #[unsafe(no_mangle)]
@@ -347,7 +355,7 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn open_connection<P: Packet>(
+    fn claim_connection<P: Packet>(
         &self,
         packet: &P,
         target: VipTarget,
@@ -355,7 +363,19 @@ impl Tables for KernelTables {
         shape: Shape,
     ) -> Found {
         let context = packet.context().cast();
-        Found::from_bits(open_connection(context, target.bits(), hash.bits(), shape.bits()))
+        Found::from_bits(claim_connection(context, target.bits(), hash.bits(), shape.bits()))
+    }
+
+    #[inline(always)]
+    fn open_connection<P: Packet>(
+        &self,
+        packet: &P,
+        target: VipTarget,
+        claimed: Found,
+        shape: Shape,
+    ) -> Found {
+        let context = packet.context().cast();
+        Found::from_bits(open_connection(context, target.bits(), claimed.bits(), shape.bits()))
     }
 
     #[inline(always)]
