@@ -17,7 +17,7 @@ pub use decap::{DecapRow, DecapSite, check_decap, decap_rows};
 pub use moving::{MovingRow, Staged, ages, moving_rows};
 pub use quic::{quic_flows, quic_openings};
 pub use site::{AWAY, INGRESS, PLACES, SEED, Setting, VIP4, VIP6, capacity, image, interface, meta};
-pub use translated::{Heard, Place, TranslatedRow, translated_rows, ways_back};
+pub use translated::{Heard, Place, TranslatedRow, open_all, talks, translated_rows, ways_back};
 
 /// Room in front of a frame in host runs: what the kernel leaves (XDP_PACKET_HEADROOM).
 pub const HEADROOM: usize = 256;

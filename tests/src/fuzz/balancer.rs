@@ -1,7 +1,7 @@
 //! The balancer as a subject: its tables on the host and in the kernel, in all ways in which a frame may meet them.
 
 use anyhow::{Context, Result};
-use lb_common::abi::{BackendKind, Features, Traffic};
+use lb_common::abi::{BackendKind, Features, Replies, Traffic};
 use lb_common::allowance::MOST_RATE;
 use lb_common::forward::forward;
 use lb_common::outcome::Outcome;
@@ -13,7 +13,7 @@ use lb_userspace::reconcile::image::{Image, Traced, Trail};
 use lb_userspace::reconcile::op::MapOp;
 use lb_userspace::reconcile::plan::plan_at_once;
 
-use super::{Subject, moving};
+use super::{Subject, moving, translated};
 use crate::fixtures::{self, HEADROOM, INGRESS, Setting, xdp_verdict};
 use crate::kernel::RunDir;
 
@@ -141,6 +141,8 @@ pub struct Balancer {
     vips: Vec<Traffic>,
     backends: Vec<Traffic>,
     pin_events: [u64; PinEvent::ALL.len()],
+    heard: translated::Heard,
+    table: translated::Table,
 }
 
 impl Balancer {
@@ -161,6 +163,9 @@ impl Balancer {
         let capacity = fixtures::capacity();
         let mut datapath = Datapath::open(dir.fs()?, capacity, variant.load_time())?;
         datapath.maps.set_interface(INGRESS, fixtures::interface())?;
+        for op in fixtures::ways_back() {
+            datapath.maps.apply(&op)?;
+        }
         let desired = desired(&variant.setting.config(), &variant.setting.world());
         for op in plan_at_once(&datapath.maps.image()?, &desired, &capacity)? {
             datapath.maps.apply(&op)?;
@@ -184,6 +189,8 @@ impl Balancer {
             vips: vec![Traffic::default(); fixtures::capacity().vips as usize],
             backends: vec![Traffic::default(); image.backends.len()],
             pin_events: [0; PinEvent::ALL.len()],
+            heard: translated::Heard::default(),
+            table: translated::Table::new(&image),
             variant,
             image,
             way,
@@ -200,6 +207,7 @@ impl Balancer {
         if let Some((id, traffic)) = run.trail.backend {
             add(&mut self.backends[usize::from(id)], traffic);
         }
+        self.heard.note(&run.trail);
         run.trail.pins.iter().for_each(|event| self.pin_events[*event as usize] += 1);
     }
 
@@ -242,6 +250,7 @@ impl Subject for Balancer {
 
     fn run(&mut self, frame: &[u8]) -> Result<usize, String> {
         self.catch_up();
+        self.table.refresh(&self.image);
         let run = (self.way)(&self.image, frame, self.variant.room());
         self.note(&run);
         let HostRun { outcome, output, trail } = run;
@@ -256,6 +265,7 @@ impl Subject for Balancer {
             if out != output {
                 return Err(super::hunt::differing(out, &output, &format!("{outcome:?}")));
             }
+            translated::compared(&self.image, &trail)?;
             if let Some(bucket) = trail.bucket {
                 moving::compared(&self.image, bucket)?;
             }
@@ -280,6 +290,10 @@ impl Subject for Balancer {
         }
         for (event, expected) in PinEvent::ALL.into_iter().zip(&mut self.pin_events) {
             compare(&mut wrong, event.counter(), counters.pin_event(event).map_err(unread)?, expected);
+        }
+        for (id, expected) in &mut self.heard.0 {
+            let found = counters.replies(*id).map_err(unread)?.unwrap_or_default();
+            compare(&mut wrong, &format!("answers of {id}"), Replies { waited: 0, ..found }, expected);
         }
         if wrong.is_empty() { Ok(()) } else { Err(wrong.join("; ")) }
     }

@@ -12,6 +12,7 @@ mod layers;
 mod moving;
 mod mutate;
 mod repair;
+mod translated;
 
 pub use balancer::{Balancer, Change, HostRun, HostWay, Variant, host};
 pub use decap::{Decap, DecapWay, decap_host};
@@ -19,12 +20,13 @@ pub use hunt::{BATCH, Hunter, Mismatch, hunt, shrunk};
 pub use layers::{dump, plain, shape};
 pub use mutate::{LONGEST, Mutator, SHORTEST};
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use corpus::Case;
 
-use crate::fixtures::{decap_rows, rows};
+use crate::fixtures::{Setting, decap_rows, image, open_all, rows, talks, translated_rows};
 
 /// A program that frames are run through, on the host and, where it was loaded, in the kernel.
 pub trait Subject {
@@ -73,7 +75,10 @@ impl Program {
     pub fn fixtures(self) -> Vec<Case> {
         let case = |name: &str, frame| Case { name: corpus::kebab(name), frame };
         match self {
-            Self::Balancer => rows().into_iter().map(|row| case(&row.name, row.frame)).collect(),
+            Self::Balancer => {
+                let rows = rows().into_iter().map(|row| case(&row.name, row.frame));
+                rows.chain(translated_fixtures()).collect()
+            }
             Self::Decap => decap_rows().into_iter().map(|row| case(&row.name, row.frame)).collect(),
         }
     }
@@ -85,4 +90,18 @@ impl Program {
         cases.retain(|case| (SHORTEST..=LONGEST).contains(&case.frame.len()));
         Ok(cases)
     }
+}
+
+/// Frames of translated connections, each once.
+fn translated_fixtures() -> Vec<Case> {
+    let image = image(Setting::Translated);
+    let rows = translated_rows(&image).into_iter().map(|translated| translated.row);
+    let mut cases: Vec<Case> =
+        rows.map(|row| Case { name: corpus::kebab(&row.name), frame: row.frame }).collect();
+    open_all(&image);
+    let talks = (1..).zip(talks(&image));
+    cases.extend(talks.map(|(number, frame)| Case { name: format!("talk-{number}"), frame }));
+    let mut frames = HashSet::new();
+    cases.retain(|case| frames.insert(case.frame.clone()));
+    cases
 }
