@@ -378,8 +378,13 @@ fn pick<T: Tables>(
 ) -> Result<(u16, bool), Outcome> {
     let found = slots::find(tables, target.table(), hash)?;
     let new = says.begins() || says.has(Says::DATAGRAM);
-    let asked = Asked::new(target.table(), says);
-    Ok((if new { tables.pick(found.table, asked, found.slot) } else { found.slot.est() }, new))
+    let own = if new { found.slot.cur() } else { found.slot.est() };
+    // Where that is of another kind, it takes its turn on its own way.
+    let kind = BackendKind::from_raw(slots::backend(tables, own)?.backend.kind);
+    if !new || !kind.is_some_and(BackendKind::translates) {
+        return Ok((own, new));
+    }
+    Ok((tables.pick(found.table, Asked::new(target.table(), says), found.slot), new))
 }
 
 #[inline(always)]
