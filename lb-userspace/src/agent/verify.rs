@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_PASS, Backend, Features, Path as NextPath, SLOTS_PER_ROW, Source, TableWord};
 use serde::{Deserialize, Serialize};
 
 use super::adopt;
@@ -29,6 +29,7 @@ use crate::reconcile::desired::{
     OldFlows, WAYS, World, desired, features, identity_of, table_identity, ways_to,
 };
 use crate::reconcile::image::Image;
+use crate::reconcile::plan::sources::address_of;
 use crate::reconcile::plan::{Leave, Unpinned, plan};
 
 /// One thing that is not as it should be.
@@ -164,11 +165,27 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
     slots(&intended, image, &names, &mut differences);
     servers::compare(&intended, image, &names, &mut differences);
     vips::compare(&intended, image, &names, config, &mut differences);
+    sources(&intended, image, &mut differences);
     if !ops.is_empty() && differences.len() == before {
         let found = format!("{} rows that lead no packet astray", ops.len());
         differences.push(Difference::new("rows that nothing names", NONE, found));
     }
     differences
+}
+
+/// Addresses that clients' are translated to.
+fn sources(intended: &Image, found: &Image, differences: &mut Vec<Difference>) {
+    let told = |rows: &[Source], row: u32| {
+        let addresses = [true, false].map(|ipv4| address_of(rows, row, ipv4));
+        let addresses: Vec<String> = addresses.into_iter().flatten().map(|a| a.to_string()).collect();
+        if addresses.is_empty() { NONE.to_owned() } else { addresses.join(", ") }
+    };
+    for row in 0..intended.sources.len() as u32 {
+        let (to, from) = (told(&intended.sources, row), told(&found.sources, row));
+        if to != from {
+            differences.push(Difference::new(format!("source {row} of fullnat"), to, from));
+        }
+    }
 }
 
 fn fits(image: &Image, capacity: &Capacity) -> bool {

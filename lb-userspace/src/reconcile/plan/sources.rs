@@ -39,13 +39,14 @@ pub fn row_of(rows: &[Source], address: IpAddr) -> Option<u32> {
     row.map(|row| row as u32)
 }
 
-/// The address of a row.
+/// The address of a row; nothing where it has none of the family.
 pub fn address_of(rows: &[Source], row: u32, ipv4: bool) -> Option<IpAddr> {
-    let row = rows.get(row as usize)?;
-    Some(match ipv4 {
-        true => Ipv4Addr::from(row.v4.to_ne_bytes()).into(),
-        false => Ipv6Addr::from(Address6 { high: row.v6[0], low: row.v6[1] }.bytes()).into(),
-    })
+    let Source { v4, v6: [high, low], spare: _ } = *rows.get(row as usize)?;
+    let v6 = Address6 { high, low };
+    match ipv4 {
+        true => (v4 != 0).then(|| Ipv4Addr::from(v4.to_ne_bytes()).into()),
+        false => (v6 != Address6::default()).then(|| Ipv6Addr::from(v6.bytes()).into()),
+    }
 }
 
 /// The writes that bring the rows in line. Connections that used an address which leaves a row end: their backend knows
