@@ -329,7 +329,7 @@ fn renew<P: Packet, T: Tables>(
     if next != pin && tables.exchange(place.word, pin.bits(), next.bits()) {
         weigh(tables, target, pin, next);
     }
-    if says.begins() && !matches!(pin.state(), PinState::Syn) {
+    if matches!(next.state(), PinState::Syn) && !matches!(pin.state(), PinState::Syn) {
         // The same ports again: how long its first answer takes is of interest again, too.
         let key = tables.word(&place.record.0[Record::PORTS]);
         tables.store(&place.record.0[Record::OPENED], tables.precise_clock());
