@@ -1,8 +1,9 @@
 //! What the agent knows of connections whose addresses are translated: lists, flushes, drains, failures and its own death.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -286,24 +287,32 @@ fn heap(pid: u32) -> Result<u64> {
     Ok(line.and_then(|line| line.split_whitespace().next()).context("RssAnon")?.parse()?)
 }
 
-#[test]
-fn a_million_connections_are_listed_with_no_more_memory_than_a_few() -> Result<()> {
-    let top = "limits: {connections: 1048576}";
-    let Some(scene) = Scene::set("million", Mode::Nat, 1, top)? else { return Ok(()) };
+/// Writes connections into the tables, past the program.
+fn many(scene: &Scene, count: u32) -> Result<()> {
     let tables = scene.balancer.tables()?;
     let (id, _) = (0u16..).zip(&tables.backends).find(|(_, row)| row.identity != 0).context("a backend")?;
     let (words, records) = (tables.connections.words(), tables.connections.records());
-    for place in 0..MANY {
+    for place in 0..count {
         let record = &records[place as usize].0;
         record[0].store(u64::from(place), Ordering::Relaxed);
         record[Record::PORTS].store(6 << 32 | u64::from(place), Ordering::Relaxed);
         let pin = Pin::new(place + 1, id, PinState::Established, Pin::age_of(coarse_ns()));
         words[place as usize].store(pin.bits(), Ordering::Release);
     }
+    Ok(())
+}
+
+#[test]
+fn a_million_connections_are_listed_with_no_more_memory_than_a_few() -> Result<()> {
+    let top = "limits: {connections: 1048576}";
+    let Some(scene) = Scene::set("million", Mode::Nat, 1, top)? else { return Ok(()) };
+    many(&scene, MANY)?;
     let agent = scene.balancer.process.pid();
     ensure!(scene.listed(&["-n", "1000"])?.len() == 1000);
     let before = heap(agent)?;
 
+    // Somebody who reads page by page takes his time: the agent waits with the rest.
+    let slow = Slow::begin(&scene, 200_000)?;
     let run_dir = scene.balancer.run_dir.to_string_lossy().into_owned();
     let xlb = scene.balancer.binary.to_string_lossy().into_owned();
     let words = [&xlb, "conn", "list", "-o", "json", "--run-dir", &run_dir];
@@ -321,7 +330,72 @@ fn a_million_connections_are_listed_with_no_more_memory_than_a_few() -> Result<(
     println!("{count} in {:?}; agent {before} -> {} KiB, list {} KiB", began.elapsed(), most.0, most.1);
     ensure!(count >= MANY as usize, "{count} lines");
     ensure!(most.0 < before + (16 << 10) && most.1 < 32 << 10, "the heap grows: {before} KiB, then {most:?}");
+    ensure!(slow.end()? == 200_000);
     let flushed = scene.balancer.xlb(&["conn", "flush", "--client", "::/0"])?;
     ensure!(flushed.trim() == format!("{MANY} connections flushed"), "{flushed}");
     Ok(())
+}
+
+/// A client of the API that does not read on until it is told to.
+struct Slow(BufReader<UnixStream>);
+
+impl Slow {
+    fn begin(scene: &Scene, limit: u32) -> Result<Self> {
+        let mut stream = UnixStream::connect(scene.balancer.run_dir.join("xlb.sock"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET /v1/connections?limit={limit} HTTP/1.1\r\nhost: xlb\r\n\r\n")?;
+        let mut this = Self(BufReader::new(stream));
+        let mut head = String::new();
+        this.0.read_line(&mut head)?;
+        ensure!(head.starts_with("HTTP/1.1 200"), "{head}");
+        Ok(this)
+    }
+
+    /// Reads to the end: how many lines there were.
+    fn end(mut self) -> Result<usize> {
+        let mut text = String::new();
+        self.0.read_to_string(&mut text)?;
+        ensure!(text.ends_with("\r\n0\r\n\r\n"), "it breaks off: {:?}", text.get(text.len() - 100..));
+        Ok(text.matches("\"protocol\":").count())
+    }
+}
+
+#[test]
+fn the_api_says_what_is_wrong_with_a_request_and_no_more_than_eight_listings_are_under_way() -> Result<()> {
+    let top = "limits: {connections: 65536}";
+    let Some(scene) = Scene::set("listings", Mode::Nat, 1, top)? else { return Ok(()) };
+    let socket = scene.balancer.run_dir.join("xlb.sock");
+    let ask = |words: &[&str]| {
+        let socket = ["curl", "--silent", "--unix-socket", &*socket.to_string_lossy()].map(str::to_owned);
+        scene.balancer.host.run(socket.into_iter().chain(words.iter().map(|word| (*word).to_owned())))
+    };
+    for (words, said) in [
+        (&["http://xlb/v1/connections?stat=syn"][..], "stat"),
+        (&["http://xlb/v1/connections?state=open"], "open"),
+        (&["http://xlb/v1/connections?client=nobody"], "client"),
+        (&["http://xlb/v1/connections?limit=-1"], "limit"),
+        (&["http://xlb/v1/connections?service=s9"], "no service s9"),
+        (&["http://xlb/v1/connections/flush"], "takes POST"),
+        (&["-d", "{}", "http://xlb/v1/connections/flush"], "say which connections go"),
+        (
+            &["-d", r#"{"all": true, "filter": {"state": "syn"}}"#, "http://xlb/v1/connections/flush"],
+            "say which",
+        ),
+        (&["-d", r#"{"filter": {"clients": "::"}}"#, "http://xlb/v1/connections/flush"], "clients"),
+        (&["-d", r#"{"filter": {"client": "::/0"}}"#, "http://xlb/v1/connections/flush"], r#"{"flushed":0}"#),
+    ] {
+        let told = ask(words)?;
+        ensure!(told.contains(said), "{words:?}: {told}");
+    }
+
+    many(&scene, 60_000)?;
+    let waiting = (0..8).map(|_| Slow::begin(&scene, 60_000)).collect::<Result<Vec<_>>>()?;
+    let told = ask(&["http://xlb/v1/connections"])?;
+    ensure!(told.contains("too many listings"), "{told}");
+    scene.balancer.command(&["conn", "list"])?.expect(1, &["too many listings"])?;
+    ensure!(scene.balancer.status().is_ok(), "there is room for others");
+    for slow in waiting {
+        ensure!(slow.end()? >= 60_000);
+    }
+    wait_for("room for one more", PATIENCE, || scene.listed(&["-n", "1"]).is_ok())
 }
