@@ -13,10 +13,10 @@ use lb_common::abi::{Pin, PinState, Record};
 use lb_userspace::agent::connections::{Connection, ConnectionState};
 use lb_userspace::reconcile::pins::coarse_ns;
 use tests::balancer::Balancer;
-use tests::between::{Between, CLIENTS, Config, Mode, SAME, SOURCES, backend};
+use tests::between::{self, Between, CLIENTS, Config, Mode, SAME, SOURCES, backend};
 use tests::held::SHORT_IDLE;
-use tests::lab::{Connections, EchoServer, Signal, wait_for};
-use tests::stage::PATIENCE;
+use tests::lab::{Connections, EchoServer, HttpLoad, Signal, wait_for};
+use tests::stage::{self, PATIENCE};
 
 const PORT: u16 = 7000;
 const EVERY: Duration = Duration::from_millis(250);
@@ -205,7 +205,7 @@ fn connections_outlive_the_agent_and_are_listed_and_flushed_without_it() -> Resu
     ensure!(known.count() == 24, "{nameless:?}");
     let config = scene.balancer.config.to_string_lossy().into_owned();
     ensure!(scene.listed(&["-c", &config, "--service", "s0", "--state", "established"])?.len() == 24);
-    let by_address = format!("web4/{}", tests::between::address(0, false));
+    let by_address = format!("web4/{}", between::address(0, false));
     ensure!(!scene.listed(&["--backend", &by_address])?.is_empty());
     scene.balancer.command(&["conn", "list", "--service", "s0"])?.expect(1, &["-c"])?;
     let flushed = scene.balancer.command(&["conn", "flush", "--client", "198.51.100.7"])?;
@@ -285,6 +285,33 @@ fn heap(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     Ok(line.and_then(|line| line.split_whitespace().next()).context("RssAnon")?.parse()?)
+}
+
+#[test]
+fn fault_39_lists_while_connections_come_and_go_end_and_tell_whole_connections() -> Result<()> {
+    let Some(between) = Between::set("churn", Mode::Fullnat, 2)? else { return Ok(()) };
+    let config = Config { top: "timeouts: {fin: 1s, reset: 1s}\n".to_owned(), ..between.config() };
+    let balancer = between.start(&config)?;
+    let load = HttpLoad::new(&between::url(SAME[0], 80, ""), 100_000).parallel(8).start(&between.client)?;
+    let (vip, client, source) =
+        (format!("{}:80", SAME[0]).parse()?, CLIENTS[0].parse::<IpAddr>()?, SOURCES[0].parse::<IpAddr>()?);
+    let (mut told, mut lists, began) = (BTreeSet::new(), 0, Instant::now());
+    while lists < 20 || told.len() < 500 {
+        ensure!(began.elapsed() < PATIENCE * 3, "{} connections in {lists} lists", told.len());
+        for line in balancer.xlb(&["conn", "list", "-o", "json"])?.lines() {
+            let connection: Connection = serde_json::from_str(line).with_context(|| line.to_owned())?;
+            let ends = connection.vip == vip && connection.client.ip() == client;
+            let from = connection.source.is_some_and(|from| from.ip() == source);
+            let to = connection.pool.as_deref() == Some("web4") && connection.protocol == "tcp";
+            ensure!(ends && from && to && connection.service.as_deref() == Some("s0"), "{line}");
+            told.insert(connection.client);
+        }
+        lists += 1;
+    }
+    let requests = load.stop()?;
+    stage::none_failed(&requests)?;
+    println!("{lists} lists, {} clients' ports in {} requests", told.len(), requests.len());
+    Ok(())
 }
 
 /// Writes connections into the tables, past the program.

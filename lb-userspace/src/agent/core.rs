@@ -7,21 +7,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
-use lb_common::abi::Backend as Row;
-use lb_common::wire::PROTO_UDP;
 use tracing::{info, warn};
 
 use super::adopt;
 use super::changeover::inherit;
 use super::commands::{Held, tell};
-use super::connections::{Filter, flush};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
 use super::own;
 use super::snapshot::{
-    BackendState, BackendView, ConnectionCounts, ConnectionsStatus, Index, Moving, PinsStatus, PoolView,
-    Reloads, Remaining, Snapshot, Transitions,
+    BackendState, BackendView, Index, Moving, PinsStatus, PoolView, Reloads, Snapshot, Transitions,
 };
 use super::steering::Steering;
 use super::tracking::Tracking;
@@ -29,10 +25,10 @@ use super::verify::{self, Verification};
 use super::yielded::Yielded;
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, Maps, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Backend, Check, CheckKind, Config, Pool};
+use crate::config::model::{Check, CheckKind, Config, Pool};
 use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
-use crate::reconcile::desired::{BackendRef, LoadTime, World, desired, identity_of, table_identity};
+use crate::reconcile::desired::{BackendRef, LoadTime, World, desired, table_identity};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::{PlanError, plan_at_once};
 use crate::ways::Judge;
@@ -447,18 +443,6 @@ impl Core {
         }
     }
 
-    /// Takes connections out, as packets and sweeps do it.
-    pub fn flush(&self, filter: &Filter) -> Result<u64, String> {
-        let flushed = flush(&self.image.connections, self.index(), Some(&self.config), filter)?;
-        info!(connections = flushed, ?filter, "connections flushed by command");
-        Ok(flushed)
-    }
-
-    fn connections_status(&self) -> Option<ConnectionsStatus> {
-        let room = self.image.connections.len() as u64;
-        (room > 0).then_some(ConnectionsStatus { connections: self.tracking.found.connections, room })
-    }
-
     pub(super) fn index(&self) -> &Arc<Index> {
         self.index.get_or_init(|| Arc::new(Index::new(&self.image)))
     }
@@ -491,30 +475,6 @@ impl Core {
             remaining: self.remaining_of(&self.config.pools[pool], backend),
             connections: self.connections_of(&self.config.pools[pool], backend),
         }
-    }
-
-    /// What still names a backend.
-    pub(super) fn remaining_of(&self, pool: &Pool, backend: &Backend) -> Remaining {
-        let identity = identity_of(pool, backend);
-        self.index().ids.get(&identity).map_or_else(Remaining::default, |id| self.remaining(*id))
-    }
-
-    /// Connections of a backend, where its pool has any.
-    fn connections_of(&self, pool: &Pool, backend: &Backend) -> Option<ConnectionCounts> {
-        let id = self.index().ids.get(&identity_of(pool, backend));
-        let counts = || id.map_or([0; 4], |&id| self.tracking.found.of(id).connections);
-        pool.forward.translates().then(|| ConnectionCounts::of(counts()))
-    }
-
-    /// What still names an id.
-    pub fn remaining(&self, id: u16) -> Remaining {
-        let (slots_new, slots_old) = self.index().slots(id);
-        let pins = u64::from(self.tracking.found.of(id).active);
-        let udp = self.tracking.desired.tables.values().filter(|table| table.protocol == PROTO_UDP);
-        let idle = udp.map(|table| table.idle).max().unwrap_or_default();
-        let emptied = self.image.backends.get(usize::from(id)).is_some_and(Row::is_emptied);
-        let quic = !emptied && self.named.gets(Instant::now(), id, idle);
-        Remaining { pins, slots_new, slots_old, quic, uncounted: !self.tracking.is_counted(id) }
     }
 
     fn state(

@@ -8,6 +8,7 @@ mod commands;
 pub mod connections;
 mod core;
 pub mod diff;
+mod flows;
 mod interfaces;
 mod lookup;
 mod named;
