@@ -3,13 +3,18 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use tests::balancer::{Balancer, Ended};
 use tests::between::{self, Between, CLIENTS, Config, Mode, OTHER, SAME, SOURCES, url};
-use tests::lab::{self, Capture, DatagramServer, Host, Transport, send_without_checksum};
-use tests::stage;
+use tests::lab::{
+    self, Capture, DatagramServer, EchoServer, Host, Transport, send_without_checksum, wait_for,
+};
+use tests::stage::{self, PATIENCE};
 
 const ECHO: u16 = 5000;
 
@@ -286,4 +291,110 @@ fn datagrams_without_a_checksum_stay_in_their_family() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How many answers a client waits for that has no place: a second is enough for those that have one.
+const WAITS: Duration = Duration::from_secs(1);
+
+/// Tries to connect so many times, some at a time; what came about.
+fn connect(client: &Host, server: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
+    const THREADS: usize = 32;
+    client.inside(|| {
+        thread::scope(|scope| {
+            let some = || {
+                let tries = (0..count / THREADS).map(|_| TcpStream::connect_timeout(&server, WAITS));
+                tries.filter_map(Result::ok).collect::<Vec<_>>()
+            };
+            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(some)).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+        })
+    })
+}
+
+/// Asks an echo server on each connection; an error if one has no answer.
+fn all_answer(streams: &[TcpStream]) -> Result<()> {
+    for mut stream in streams {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"are you there?!\n")?;
+    }
+    for mut stream in streams {
+        let mut answer = String::new();
+        while !answer.ends_with("are you there?!\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).with_context(|| format!("after {answer:?}"))?;
+            answer.push(char::from(byte[0]));
+        }
+    }
+    Ok(())
+}
+
+/// One source with few ports.
+#[test]
+fn when_all_ports_are_taken_new_clients_are_refused_old_ones_stay_and_another_source_gives_room() -> Result<()>
+{
+    let Some(scene) = Between::set("exhausted", Mode::Fullnat, 2)? else { return Ok(()) };
+    let _servers: Vec<_> =
+        scene.backends.iter().map(|one| EchoServer::start(&one.host, ECHO)).collect::<Result<_>>()?;
+    let mut config = Config { ports: ECHO.to_string(), ..scene.config() };
+    let written = |config: &Config| config.to_string().replace("]}\npools", "], ports: 20000-21023}\npools");
+    let file = scene.client.new_file("exhausted.yaml");
+    fs::write(&file, written(&config))?;
+    let checked = Ended::of_xlb(&scene.balancer, &["check", "--no-host", "-c", &file.to_string_lossy()])?;
+    checked.expect(0, &["1024 connections can be translated at a time", "1 source of 1024 ports"])?;
+    let balancer = Balancer::start(&scene.balancer, &scene.lab.dir().join("xlb"), &written(&config))?;
+    balancer.wait_for_backends(4, PATIENCE)?;
+
+    let server = SocketAddr::new(SAME[0].parse()?, ECHO);
+    let many = connect(&scene.client, server, 1600)?;
+    println!("{} of 1600 came about", many.len());
+    ensure!((900..=1024).contains(&many.len()), "{} came about", many.len());
+    ensure!(balancer.outcome("drop_connections_full")? >= 400);
+    all_answer(&many)?;
+    let told = balancer.xlb(&["status"])?;
+    for words in ["of 1024 connections", "drop_connections_full"] {
+        ensure!(told.contains(words), "{words:?} is not in:\n{told}");
+    }
+    let listed = balancer.xlb(&["conn", "list", "--limit", "5000"])?;
+    ensure!(listed.matches(between::SOURCES[0]).count() >= many.len(), "{listed}");
+
+    config.sources = between::listed(&[SOURCES, between::MORE_SOURCES].concat());
+    balancer.reload(&written(&config))?;
+    all_answer(&many)?;
+    // One in four looks for a place among the old ones only, half of all, until some of them end.
+    let more = connect(&scene.client, server, 320)?;
+    println!("{} of 320 more came about with another source", more.len());
+    ensure!(more.len() > 192, "{} of 320", more.len());
+    all_answer(&many)?;
+    all_answer(&more)
+}
+
+/// The last one: of another that leaves, the last takes the place, with less room than before.
+#[test]
+fn a_source_that_leaves_the_file_ends_its_connections_and_no_others() -> Result<()> {
+    let Some(scene) = Between::set("lesssrc", Mode::Fullnat, 1)? else { return Ok(()) };
+    let _server = EchoServer::start(&scene.backends[0].host, ECHO)?;
+    let both = between::listed(&[SOURCES, between::MORE_SOURCES].concat());
+    let config = Config { ports: ECHO.to_string(), sources: both, ..scene.config() };
+    let balancer = scene.start(&config)?;
+    let streams = connect(&scene.client, SocketAddr::new(SAME[0].parse()?, ECHO), 96)?;
+    ensure!(streams.len() == 96);
+    let listed = balancer.xlb(&["conn", "list"])?;
+    let (leaving, staying): (Vec<_>, Vec<_>) = streams.into_iter().partition(|stream| {
+        let port = stream.local_addr().map_or(0, |local| local.port());
+        let mut lines = listed.lines();
+        let line = lines.find(|line| line.contains(&format!("{}:{port} ", CLIENTS[0])));
+        line.is_some_and(|line| line.contains(&format!("{}:", between::MORE_SOURCES[0])))
+    });
+    ensure!(leaving.len() > 16 && staying.len() > 16, "{} and {}", leaving.len(), staying.len());
+
+    balancer.reload(&Config { sources: between::listed(&SOURCES), ..config }.to_string())?;
+    all_answer(&staying)?;
+    let lost = balancer.outcome("drop_no_connection")?;
+    for mut stream in &leaving {
+        stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+        stream.write_all(b"are you there?!\n")?;
+    }
+    wait_for("drops of what is not known", PATIENCE, || {
+        balancer.outcome("drop_no_connection").is_ok_and(|now| now >= lost + leaving.len() as u64)
+    })
 }
