@@ -39,10 +39,10 @@ fn served_by_the_host_itself(name: &str, mode: &str) -> Result<()> {
     let balancer = tests::balancer::Balancer::start(
         host,
         &scene.lab.dir().join("xlb"),
-        &config("10.112.0.6, 'fd00:112::6'", mode),
+        &config("10.99.0.6, 'fd00:99::6'", mode),
     )?;
     balancer.wait_for_backends(2, tests::stage::PATIENCE)?;
-    for (vip, source) in SAME.iter().zip(["10.112.0.6", "fd00:112::6"]) {
+    for (vip, source) in SAME.iter().zip(["10.99.0.6", "fd00:99::6"]) {
         let requests = lab::http_load(&scene.client, &url(vip, 80, ""), 100, 4)?;
         tests::stage::none_failed(&requests)?;
         let seen = lab::http_get(&scene.client, &url(vip, 80, "ends"))?.1;
