@@ -95,8 +95,8 @@ pub fn pass_on<P: Packet, T: Tables>(packet: &mut P, tables: &T, about: About, s
     match found.position() {
         Some(position) if found.is_across() => {
             let half = tables.cross_error(packet, position, about);
-            if half.is_none() {
-                Passed::UNTRANSLATABLE
+            if let Some(refused) = half.refused() {
+                refused
             } else if about.is_v4() {
                 tables.widen_error(packet, position, about, half)
             } else {
@@ -305,14 +305,12 @@ fn send_or<P: Packet, T: Tables>(
 }
 
 /// An error between families whose carried packet has its new transport header, and everything else as before: bits 0-31
-/// what that header adds to the sum over it, 32-39 the protocol; 0 for none.
+/// what that header adds to the sum over it, 32-39 the protocol. Without a protocol nothing was done: bits 0-15 why.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Half(u64);
 
 impl Half {
-    const NONE: Self = Self(0);
-
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
@@ -322,8 +320,8 @@ impl Half {
     }
 
     #[inline(always)]
-    const fn is_none(self) -> bool {
-        self.0 == 0
+    const fn refused(self) -> Option<Passed> {
+        if self.protocol() == 0 { Some(Passed::from_bits(self.0 & 0xffff)) } else { None }
     }
 
     #[inline(always)]
@@ -340,12 +338,20 @@ impl Half {
 /// Begins to translate an error of a connection between families.
 #[inline(always)]
 pub fn cross<P: Packet, T: Tables>(packet: &mut P, tables: &T, position: u32, about: About) -> Half {
-    cross_or(packet, tables, position, about).unwrap_or(Half::NONE)
+    match cross_or(packet, tables, position, about) {
+        Ok(half) => half,
+        Err(outcome) => Half(outcome as u64),
+    }
 }
 
 #[inline(always)]
-fn cross_or<P: Packet, T: Tables>(packet: &mut P, tables: &T, position: u32, about: About) -> Option<Half> {
-    let carried = carried(packet, about)?;
+fn cross_or<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    position: u32,
+    about: About,
+) -> Result<Half, Outcome> {
+    let carried = carried(packet, about).ok_or(Outcome::DropVipTruncated)?;
     // No options: hosts send none. No fragments: none were sent.
     let (ip, plain) = if about.is_v4() {
         (size_of::<Ipv4>(), size_of::<Frame4>())
@@ -353,12 +359,20 @@ fn cross_or<P: Packet, T: Tables>(packet: &mut P, tables: &T, position: u32, abo
         (size_of::<Ipv6>(), size_of::<Frame6>())
     };
     if about.offset() != IP + ip || carried.offset != plain {
-        return None;
+        return Err(Outcome::DropUntranslatable);
     }
-    let to = Course::of(tables, position, about).ok()?.ends(tables, about).ok()?;
-    let sent = ends(packet, about, &carried)?;
-    let change = transport(packet, &carried, &sent, &to).ok()?;
-    Some(Half(change as u64 | (carried.protocol as u64) << 32))
+    let course = Course::of(tables, position, about)?;
+    // RFC 1122, 3.2.2; RFC 4443, 2.4 e: nobody is told about an error.
+    let length = (carried.end - IP) as u32;
+    let room = course.egress.mtu;
+    let most = if about.is_v4() { room.wrapping_sub(2 * FAMILY_STEP) } else { room + 2 * FAMILY_STEP };
+    if length > most {
+        return Err(Outcome::DropOversize);
+    }
+    let to = course.ends(tables, about)?;
+    let sent = ends(packet, about, &carried).ok_or(Outcome::DropVipTruncated)?;
+    let change = transport(packet, &carried, &sent, &to)?;
+    Ok(Half(change as u64 | (carried.protocol as u64) << 32))
 }
 
 /// The rest of an error that goes from IPv4 to IPv6.
@@ -389,10 +403,6 @@ fn widen_or<P: Packet, T: Tables>(
     let frame = packet.header::<Frame4>(0).ok_or(Outcome::DropVipTruncated)?;
     // Of all of the error, and, as the carried header grows, of what will be behind the first one.
     let length = { frame.ip.total_length };
-    // RFC 4443, 2.4 e: nobody is told about an error.
-    if length.get() as u32 + 2 * FAMILY_STEP > mtu {
-        return Err(Outcome::DropOversize);
-    }
     let head = counterpart4(Head::of(&frame.icmp), mtu).ok_or(Outcome::DropUntranslatable)?;
     let gone = Head::of(&frame.icmp).sum() + frame.sent.sum() + { frame.sent.checksum }.raw() as u32;
     let change = half.change() + negative(gone) + head.sum();
@@ -451,10 +461,6 @@ fn narrow_or<P: Packet, T: Tables>(
     let frame = packet.header::<Frame6>(0).ok_or(Outcome::DropVipTruncated)?;
     // Of what is behind the first header, and, as the carried one shrinks, of all that there will be.
     let length = { frame.ip.payload_length }.get() as u32;
-    // RFC 1122, 3.2.2: nobody is told about an error.
-    if length > mtu {
-        return Err(Outcome::DropOversize);
-    }
     let head = counterpart6(Head::of(&frame.icmp), mtu).ok_or(Outcome::DropUntranslatable)?;
     let gone = Head::of(&frame.icmp).sum() + sum6(&frame.sent) + pseudo6(&frame.ip);
     // The carried header sums up to nothing now, with its checksum.

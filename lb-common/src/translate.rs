@@ -65,8 +65,6 @@ impl Passed {
     /// Nothing that any of these modes has to do with.
     pub const NOT_OURS: Self = Self::new(Outcome::PassNotVip, 0, 0);
 
-    pub(crate) const UNTRANSLATABLE: Self = Self::new(Outcome::DropUntranslatable, 0, 0);
-
     #[inline(always)]
     pub(crate) const fn new(outcome: Outcome, backend: u16, value: u32) -> Self {
         Self(outcome as u64 | (backend as u64) << 16 | (value as u64) << 32)
