@@ -14,7 +14,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 
 use crate::balancer::Balancer;
-use crate::lab::{self, Host, Lab, Nginx, NginxServer};
+use crate::lab::{self, Host, Lab, Nginx, NginxServer, Switch};
 use crate::stage::{PATIENCE, PATIENT_CHECKS, name};
 
 /// The client's addresses.
@@ -32,6 +32,14 @@ pub const MORE_SOURCES: [&str; 2] = ["10.112.0.6", "fd00:112::6"];
 pub const SAME: [&str; 2] = ["203.0.113.10", "2001:db8:113::10"];
 /// VIPs whose backends are of the other family, IPv4 first.
 pub const OTHER: [&str; 2] = ["203.0.113.46", "2001:db8:113::64"];
+
+/// The routers of [`Between::routed`], by the addresses that they show to clients, and those that they show to backends.
+pub const HOPS: [[&str; 2]; 4] = [
+    ["10.120.0.1", "fd00:120::1"],
+    ["10.121.0.2", "fd00:121::2"],
+    ["10.112.0.1", "fd00:112::1"],
+    ["10.113.0.2", "fd00:113::2"],
+];
 
 /// The ports of every backend's nginx.
 pub const PORTS: [u16; 2] = [80, 8080];
@@ -109,6 +117,63 @@ impl Between {
             this.backends.push(this.backend(host)?);
         }
         Ok(Some(this))
+    }
+
+    /// One backend, and two routers on either side of the balancer, with a link between them that takes so much.
+    ///
+    /// ```text
+    /// client --- edge --(outside)-- mid --- balancer --- core --(inside)-- far --- web1
+    /// ```
+    pub fn routed(name: &str, mode: Mode, outside: u16, inside: u16) -> Result<Option<Self>> {
+        if !lab::available()? {
+            return Ok(None);
+        }
+        let lab = Lab::new(name)?;
+        let [outer, entry, inner, between, last] =
+            ["outer", "entry", "inner", "between", "last"].map(|name| lab.switch(name));
+        let (outer, entry, inner, between, last) = (outer?, entry?, inner?, between?, last?);
+        let client = on(&lab, "client", &[(lab.lan(), CLIENTS)])?;
+        client.set_mtu("eth0", 1500)?;
+        let edge = on(&lab, "edge", &[(lab.lan(), HOPS[0]), (&outer, ["10.121.0.1", "fd00:121::1"])])?;
+        let mid = on(&lab, "mid", &[(&outer, HOPS[1]), (&entry, ["10.122.0.1", "fd00:122::1"])])?;
+        let balancer = on(&lab, "balancer", &[(&entry, ["10.122.0.3", "fd00:122::3"]), (&inner, INSIDE)])?;
+        let core = on(&lab, "core", &[(&inner, HOPS[2]), (&between, ["10.113.0.1", "fd00:113::1"])])?;
+        let far = on(&lab, "far", &[(&between, HOPS[3]), (&last, ["10.114.0.1", "fd00:114::1"])])?;
+        let web = on(&lab, "web1", &[(&last, ["10.114.0.11", "fd00:114::11"])])?;
+        for (router, interface, mtu) in [
+            (&edge, "eth1", outside),
+            (&mid, "eth0", outside),
+            (&core, "eth1", inside),
+            (&far, "eth0", inside),
+        ] {
+            router.set_mtu(interface, mtu)?;
+            router.sysctl("net.ipv4.ip_forward", "1")?;
+            router.sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        }
+        for (host, to, via) in [
+            (&client, ["default", "default"], HOPS[0]),
+            (&edge, ["default", "default"], HOPS[1]),
+            (&mid, ["10.120.0.0/24", "fd00:120::/64"], ["10.121.0.1", "fd00:121::1"]),
+            (&mid, ["default", "default"], ["10.122.0.3", "fd00:122::3"]),
+            (&balancer, ["10.114.0.0/24", "fd00:114::/64"], HOPS[2]),
+            (&core, ["10.114.0.0/24", "fd00:114::/64"], HOPS[3]),
+            (&far, ["default", "default"], ["10.113.0.1", "fd00:113::1"]),
+            (&web, ["default", "default"], ["10.114.0.1", "fd00:114::1"]),
+        ] {
+            host.route(&format!("{} via {}", to[0], via[0]))?;
+            host.ip(&format!("-6 route replace {} via {}", to[1], via[1]))?;
+        }
+        if mode == Mode::Nat {
+            core.route(&format!("default via {}", INSIDE[0]))?;
+            core.ip(&format!("-6 route replace default via {}", INSIDE[1]))?;
+        } else {
+            for source in with_lengths(SOURCES) {
+                balancer.add_address(&source, "eth1")?;
+            }
+        }
+        let nginx = lab::nginx(&web, "web1", Nginx { ports: PORTS.to_vec(), ..Nginx::default() })?;
+        let backends = vec![Backend { host: web, nginx }];
+        Ok(Some(Self { mode, client, balancer, backends, lab }))
     }
 
     fn backend(&self, host: Host) -> Result<Backend> {
@@ -204,6 +269,15 @@ pub fn url(vip: &str, port: u16, path: &str) -> String {
         true => format!("http://[{vip}]:{port}/{path}"),
         false => format!("http://{vip}:{port}/{path}"),
     }
+}
+
+/// A host with both addresses on each switch.
+fn on(lab: &Lab, name: &str, links: &[(&Switch, [&str; 2])]) -> Result<Host> {
+    let host = lab.host_on(name, &[])?;
+    for (switch, addresses) in links {
+        host.add_interface(switch, &with_lengths(*addresses).each_ref().map(String::as_str))?;
+    }
+    Ok(host)
 }
 
 /// Addresses as the configuration lists them.

@@ -99,14 +99,6 @@ fn a_flood_of_pings_is_answered_at_the_configured_rate_and_counted() -> Result<(
     })
 }
 
-/// The hops that traceroute shows, `*` for a silent one.
-fn traceroute(client: &Host, to: &str, words: &[&str]) -> Result<Vec<String>> {
-    let family = if to.contains(':') { "-6" } else { "-4" };
-    let fixed = ["traceroute.db", family, "-n", "-q", "1", "-w", "2", "-m", "5"];
-    let text = client.run(fixed.iter().chain(words).chain([&to]))?;
-    Ok(text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).map(str::to_owned).collect())
-}
-
 #[test]
 fn traceroute_ends_at_the_vip() -> Result<()> {
     let Some(routed) = Routed::set("traceroute", 2, 1500)? else { return Ok(()) };
@@ -119,7 +111,7 @@ fn traceroute_ends_at_the_vip() -> Result<()> {
         // ICMP is answered by the balancer, and so are datagrams to ports of no service. A SYN is answered by nginx, and
         // a datagram to a service that nobody listens for by the backend's kernel.
         for words in [&[][..], &["-I"], &["-T", "-p", "80"], &["-U", "-p", "5000"]] {
-            let hops = traceroute(&stage.client, vip, words)?;
+            let hops = lab::traceroute(&stage.client, vip, words)?;
             ensure!(hops == [EDGE[index], CORE[index], vip], "{vip} {words:?}: {hops:?}");
         }
     }

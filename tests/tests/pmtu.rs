@@ -10,7 +10,7 @@ use rustix::net::sockopt::{
     Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
 };
 use tests::balancer::{Balancer, decap_on};
-use tests::lab::{self, Capture, DatagramServer, Host, Lab, Nginx, Transport, wait_for};
+use tests::lab::{self, Capture, DatagramServer, Host, Lab, Nginx, Transport, learnt_mtu, wait_for};
 use tests::routed::{CLIENT4, CLIENT6, Routed};
 use tests::stage::{self, Backend, Config, PATIENCE, Stage, TUNNEL_SOURCES, URL4, URLS, VIP4, VIPS};
 
@@ -49,13 +49,6 @@ fn upload(client: &Host, backend: &Backend, url: &str, bytes: usize, within: &st
     ensure!(fs::read(&arrived)? == fs::read(&file)?, "{url}: another content");
     fs::remove_file(arrived)?;
     Ok(())
-}
-
-/// What a host has learnt of the path to an address.
-fn learnt_mtu(host: &Host, to: &str) -> Result<Option<u32>> {
-    let route = host.ip(&format!("route get {to}"))?;
-    let mtu = route.split_whitespace().skip_while(|word| *word != "mtu").nth(1);
-    mtu.map(|mtu| mtu.parse().with_context(|| route.clone())).transpose()
 }
 
 /// Makes a host forget what it has learnt of the paths along a route.

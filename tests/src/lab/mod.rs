@@ -31,6 +31,7 @@ mod http;
 mod incidents;
 mod late;
 mod live;
+mod path;
 mod process;
 mod quic;
 mod raw;
@@ -63,6 +64,7 @@ pub use self::http::{
 pub use self::incidents::{Death, Incident, Kind, LONG_STALL, Tally};
 pub use self::late::LateServer;
 pub use self::live::{LiveConnections, LiveLoad, NamingServer, STALL};
+pub use self::path::{learnt_mtu, traceroute};
 pub use self::process::Process;
 pub use self::quic::{QuicClients, QuicConnection, quic_server};
 pub use self::raw::{IcmpSocket, Options, http_get_with_options, send_without_checksum};
