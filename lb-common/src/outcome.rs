@@ -165,7 +165,7 @@ outcomes! {
         49 DropConnectionsFull Drop "drop_connections_full" "a new connection for which there is no place (`nat`), or no source port (`fullnat`)"
             "Raise `limits.connections`, or give `fullnat` more `sources`; `xlb conn list` shows who holds them.";
         50 DropNoConnection Drop "drop_no_connection" "in the middle of a TCP connection that is not known (`fullnat`)"
-            "Its state is lost: it was silent for longer than its timeout, or began on another balancer.";
+            "Its state is lost: it was silent for longer than its timeout, its backend failed or was disabled, it was flushed (`xlb conn flush`), or it began on another balancer.";
         51 DropNoChecksum Drop "drop_no_checksum" "a UDP packet of IPv4 without a checksum that would become one of IPv6 (RFC 7915, section 4.5)"
             "Let the sender compute checksums, or give the pool a backend of its clients' family.";
         52 DropUntranslatable Drop "drop_untranslatable" "a packet that cannot change its address family: IPv4 options, IPv6 extension headers, or an ICMP message without a counterpart"
