@@ -333,7 +333,7 @@ fn renew<P: Packet, T: Tables>(
         tables.store(&place.record.0[Record::OPENED], tables.precise_clock());
         tables.exchange(&place.record.0[Record::PORTS], key, key & !seen::ALL);
     }
-    follow(packet, tables, place.record);
+    follow(packet, tables, place);
     true
 }
 
@@ -346,15 +346,21 @@ fn weigh<T: Tables>(tables: &T, target: VipTarget, pin: Pin, next: Pin) {
 
 /// Keeps the way back in step with where the client's packets come from.
 #[inline(always)]
-fn follow<P: Packet, T: Tables>(packet: &P, tables: &T, record: &Record) {
+fn follow<P: Packet, T: Tables>(packet: &P, tables: &T, place: &Place<'_>) {
     let Some(ethernet) = packet.header::<Ethernet>(0) else { return };
-    let back = Path::from_bits(tables.word(&record.0[Record::BACK]));
+    let word = &place.record.0[Record::BACK];
+    let back = Path::from_bits(tables.word(word));
     let here = match tables.egress(back.egress()) {
         Some(egress) => egress.ifindex == packet.ingress_ifindex(),
         None => false,
     };
-    if back.mac() != ethernet.source() || !here {
-        tables.store(&record.0[Record::BACK], way_back(packet, tables).bits());
+    if back.mac() == ethernet.source() && here {
+        return;
+    }
+    // The place may have changed hands: then this is the way to another, or will be.
+    let pin = Pin::from_bits(tables.word(place.word));
+    if pin.tag() == place.pin.tag() {
+        tables.exchange(word, back.bits(), way_back(packet, tables).bits());
     }
 }
 

@@ -117,14 +117,15 @@ impl fmt::Debug for Connections {
     }
 }
 
-/// Takes out the connections in places of a range: compare and delete, since packets may change them meanwhile.
+/// Takes out the connections in places of a range: compare and delete, since packets may change them meanwhile. A place
+/// that is claimed is left alone: somebody is filling its record, and nobody else may.
 pub fn drop_connections(words: &[AtomicU64], places: RangeInclusive<u32>) -> u64 {
     let (first, last) = (*places.start() as usize, *places.end() as usize);
     let mut dropped = 0;
     for word in words.iter().take(last.saturating_add(1)).skip(first) {
         loop {
             let pin = Pin::from_bits(word.load(Ordering::Acquire));
-            if pin.is_free() {
+            if pin.is_free() || pin.backend() == BACKEND_CLAIMED {
                 break;
             }
             if word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {

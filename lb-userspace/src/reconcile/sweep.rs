@@ -264,6 +264,8 @@ impl Sweeper {
     /// Goes over so many buckets; at the end of the cycle, what it found.
     pub fn step(&mut self, places: Places<'_>, buckets: usize, age: u16, now: Instant) -> Option<Found> {
         let cycle = self.cycle.as_mut()?;
+        // Claimed before the grace that the cycle began with: whoever did is gone, not slow.
+        cycle.leftover = limit(LEFTOVER + now.saturating_duration_since(cycle.began));
         let (pins, all) = (places.pins.len(), places.len());
         let until = all.min(cycle.next + buckets * PINS_PER_BUCKET);
         for word in &places.pins[cycle.next.min(pins)..until.min(pins)] {
