@@ -2,6 +2,7 @@
 //! desired, once the flows of before are silent, a second one is empty, and no packet is lost or misled midway.
 
 mod changes;
+mod connecting;
 mod flows;
 mod interleavings;
 mod many;
