@@ -25,9 +25,14 @@ const LEAST: u64 = 100;
 type Met = BTreeMap<&'static str, u64>;
 
 /// Frames of the corpus, and then made ones.
-fn frames(program: Program, seed: u64, count: usize) -> impl Iterator<Item = Vec<u8>> {
+fn frames(
+    program: Program,
+    setting: Option<Setting>,
+    seed: u64,
+    count: usize,
+) -> impl Iterator<Item = Vec<u8>> {
     let corpus = corpus::read(&program.corpus()).unwrap_or_else(|error| panic!("{error:#}"));
-    let seeds = program.seeds().unwrap_or_else(|error| panic!("{error:#}"));
+    let seeds = program.seeds(setting).unwrap_or_else(|error| panic!("{error:#}"));
     let mut mutator = Mutator::new(seed, seeds.into_iter().map(|case| case.frame).collect());
     let made = std::iter::repeat_with(move || mutator.frame()).take(count);
     corpus.into_iter().map(|case| case.frame).chain(made)
@@ -72,7 +77,12 @@ fn a_million_frames_end_in_the_kernel_as_on_the_host_and_meet_every_outcome() {
             let balancer = Balancer::in_kernel(*variant, host).unwrap_or_else(|error| panic!("{error:#}"));
             run(
                 Box::new(balancer),
-                frames(Program::Balancer, SEED + index as u64, parts(*variant) * share),
+                frames(
+                    Program::Balancer,
+                    Some(variant.setting),
+                    SEED + index as u64,
+                    parts(*variant) * share,
+                ),
                 &met,
             );
         }
@@ -93,7 +103,7 @@ fn frames_to_a_backend_end_in_the_kernel_as_on_the_host_and_meet_every_outcome()
     }
     let decap = Decap::in_kernel(decap_host).unwrap_or_else(|error| panic!("{error:#}"));
     let met = Mutex::new(Met::new());
-    run(Box::new(decap), frames(Program::Decap, SEED, DECAP_FRAMES), &met);
+    run(Box::new(decap), frames(Program::Decap, None, SEED, DECAP_FRAMES), &met);
     let met = met.into_inner().expect("no thread has panicked with it");
     // The kernel does not fail to take off what is there.
     let outcomes = DecapOutcome::ALL.iter().filter(|outcome| **outcome != DecapOutcome::DropHead);

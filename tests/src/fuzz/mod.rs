@@ -73,20 +73,32 @@ impl Program {
 
     /// Frames of the fixtures, as cases.
     pub fn fixtures(self) -> Vec<Case> {
+        let (plain, translated) = self.fixtures_apart();
+        [plain, translated].concat()
+    }
+
+    /// Those of translated connections are the second.
+    fn fixtures_apart(self) -> (Vec<Case>, Vec<Case>) {
         let case = |name: &str, frame| Case { name: corpus::kebab(name), frame };
         match self {
             Self::Balancer => {
-                let rows = rows().into_iter().map(|row| case(&row.name, row.frame));
-                rows.chain(translated_fixtures()).collect()
+                (rows().into_iter().map(|row| case(&row.name, row.frame)).collect(), translated_fixtures())
             }
-            Self::Decap => decap_rows().into_iter().map(|row| case(&row.name, row.frame)).collect(),
+            Self::Decap => {
+                (decap_rows().into_iter().map(|row| case(&row.name, row.frame)).collect(), Vec::new())
+            }
         }
     }
 
-    /// What new frames are made of: the corpus and the fixtures, as far as they can be run.
-    pub fn seeds(self) -> Result<Vec<Case>> {
+    /// What new frames are made of: the corpus and the fixtures, as far as they can be run. Of translated connections
+    /// there are some only where the setting has such, or is none.
+    pub fn seeds(self, setting: Option<Setting>) -> Result<Vec<Case>> {
+        let (plain, translated) = self.fixtures_apart();
         let mut cases = corpus::read(&self.corpus())?;
-        cases.extend(self.fixtures());
+        cases.extend(plain);
+        if setting.is_none_or(|setting| setting == Setting::Translated) {
+            cases.extend(translated);
+        }
         cases.retain(|case| (SHORTEST..=LONGEST).contains(&case.frame.len()));
         Ok(cases)
     }

@@ -112,7 +112,7 @@ pub const HEADING: &str = "Frames that together reach every edge that is known t
 
 impl Field {
     fn begin(program: Program, seed: u64, kernel: bool) -> Result<Self> {
-        let seeds = program.seeds()?.into_iter().map(|case| case.frame).collect();
+        let seeds = program.seeds(None)?.into_iter().map(|case| case.frame).collect();
         Ok(Self {
             hunters: crate::subjects(program, kernel)?.into_iter().map(Hunter::new).collect(),
             mutator: Mutator::new(seed, seeds),
