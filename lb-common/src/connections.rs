@@ -273,7 +273,9 @@ pub fn source_of<T: Tables>(tables: &T, row: u64, backend: &Backend) -> Result<(
     } else {
         Address6 { high: source.v6[0], low: source.v6[1] }
     };
-    Ok((address, end.port()))
+    // The row is to be filled.
+    let none = if backend.is_v4() { Address6::mapped(0) } else { Address6::default() };
+    if address == none { Err(Outcome::DropUnresolved) } else { Ok((address, end.port())) }
 }
 
 /// A backend's address; of IPv4, mapped.

@@ -25,8 +25,8 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{
-    ABI_VERSION, BACKEND_NOBODY, BACKEND_PASS, Backend as BackendRow, Egress, MOST_BACKENDS, Meta, Path,
-    PortKey, PrefixLengths, RULES_PER_ROW, SLOTS_PER_ROW, Source, TableWord, VipTarget, VipWord,
+    ABI_VERSION, BACKEND_NOBODY, BACKEND_PASS, Backend as BackendRow, BackendKind, Egress, MOST_BACKENDS,
+    Meta, Path, PortKey, PrefixLengths, RULES_PER_ROW, SLOTS_PER_ROW, Source, TableWord, VipTarget, VipWord,
 };
 use lb_common::forward::forward;
 use lb_common::outcome::{Action, Outcome};

@@ -181,13 +181,33 @@ pub fn is_right(
         }
         Outcome::DropNoBackend => targets.contains(&Target::Nobody),
         Outcome::PassNoBackend => targets.contains(&Target::Pass),
-        // `on_empty: all` may name a backend that has no next hop.
+        // In the middle of a connection that nobody knows.
+        Outcome::DropNoConnection => targets.iter().any(|target| is_fullnat(desired, target)),
+        // To the other family, which the configuration's rules refuse.
+        Outcome::DropUntranslatable => targets.iter().any(|target| is_nat(desired, target)),
+        // `on_empty: all` may name a backend that has no next hop; and there may be no source.
         Outcome::DropUnresolved => targets.iter().any(|target| match target {
-            Target::Backend(identity) => desired.backends[identity].next_hop.is_none(),
+            Target::Backend(identity) => {
+                desired.backends[identity].next_hop.is_none()
+                    || is_fullnat(desired, target) && desired.sources.v4.is_empty()
+            }
             Target::Nobody | Target::Pass => false,
         }),
         _ => false,
     }
+}
+
+fn kind_of(desired: &Desired, target: &Target) -> Option<BackendKind> {
+    let Target::Backend(identity) = target else { return None };
+    BackendKind::from_raw(desired.backends[identity].row.kind)
+}
+
+fn is_fullnat(desired: &Desired, target: &Target) -> bool {
+    kind_of(desired, target).is_some_and(BackendKind::translates_source)
+}
+
+fn is_nat(desired: &Desired, target: &Target) -> bool {
+    matches!(kind_of(desired, target), Some(BackendKind::Nat4 | BackendKind::Nat6))
 }
 
 /// Whether a forwarded packet went where its backend's next hop is, or was; by whatever pool or tunnel that is known.

@@ -294,7 +294,6 @@ pub fn features_follow_what_is_configured() {
 
 #[test]
 pub fn the_row_of_a_backend_says_all_of_its_tunnel() {
-    use lb_common::abi::BackendKind;
     let gue = Forward::Gue { port: 7000 };
     let rows = [
         ("ipip over IPv4", Forward::Ipip, 0, BackendKind::Ipip4, 0, true),

@@ -97,8 +97,9 @@ fn what_was_used_after_it_was_copied_is_renewed_and_nothing_newer_is_lost() {
     }
 }
 
-const SMALL: Limits = Limits { vips: 16, backends: 64, slots: 16 << 12, pins: 4096, connections: 0 };
-const LARGE: Limits = Limits { vips: 2000, backends: 5000, slots: 100 << 12, pins: 1 << 16, connections: 0 };
+const SMALL: Limits = Limits { vips: 16, backends: 64, slots: 16 << 12, pins: 4096, connections: 4096 };
+const LARGE: Limits =
+    Limits { vips: 2000, backends: 5000, slots: 100 << 12, pins: 1 << 16, connections: 8192 };
 
 /// Slots on the move, and a table that is not at the beginning of the map.
 fn in_the_midst() -> (State, Image) {
@@ -258,7 +259,8 @@ proptest! {
         }
         let thawed = |capacity: &Capacity| {
             let ops = carried(&image, capacity).map_err(|error| TestCaseError::fail(error.to_string()))?;
-            let mut after = image_of(&ops, capacity, image.meta);
+            let connections = Connections::in_memory(capacity.connections() as usize);
+            let mut after = Image { connections, ..image_of(&ops, capacity, image.meta) };
             after.table_states.iter_mut().for_each(|state| state.closing = 0);
             Ok::<_, TestCaseError>(after)
         };
