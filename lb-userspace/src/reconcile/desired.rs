@@ -283,7 +283,9 @@ const fn way_of(kind: BackendKind) -> Features {
         BackendKind::Gue4 => Features::GUE4,
         BackendKind::Gue6 => Features::GUE6,
         BackendKind::Nat4 | BackendKind::Nat6 => Features::NAT,
-        BackendKind::Fullnat4 | BackendKind::Fullnat6 => Features::NAT.with(Features::FULLNAT),
+        // Answers come in the backend's family, whatever the client's is.
+        BackendKind::Fullnat4 => Features::NAT.with(Features::FULLNAT).with(Features::IPV4),
+        BackendKind::Fullnat6 => Features::NAT.with(Features::FULLNAT).with(Features::IPV6),
         BackendKind::Nobody | BackendKind::Pass => Features::from_bits(0),
     }
 }
