@@ -76,7 +76,7 @@ fn fault_06_no_part_of_a_file_is_taken_for_the_whole() -> Result<()> {
         ensure!(part.is_err_and(|problems| !problems.0.is_empty()), "{length} bytes are taken for a file");
     }
     // Where lists have an entry on each line, a cut between two of them is a shorter list, and nothing else.
-    for example in ["minimal", "dual-stack", "anycast-edge", "regions", "demo"] {
+    for example in ["minimal", "dual-stack", "anycast-edge", "regions", "translated", "demo"] {
         let text = fs::read(format!("{}/../examples/{example}.yaml", env!("CARGO_MANIFEST_DIR")))?;
         let meant = load(&text)?.map_err(|problems| anyhow::anyhow!("{example}: {problems}"))?.config;
         for length in 0..text.len() {
