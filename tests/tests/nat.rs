@@ -398,3 +398,30 @@ fn a_source_that_leaves_the_file_ends_its_connections_and_no_others() -> Result<
         balancer.outcome("drop_no_connection").is_ok_and(|now| now >= lost + leaving.len() as u64)
     })
 }
+
+/// Places stand for ports, and connections in them would be sent what is another's.
+#[test]
+fn other_ports_end_connections_and_leave_nothing_of_them() -> Result<()> {
+    let Some(scene) = Between::set("otherports", Mode::Fullnat, 1)? else { return Ok(()) };
+    let _server = EchoServer::start(&scene.backends[0].host, ECHO)?;
+    let config = Config { ports: ECHO.to_string(), ..scene.config() }.to_string();
+    let with_ports = |ports: &str| config.replace("]}\npools", &format!("], ports: {ports}}}\npools"));
+    let balancer =
+        Balancer::start(&scene.balancer, &scene.lab.dir().join("xlb"), &with_ports("20000-21023"))?;
+    balancer.wait_for_backends(2, PATIENCE)?;
+    let server = SocketAddr::new(SAME[0].parse()?, ECHO);
+    let old = connect(&scene.client, server, 96)?;
+    all_answer(&old)?;
+    // Half of the ports are the same, at other places.
+    for ports in ["20512-21535", "20512-22559", "20000-21023"] {
+        balancer.reload(&with_ports(ports))?;
+        wait_for("the old ones are gone", PATIENCE, || {
+            balancer.xlb(&["conn", "list"]).is_ok_and(|list| list.contains("no connections"))
+        })?;
+        let new = connect(&scene.client, server, 96)?;
+        ensure!(new.len() == 96, "{ports}: {}", new.len());
+        all_answer(&new)?;
+        balancer.xlb(&["conn", "flush", "--all"])?;
+    }
+    Ok(())
+}

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_CLAIMED, PINS_PER_BUCKET, Pin, PinState, Record, SLOTS_PER_ROW, TableWord};
-use lb_common::connections::seen;
+use lb_common::abi::{
+    BACKEND_CLAIMED, BackendKind, PINS_PER_BUCKET, Pin, PinState, Record, SLOTS_PER_ROW, TableWord,
+};
+use lb_common::connections::{Rooms, SourceEnd, seen};
 use lb_common::slots::Slot;
 use lb_common::wire::PROTO_UDP;
 
@@ -172,6 +174,9 @@ struct Cycle {
     /// Of connections that were reset, and of places that were claimed.
     reset: u32,
     leftover: u32,
+    /// Which ports places stand for, and by backend id, whether it knows clients by them.
+    rooms: Rooms,
+    knows_ports: Vec<bool>,
 }
 
 /// What a whole cycle found.
@@ -240,6 +245,12 @@ impl Sweeper {
             limits: rules.all_limits(image.backends.len()),
             reset: limit(rules.timeouts.reset),
             leftover: limit(LEFTOVER),
+            rooms: Rooms::new(0, image.meta.source_ports),
+            knows_ports: image
+                .backends
+                .iter()
+                .map(|row| BackendKind::from_raw(row.kind).is_some_and(BackendKind::translates_source))
+                .collect(),
             rules,
         });
     }
@@ -272,8 +283,9 @@ impl Sweeper {
             cycle.look(word, age);
         }
         let connections = cycle.next.saturating_sub(pins)..until.saturating_sub(pins);
-        for (word, record) in places.connections[connections.clone()].iter().zip(&places.records[connections])
-        {
+        let words = places.connections[connections.clone()].iter().zip(&places.records[connections.clone()]);
+        for (position, (word, record)) in connections.zip(words) {
+            cycle.end_misplaced(position, word, record);
             cycle.look_at_connection(word, record, age);
         }
         cycle.next = until;
@@ -332,6 +344,22 @@ impl Cycle {
         }
         let limits = self.limits.get(usize::from(pin.backend()));
         limits.map_or(u32::MAX, |of| of.connections[pin.state() as usize])
+    }
+
+    /// Frees a place whose connection has another port than the place stands for (`fullnat.ports` has changed): answers
+    /// do not find it, and its port is another place's.
+    fn end_misplaced(&mut self, position: usize, word: &AtomicU64, record: &Record) {
+        let pin = Pin::from_bits(word.load(Ordering::Acquire));
+        let knows_ports = self.knows_ports.get(usize::from(pin.backend())).is_some_and(|knows| *knows);
+        if pin.is_free() || pin.backend() == BACKEND_CLAIMED || !knows_ports {
+            return;
+        }
+        let end = SourceEnd::from_bits((record.0[Record::ROW].load(Ordering::Acquire) >> 32) as u32);
+        if end != self.rooms.source(position as u32)
+            && word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        {
+            self.expired += 1;
+        }
     }
 
     /// Connections hold no slot: where theirs leads is nothing to them.
