@@ -215,7 +215,12 @@ fn constants(config: &Config, image: &Image) -> Vec<Difference> {
     let (wanted, found) = (features(config), Features::from_bits(image.meta.features));
     let wanted = wanted.with(ways_to(&image.backends));
     // The last reload kept those that backends needed which are gone by now.
-    let spare = WAYS.iter().filter(|way| found.has(**way)).fold(wanted, |all, way| all.with(*way));
+    let mut spare = WAYS.iter().filter(|way| found.has(**way)).fold(wanted, |all, way| all.with(*way));
+    if found.has(Features::FULLNAT) {
+        // Answers of those came in either family.
+        let families = [Features::IPV4, Features::IPV6].into_iter().filter(|family| found.has(*family));
+        spare = families.fold(spare, Features::with);
+    }
     if spare != found {
         let words = |features: Features| {
             let on = Features::ALL.iter().filter(|(feature, _)| features.has(*feature));

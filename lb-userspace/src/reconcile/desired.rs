@@ -290,10 +290,8 @@ const fn way_of(kind: BackendKind) -> Features {
     }
 }
 
-/// Features that say how packets get to backends, or, the families, may do so.
-pub const WAYS: [Features; 9] = [
-    Features::IPV4,
-    Features::IPV6,
+/// Features that only say how packets get to backends.
+pub const WAYS: [Features; 7] = [
     Features::IPIP4,
     Features::IPIP6,
     Features::L2,
