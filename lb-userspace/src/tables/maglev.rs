@@ -43,6 +43,10 @@ pub fn log2_length(backends: usize) -> u32 {
 }
 
 /// The members' indices, slot by slot; empty where no member has weight.
+///
+/// The result is that of the paper's loop; how it is come by is not. Which slots are free is a bit each, so that a walk
+/// stays in the cache. And once few are left, a walk does not go from slot to slot until it meets one, which takes longer
+/// and longer: how far away each free slot is follows from the inverse of the skip.
 pub fn build(log2_length: u32, members: &[Member]) -> Vec<u16> {
     let length = 1usize << log2_length;
     let mask = length - 1;
@@ -56,27 +60,54 @@ pub fn build(log2_length: u32, members: &[Member]) -> Vec<u16> {
     // The turn order must not depend on the order of the configuration.
     walks.sort_unstable_by_key(|walk| walk.key);
 
-    const FREE: u16 = u16::MAX;
-    let mut table = vec![FREE; length];
-    let mut filled = 0;
-    for round in 0u64.. {
+    let few = 1usize << (log2_length / 2);
+    let mut table = vec![0; length];
+    let mut free = Free::all(length);
+    let mut last = Vec::new();
+    let mut left = length;
+    loop {
         for walk in &mut walks {
-            // A weight of half the heaviest takes a turn in every second round.
-            let turn = (round + 1) * walk.weight / heaviest > round * walk.weight / heaviest;
-            if !turn {
+            if !walk.has_turn(heaviest) {
                 continue;
             }
-            while table[walk.position] != FREE {
-                walk.position = (walk.position + walk.skip) & mask;
+            if left > few {
+                walk.go(&free, mask);
+                free.take(walk.position);
+            } else {
+                if last.is_empty() {
+                    last = free.slots();
+                }
+                walk.jump(&mut last, mask);
             }
             table[walk.position] = walk.index;
-            filled += 1;
-            if filled == length {
+            left -= 1;
+            if left == 0 {
                 return table;
             }
         }
     }
-    table
+}
+
+/// The slots that nobody has, a bit for each.
+struct Free(Vec<u64>);
+
+impl Free {
+    /// `length` is a power of two, 64 or more.
+    fn all(length: usize) -> Self {
+        Self(vec![u64::MAX; length / 64])
+    }
+
+    fn has(&self, slot: usize) -> bool {
+        self.0[slot / 64] & 1 << (slot % 64) != 0
+    }
+
+    fn take(&mut self, slot: usize) {
+        self.0[slot / 64] &= !(1 << (slot % 64));
+    }
+
+    fn slots(&self) -> Vec<usize> {
+        (0..self.0.len() * 64).filter(|slot| self.has(*slot)).collect()
+    }
 }
 
 /// A member's way through the table.
@@ -84,6 +115,8 @@ struct Walk {
     index: u16,
     key: u64,
     weight: u64,
+    /// What of a turn it has come by, in parts of the heaviest weight.
+    credit: u64,
     position: usize,
     skip: usize,
 }
@@ -94,11 +127,49 @@ impl Walk {
             index: index as u16,
             key: member.key,
             weight: u64::from(member.weight),
+            credit: 0,
             position: (member.key >> 32) as usize & mask,
             // Odd: coprime to the length, so the walk visits every slot.
             skip: (member.key as usize | 1) & mask,
         }
     }
+
+    /// A weight of half the heaviest takes a turn in every second round.
+    fn has_turn(&mut self, heaviest: u64) -> bool {
+        self.credit += self.weight;
+        let turn = self.credit >= heaviest;
+        if turn {
+            self.credit -= heaviest;
+        }
+        turn
+    }
+
+    /// To the next free slot, step by step.
+    fn go(&mut self, free: &Free, mask: usize) {
+        while !free.has(self.position) {
+            self.position = (self.position + self.skip) & mask;
+        }
+    }
+
+    /// To the same slot, which is out of the list then.
+    fn jump(&mut self, free: &mut Vec<usize>, mask: usize) {
+        let inverse = inverse(self.skip);
+        let steps = |slot: usize| slot.wrapping_sub(self.position).wrapping_mul(inverse) & mask;
+        let nearest = (0..free.len()).min_by_key(|&place| steps(free[place]));
+        if let Some(place) = nearest {
+            self.position = free.swap_remove(place);
+        }
+    }
+}
+
+/// What gives 1, multiplied by an odd number, modulo any power of two: by Newton's iteration, each round of which doubles the
+/// bits that are right (three to begin with).
+fn inverse(odd: usize) -> usize {
+    let mut inverse = odd;
+    for _ in 0..5 {
+        inverse = inverse.wrapping_mul(2usize.wrapping_sub(odd.wrapping_mul(inverse)));
+    }
+    inverse
 }
 
 #[cfg(test)]
@@ -115,6 +186,56 @@ mod tests {
         let mut counts = vec![0; n];
         table.iter().for_each(|&index| counts[usize::from(index)] += 1);
         counts
+    }
+
+    /// As the paper has it: what `build` comes to, and slowly.
+    fn plain(log2_length: u32, members: &[Member]) -> Vec<u16> {
+        let (length, mask) = (1usize << log2_length, (1usize << log2_length) - 1);
+        let mut walks: Vec<(Walk, u64)> = members
+            .iter()
+            .enumerate()
+            .filter(|(_, member)| member.weight > 0)
+            .map(|(index, member)| (Walk::new(index, *member, mask), u64::from(member.weight)))
+            .collect();
+        let Some(heaviest) = walks.iter().map(|(_, weight)| *weight).max() else { return Vec::new() };
+        walks.sort_unstable_by_key(|(walk, _)| walk.key);
+        let (mut table, mut filled) = (vec![u16::MAX; length], 0);
+        for round in 0u64.. {
+            for (walk, weight) in &mut walks {
+                if (round + 1) * *weight / heaviest == round * *weight / heaviest {
+                    continue;
+                }
+                while table[walk.position] != u16::MAX {
+                    walk.position = (walk.position + walk.skip) & mask;
+                }
+                table[walk.position] = walk.index;
+                filled += 1;
+                if filled == length {
+                    return table;
+                }
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn a_table_is_that_of_the_paper_in_every_length_class() {
+        for (log2, backends) in [(12, 1), (12, 2), (12, 40), (14, 163), (16, 655), (18, 700)] {
+            let weights: Vec<u8> = (0..backends).map(|index| [100, 99, 50, 1][index % 4]).collect();
+            for weights in [vec![100; backends], weights] {
+                assert!(
+                    build(log2, &members(&weights)) == plain(log2, &members(&weights)),
+                    "{log2}, {backends}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_inverse_gives_one() {
+        for odd in [1, 3, 5, 0xffff_ffff, 0x9e37_79b9_7f4a_7c15, usize::MAX] {
+            assert_eq!(odd.wrapping_mul(inverse(odd)), 1, "{odd}");
+        }
     }
 
     #[test]
@@ -191,6 +312,11 @@ mod tests {
     const GOLDEN_HEAD: [u16; 16] = [1, 0, 1, 1, 2, 1, 0, 1, 1, 2, 1, 0, 1, 1, 2, 1];
 
     proptest! {
+        #[test]
+        fn any_table_is_that_of_the_paper(weights in prop::collection::vec(0u8..=100, 1..60), log2 in 12u32..14) {
+            prop_assert!(build(log2, &members(&weights)) == plain(log2, &members(&weights)));
+        }
+
         #[test]
         fn the_order_of_members_does_not_matter(weights in prop::collection::vec(0u8..=100, 1..30), turn in 0usize..30) {
             let ordered = members(&weights);
