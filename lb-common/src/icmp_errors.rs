@@ -266,10 +266,7 @@ impl<'t> Course<'t> {
 /// Translates an error of a connection that keeps its family, and sends it off.
 #[inline(always)]
 pub fn send<P: Packet, T: Tables>(packet: &mut P, tables: &T, position: u32, about: About) -> Passed {
-    match send_or(packet, tables, position, about) {
-        Ok(passed) => passed,
-        Err(outcome) => Passed::new(outcome, 0, 0),
-    }
+    Passed::of(send_or(packet, tables, position, about))
 }
 
 #[inline(always)]
@@ -384,10 +381,7 @@ pub fn widen<P: Packet, T: Tables>(
     about: About,
     half: Half,
 ) -> Passed {
-    match widen_or(packet, tables, position, about, half) {
-        Ok(passed) => passed,
-        Err(outcome) => Passed::new(outcome, 0, 0),
-    }
+    Passed::of(widen_or(packet, tables, position, about, half))
 }
 
 #[inline(always)]
@@ -442,10 +436,7 @@ pub fn narrow<P: Packet, T: Tables>(
     about: About,
     half: Half,
 ) -> Passed {
-    match narrow_or(packet, tables, position, about, half) {
-        Ok(passed) => passed,
-        Err(outcome) => Passed::new(outcome, 0, 0),
-    }
+    Passed::of(narrow_or(packet, tables, position, about, half))
 }
 
 #[inline(always)]

@@ -70,6 +70,15 @@ impl Passed {
         Self(outcome as u64 | (backend as u64) << 16 | (value as u64) << 32)
     }
 
+    /// What a step has come to.
+    #[inline(always)]
+    pub(crate) fn of(result: Result<Self, Outcome>) -> Self {
+        match result {
+            Ok(passed) => passed,
+            Err(outcome) => Self::new(outcome, 0, 0),
+        }
+    }
+
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
@@ -121,7 +130,8 @@ pub fn forward<P: Packet, T: Tables>(
     }
 }
 
-/// Where a connection is: bit 48, and below it the place, with the backend that it is to have in bits 32-46; or why it is nowhere, as in `Passed`.
+/// Where a connection is: bit 48, and below it the place, with the backend that it is to have in bits 32-46; bit 49 where
+/// its ends are of two families. Or why it is nowhere, as in `Passed`.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Found(u64);
@@ -230,10 +240,7 @@ pub fn send<P: Packet, T: Tables>(
     position: u32,
     shape: Shape,
 ) -> Passed {
-    match send_or(packet, tables, target, position, shape.layout()) {
-        Ok(passed) => passed,
-        Err(outcome) => Passed::new(outcome, 0, 0),
-    }
+    Passed::of(send_or(packet, tables, target, position, shape.layout()))
 }
 
 #[inline(always)]
@@ -454,11 +461,7 @@ fn begin<P: Packet, T: Tables>(
 /// number of the source that it is to, or 0.
 #[inline(always)]
 pub fn reply<P: Packet, T: Tables>(packet: &mut P, tables: &T, source: u32, shape: Shape) -> Passed {
-    match reply_or(packet, tables, source, shape.layout()) {
-        Some(Ok(passed)) => passed,
-        Some(Err(outcome)) => Passed::new(outcome, 0, 0),
-        None => Passed::NOT_OURS,
-    }
+    reply_or(packet, tables, source, shape.layout()).map_or(Passed::NOT_OURS, Passed::of)
 }
 
 #[inline(always)]

@@ -10,9 +10,11 @@ use anyhow::{Context, Result, ensure};
 use lb_common::abi::{SLOTS_PER_ROW, TableWord};
 use lb_userspace::reconcile::image::Image;
 
-use crate::balancer::Balancer;
+use crate::balancer::{Balancer, other_build};
 use crate::lab::{self, VISIT_PATIENCE, wait_for};
-use crate::lab::{Death, Host, Lab, LiveConnections, LiveLoad, NamingServer, SynFlood, Tally, Visit, Visits};
+use crate::lab::{
+    Death, Host, Lab, LiveConnections, LiveLoad, NamingServer, Signal, SynFlood, Tally, Visit, Visits,
+};
 use crate::stage::{self, Config, PATIENCE, Stage, VIP4};
 
 const PORT: u16 = 7000;
@@ -201,6 +203,19 @@ impl Crowd {
         }
         self.up += 1;
         self.balancer.wait_for_backends(self.up, PATIENCE)
+    }
+
+    /// The agent is killed and started again, then another build takes its place.
+    pub fn lives_through_its_agent(&mut self) -> Result<()> {
+        self.balancer.process.signal(Signal::KILL)?;
+        self.balancer.process.wait_exit(PATIENCE)?;
+        sleep(Duration::from_secs(1));
+        self.balancer.restart()?;
+        self.tell("agent killed");
+        let build = other_build(&self.stage.lab)?;
+        self.balancer.upgrade(&build)?;
+        self.tell("agent replaced");
+        Ok(())
     }
 
     /// SYNs from elsewhere, so many a second.

@@ -3,14 +3,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use tests::balancer::other_build;
 use tests::between::{self, Between, Config, Mode};
 use tests::crowd::{Crowd, Dies, SOURCE, TUNNELS, Way};
-use tests::lab::{LiveConnections, LiveLoad, NamingServer, Rush, Signal};
+use tests::lab::{LiveConnections, LiveLoad, NamingServer, Rush};
 use tests::stage::{self, PATIENCE};
 
 const CONNECTIONS: usize = 5000;
@@ -32,7 +30,7 @@ fn changes(name: &str, forward: &str, top: &str) -> Result<()> {
     crowd.reload()?;
     crowd.wait_until_served_by(&[0, 2, 3])?;
     crowd.tell("web2 removed");
-    the_agent_dies_and_is_replaced(&mut crowd)?;
+    crowd.lives_through_its_agent()?;
     crowd.wait_until_served_by(&[0, 2, 3])?;
 
     // Other maps, which connections are carried over to.
@@ -62,18 +60,6 @@ fn changes(name: &str, forward: &str, top: &str) -> Result<()> {
         ensure!(crowd.balancer.outcome(none)? == 0, "{none}");
     }
     crowd.verdict()
-}
-
-fn the_agent_dies_and_is_replaced(crowd: &mut Crowd) -> Result<()> {
-    crowd.balancer.process.signal(Signal::KILL)?;
-    crowd.balancer.process.wait_exit(PATIENCE)?;
-    sleep(Duration::from_secs(1));
-    crowd.balancer.restart()?;
-    crowd.tell("agent killed");
-    let build = other_build(&crowd.stage.lab)?;
-    crowd.balancer.upgrade(&build)?;
-    crowd.tell("agent replaced");
-    Ok(())
 }
 
 #[test]

@@ -6,7 +6,6 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tests::balancer::other_build;
 use tests::crowd::{Crowd, Dies, IDLE, TUNNELS, Way};
 use tests::lab::Signal;
 use tests::stage::{self, PATIENCE};
@@ -31,7 +30,7 @@ fn connections_live_through_every_change_and_only_those_of_the_dead_end() -> Res
     crowd.balancer.xlb(&["backend", "drain", "web/web1"])?;
     crowd.wait_until_served_by(&[1, 2, 3, 4])?;
     crowd.tell("web1 drained by command");
-    the_agent_dies_and_is_replaced(&mut crowd)?;
+    crowd.lives_through_its_agent()?;
     crowd.wait_until_served_by(&[1, 2, 3, 4])?;
     crowd.balancer.xlb(&["backend", "enable", "web/web1"])?;
     crowd.wait_until_served_by(&[0, 1, 2, 3, 4])?;
@@ -112,19 +111,6 @@ fn twenty_reloads(crowd: &mut Crowd) -> Result<()> {
     Ok(())
 }
 
-/// Right after changes, while flows have pins.
-fn the_agent_dies_and_is_replaced(crowd: &mut Crowd) -> Result<()> {
-    crowd.balancer.process.signal(Signal::KILL)?;
-    crowd.balancer.process.wait_exit(PATIENCE)?;
-    sleep(Duration::from_secs(1));
-    crowd.balancer.restart()?;
-    crowd.tell("agent killed");
-    let build = other_build(&crowd.stage.lab)?;
-    crowd.balancer.upgrade(&build)?;
-    crowd.tell("agent replaced");
-    Ok(())
-}
-
 /// Connections that a drained backend keeps in dirty slots, then by their pins alone.
 #[test]
 fn connections_live_through_other_limits_in_the_midst_of_a_drain_and_after_it() -> Result<()> {
@@ -173,7 +159,7 @@ fn fault_11_a_syn_flood_during_changes_breaks_nothing_and_new_clients_are_served
     let Some(mut crowd) = Crowd::gather("synflood", 4, CONNECTIONS, FEW_PINS)? else { return Ok(()) };
     let flood = crowd.flood(FLOOD, FLOOD_LASTS)?;
     changes(&mut crowd, |_, _| Ok(()))?;
-    the_agent_dies_and_is_replaced(&mut crowd)?;
+    crowd.lives_through_its_agent()?;
     sleep(IDLE * 2);
     drained_ones_keep_theirs(&crowd)?;
     crowd.tell("flooded for longer than the idle time");

@@ -22,6 +22,7 @@ use crate::lookup;
 use crate::reconcile::connections::Connections;
 use crate::reconcile::desired::{backend_identity, forward_of, identity_of, protocol_number};
 use crate::reconcile::pins::coarse_ns;
+use crate::reconcile::plan::sources::address_of;
 use crate::reconcile::sweep::UNIT;
 
 /// What packets have shown of a connection.
@@ -169,10 +170,7 @@ impl Names {
         if !BackendKind::from_raw(row.kind)?.translates_source() {
             return None;
         }
-        let source = self.sources.get(end.index() as usize)?;
-        let [high, low] = source.v6;
-        let v6 = || Ipv6Addr::from(Address6 { high, low }.bytes()).into();
-        let address = if row.is_v4() { Ipv4Addr::from(source.v4.to_ne_bytes()).into() } else { v6() };
+        let address = address_of(&self.sources, end.index(), row.is_v4())?;
         Some(SocketAddr::new(address, port(end.port())))
     }
 

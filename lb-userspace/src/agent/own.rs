@@ -23,10 +23,10 @@ const MOST_MTU: u32 = 3498;
 /// Makes the pair where a backend is on this host, and lists its end among the interfaces; returns the way to such
 /// backends. Once made, the pair stays until `xlb detach`: flows may go by it.
 pub async fn prepare(config: &mut Config, resolver: &Resolver) -> anyhow::Result<Option<NextHop>> {
-    let mut made = false;
-    if !is_needed(config, &local(resolver).await?)? {
+    let needed = is_needed(config, &local(resolver).await?)?;
+    if !needed {
         match resolver.link(PROGRAM_END).await {
-            Ok(_) => made = true,
+            Ok(_) => {}
             Err(LinkError::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
@@ -35,7 +35,7 @@ pub async fn prepare(config: &mut Config, resolver: &Resolver) -> anyhow::Result
     for source in config.sources.all() {
         // What nobody needs now may fail: an address of the other family, say.
         let routed = resolver.route_to(source, host.ifindex).await;
-        if !made {
+        if needed {
             routed?;
         }
     }
