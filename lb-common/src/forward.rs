@@ -133,14 +133,16 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     } else {
         flow::hash4(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    let mut begins = false;
     if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
         let passed = connected(packet, tables, &flow, InnerFamily::V4, ip.transport.offset, hash)?;
-        if passed != Passed::NOT_HERE {
+        if !passed.is_elsewhere() {
             return translated(packet, tables, ip.ip_length, passed);
         }
+        begins = passed == Passed::BEGINS_ELSEWHERE;
         packet.forget();
     }
-    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
+    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash, begins)?;
     let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
@@ -229,14 +231,16 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     } else {
         flow::hash6(tables, flow.client, flow.vip, flow.ports, flow.protocol)
     };
+    let mut begins = false;
     if features.has(Features::NAT) && flow.target.has(VipTarget::TRANSLATED) {
         let passed = connected(packet, tables, &flow, InnerFamily::V6, ip.transport.offset, hash)?;
-        if passed != Passed::NOT_HERE {
+        if !passed.is_elsewhere() {
             return translated(packet, tables, ip.ip_length, passed);
         }
+        begins = passed == Passed::BEGINS_ELSEWHERE;
         packet.forget();
     }
-    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash)?;
+    let (id, named) = choose(packet, tables, &flow, &ip.transport, hash, begins)?;
     let to = slots::backend(tables, id)?;
     let sum =
         if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
@@ -284,7 +288,7 @@ fn sane6<T: Tables>(tables: &T, ip: &Parsed6) -> Result<(), Outcome> {
 }
 
 /// The backend of a packet: that which its connection ID names, or the one of its slot, or, where that is on the move, the
-/// one of its pin.
+/// one of its pin. `begins`: the flow does, whatever the packet says.
 #[inline(always)]
 fn choose<P: Packet, T: Tables, A>(
     packet: &P,
@@ -292,6 +296,7 @@ fn choose<P: Packet, T: Tables, A>(
     flow: &Flow<A>,
     transport: &Transport,
     hash: FlowHash,
+    begins: bool,
 ) -> Result<(u16, Named), Outcome> {
     let asked = tables.features().has(Features::QUIC);
     let named = if asked { quic::server(packet, tables, flow, transport) } else { Named::UNASKED };
@@ -304,13 +309,13 @@ fn choose<P: Packet, T: Tables, A>(
         return Ok((found.slot.cur(), named));
     }
     let says = classify::says(packet, flow.protocol, transport.offset, flow.role);
-    let begins = asked && quic::begins(packet, tables, flow, transport);
-    let says = if begins { Says::NEW_DATAGRAM } else { says };
+    let begins = begins || asked && quic::begins(packet, tables, flow, transport);
+    let says = if begins && says.has(Says::DATAGRAM) { Says::NEW_DATAGRAM } else { says };
     let asked = Asked::new(table, says.to(flow.target));
     Ok((tables.decide(found.table, asked, hash, found.slot).backend()?, named))
 }
 
-/// A packet of a service with connections, or an error about one. Fragments have no ports.
+/// A packet of a service with connections, or an error about one. Fragments have no ports: no connection is theirs.
 #[inline(always)]
 fn connected<P: Packet, T: Tables, A>(
     packet: &mut P,
@@ -326,7 +331,7 @@ fn connected<P: Packet, T: Tables, A>(
             Ok(translate::forward(packet, tables, flow.target, hash, shape))
         }
         Role::Error => Ok(icmp_errors::pass_on(packet, tables, About::new(family, offset, false), 0)),
-        Role::FirstFragment | Role::LaterFragment => Err(Outcome::DropVipFragment),
+        Role::FirstFragment | Role::LaterFragment => Ok(Passed::NOT_HERE),
     }
 }
 
@@ -383,8 +388,13 @@ fn send<P: Packet, T: Tables>(
     let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
     let kind = BackendKind::from_raw(backend.kind).ok_or(Outcome::DropInconsistent)?;
     match kind {
-        // Its packets have a connection, so this is an error about one that is gone.
-        _ if features.has(Features::NAT) && kind.translates() => return Err(Outcome::DropIcmpStranger.into()),
+        // Its packets have a connection, so this is a fragment, or an error about one that is gone.
+        _ if features.has(Features::NAT) && kind.translates() => {
+            return Err(match role {
+                Role::FirstFragment | Role::LaterFragment => Outcome::DropVipFragment.into(),
+                Role::Packet | Role::Error => Outcome::DropIcmpStranger.into(),
+            });
+        }
         BackendKind::Nobody => return Err(Outcome::DropNoBackend.into()),
         BackendKind::Pass => return Err(Outcome::PassNoBackend.into()),
         _ if egress.ifindex == 0 => return Err(Outcome::DropUnresolved.into()),

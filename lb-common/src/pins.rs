@@ -246,7 +246,7 @@ const fn is_new(table: TableWord, says: Says) -> bool {
 /// A connection that begins says nothing of the client's others: they may be silent ones to `est`. So while that takes
 /// connections, this one goes there, too.
 #[inline(always)]
-fn is_of_old_client<T: Tables>(tables: &T, asked: Asked, slot: Slot) -> bool {
+pub(crate) fn is_of_old_client<T: Tables>(tables: &T, asked: Asked, slot: Slot) -> bool {
     asked.says().has(Says::CLIENT) && tables.backend(slot.est()).is_some_and(Backend::accepts)
 }
 

@@ -62,6 +62,8 @@ pub struct Passed(u64);
 impl Passed {
     /// No connection, and its backend is of another kind: it goes on as any other.
     pub const NOT_HERE: Self = Self(0xffff);
+    /// As `NOT_HERE`, and it begins: connections of the backend that the slot's old flows have are known.
+    pub const BEGINS_ELSEWHERE: Self = Self(0xfffe);
     /// Nothing that any of these modes has to do with.
     pub const NOT_OURS: Self = Self::new(Outcome::PassNotVip, 0, 0);
 
@@ -85,6 +87,12 @@ impl Passed {
 
     pub const fn bits(self) -> u64 {
         self.0
+    }
+
+    /// Whether its packet goes on as any other.
+    #[inline(always)]
+    pub fn is_elsewhere(self) -> bool {
+        self == Self::NOT_HERE || self == Self::BEGINS_ELSEWHERE
     }
 
     #[inline(always)]
@@ -210,8 +218,7 @@ pub fn claim<P: Packet, T: Tables>(
     shape: Shape,
 ) -> Found {
     match claim_or(packet, tables, target, hash, shape.layout()) {
-        Ok(Some(claimed)) => claimed,
-        Ok(None) => Found(Passed::NOT_HERE.0),
+        Ok(found) => found,
         Err(outcome) => Found::refused(outcome),
     }
 }
@@ -379,7 +386,8 @@ fn way_back<P: Packet, T: Tables>(packet: &P, tables: &T) -> Path {
     Path::new(ethernet.source(), row)
 }
 
-/// The backend of a connection that begins, and whether it may go anywhere.
+/// The backend of a connection that is not known, and whether it begins. A datagram's does where old flows would be
+/// known; elsewhere nothing but a pin may say so.
 #[inline(always)]
 fn pick<T: Tables>(
     tables: &T,
@@ -388,14 +396,26 @@ fn pick<T: Tables>(
     says: Says,
 ) -> Result<(u16, bool), Outcome> {
     let found = slots::find(tables, target.table(), hash)?;
-    let new = says.begins() || says.has(Says::DATAGRAM);
-    let own = if new { found.slot.cur() } else { found.slot.est() };
+    let new = says.begins()
+        || says.has(Says::DATAGRAM)
+            && (found.table.discipline().pins_all() || !has_other_flows(tables, found.slot.est())?);
+    let asked = Asked::new(target.table(), says.to(target));
+    let moves = new && !pins::is_of_old_client(tables, asked, found.slot);
+    let own = if moves { found.slot.cur() } else { found.slot.est() };
     // Where that is of another kind, it takes its turn on its own way.
     let kind = BackendKind::from_raw(slots::backend(tables, own)?.backend.kind);
-    if !new || !kind.is_some_and(BackendKind::translates) {
+    if !moves || !kind.is_some_and(BackendKind::translates) {
         return Ok((own, new));
     }
-    Ok((tables.pick(found.table, Asked::new(target.table(), says), found.slot), new))
+    Ok((tables.pick(found.table, asked, found.slot), new))
+}
+
+/// Whether a backend may have flows that no connection tells of.
+#[inline(always)]
+fn has_other_flows<T: Tables>(tables: &T, id: u16) -> Result<bool, Outcome> {
+    let kind = BackendKind::from_raw(slots::backend(tables, id)?.backend.kind);
+    Ok(!matches!(kind, None | Some(BackendKind::Nobody | BackendKind::Pass))
+        && !kind.is_some_and(BackendKind::translates))
 }
 
 #[inline(always)]
@@ -405,13 +425,13 @@ fn claim_or<P: Packet, T: Tables>(
     target: VipTarget,
     hash: FlowHash,
     at: Layout,
-) -> Result<Option<Found>, Outcome> {
+) -> Result<Found, Outcome> {
     let says = classify::says(packet, at.protocol, at.offset, Role::Packet);
     let (backend, new) = pick(tables, target, hash, says)?;
     let row = slots::backend(tables, backend)?.backend;
     let Some(kind) = BackendKind::from_raw(row.kind) else { return Err(Outcome::DropInconsistent) };
     if !kind.translates() {
-        return Ok(None);
+        return Ok(Found(if new { Passed::BEGINS_ELSEWHERE } else { Passed::NOT_HERE }.0));
     }
     if kind.translates_source() && !new {
         return Err(Outcome::DropNoConnection);
@@ -423,7 +443,7 @@ fn claim_or<P: Packet, T: Tables>(
     let haunts = Haunts::new(tables, ends.source, ends.ports, at.protocol);
     let pin = Pin::new(haunts.tag, backend, pins::first_state(says), Pin::age_of(tables.clock()));
     match connections::claim(tables, haunts, pin) {
-        Ok(position) => Ok(Some(Found::claimed(position, backend))),
+        Ok(position) => Ok(Found::claimed(position, backend)),
         Err(refused) => Err(refused.outcome()),
     }
 }

@@ -48,12 +48,16 @@ pub enum DesiredVip {
 
 impl DesiredVip {
     pub fn counted(&self) -> impl Iterator<Item = Counted> + '_ {
+        self.leads().map(|lead| lead.counted)
+    }
+
+    pub fn leads(&self) -> impl Iterator<Item = &Lead> {
         let (service, rules) = match self {
             Self::Service(lead) => (Some(lead), &[][..]),
             Self::Address { rules, .. } => (None, rules.as_slice()),
             Self::Source => (None, &[][..]),
         };
-        service.into_iter().chain(rules.iter().map(|rule| &rule.lead)).map(|lead| lead.counted)
+        service.into_iter().chain(rules.iter().map(|rule| &rule.lead))
     }
 }
 

@@ -297,8 +297,10 @@ impl<'d> Probes<'d> {
                 | Outcome::PassVipUnmapped
                 | Outcome::AnswerUnreachable
         );
-        // Its table may have the new state's slots already, in which nobody is up.
-        let nobody = matches!(end.outcome, Outcome::DropNoBackend | Outcome::PassNoBackend);
+        // Its table may have the new state's slots already, in which nobody is up, or no way leads to who takes all.
+        let no_way = self.next.backends.values().any(|backend| backend.next_hop.is_none());
+        let nobody = matches!(end.outcome, Outcome::DropNoBackend | Outcome::PassNoBackend)
+            || end.outcome == Outcome::DropUnresolved && no_way;
         let targets = self.before.targets(packet.before);
         let as_before = targets.is_some_and(|targets| is_right(self.old, targets, end.outcome, end.took));
         let lost = end.outcome == Outcome::DropUnresolved && self.loses_its_way(packet);

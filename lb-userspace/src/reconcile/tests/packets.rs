@@ -183,13 +183,15 @@ pub fn is_right(
         Outcome::PassNoBackend => targets.contains(&Target::Pass),
         // In the middle of a connection that nobody knows.
         Outcome::DropNoConnection => targets.iter().any(|target| is_fullnat(desired, target)),
+        // A datagram of IPv4 has none, which IPv6 does not allow.
+        Outcome::DropNoChecksum => targets.iter().any(|target| is_fullnat(desired, target)),
         // To the other family, which the configuration's rules refuse.
         Outcome::DropUntranslatable => targets.iter().any(|target| is_nat(desired, target)),
-        // `on_empty: all` may name a backend that has no next hop; and there may be no source.
+        // `on_empty: all` may name a backend that has no next hop; and there may be fewer sources than rows.
         Outcome::DropUnresolved => targets.iter().any(|target| match target {
             Target::Backend(identity) => {
                 desired.backends[identity].next_hop.is_none()
-                    || is_fullnat(desired, target) && desired.sources.v4.is_empty()
+                    || is_fullnat(desired, target) && desired.sources.v4.len() < desired.sources.rows as usize
             }
             Target::Nobody | Target::Pass => false,
         }),

@@ -56,10 +56,24 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
     let present = present_vips(image);
     let counted: HashMap<u32, Counted> =
         counter_rows(&present).into_iter().map(|(counted, row)| (row, counted)).collect();
-    let lead = |target: VipTarget| Lead {
-        table: image.table_states[usize::from(target.table())].identity,
-        flags: target.flags() & (VipTarget::SOURCE_HASH | VipTarget::TRANSLATED),
-        counted: counted[&target.vip()],
+    // What led to translated connections looks for them as long as there are backends that may have some.
+    let kinds = image.backends.iter().filter_map(|row| BackendKind::from_raw(row.kind));
+    let lingers = kinds.into_iter().any(BackendKind::translates);
+    let translated: HashSet<Counted> = desired
+        .vips
+        .values()
+        .flat_map(DesiredVip::leads)
+        .filter(|lead| lead.flags & VipTarget::TRANSLATED != 0)
+        .map(|lead| lead.counted)
+        .collect();
+    let lead = |target: VipTarget| {
+        let counted = counted[&target.vip()];
+        let looks = if lingers && !translated.contains(&counted) { 0 } else { VipTarget::TRANSLATED };
+        Lead {
+            table: image.table_states[usize::from(target.table())].identity,
+            flags: target.flags() & (VipTarget::SOURCE_HASH | looks),
+            counted,
+        }
     };
     read.vips = present
         .iter()

@@ -93,6 +93,11 @@ impl State {
                 .collect(),
         };
         // What the rules of the configuration refuse.
+        for service in &mut config.services {
+            if config.pools[service.pool].forward.translates() {
+                service.fragments = Fragments::Drop;
+            }
+        }
         let mut any = HashSet::new();
         for service in &mut config.services {
             let of_any = service.triples().filter(|(_, ports, _)| *ports == Ports::Any);
