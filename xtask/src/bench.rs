@@ -5,8 +5,10 @@
 //! after the other; of each the lowest tenth of all rounds counts, because what disturbs a shared
 //! machine only ever adds time.
 
+mod report;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -24,6 +26,8 @@ use lb_userspace::reconcile::desired::{LoadTime, World, desired};
 use lb_userspace::reconcile::plan::plan_at_once;
 
 use crate::flows::{self, Flows};
+use report::Report;
+use serde::Serialize;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -39,6 +43,9 @@ pub enum Bench {
         /// Only cases with this in their name
         #[arg(long, default_value = "")]
         only: String,
+        /// Where to write the result
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
     /// What changes of a pool break, over ways to choose a backend, with and without memory (simulated)
     Flows(Flows),
@@ -46,12 +53,13 @@ pub enum Bench {
 
 pub fn run(bench: Bench) -> Result<()> {
     match bench {
-        Bench::Packet { rounds, packets, only } => packet(rounds, packets, &only),
+        Bench::Packet { rounds, packets, only, json } => packet(rounds, packets, &only, json.as_deref()),
         Bench::Flows(arguments) => flows::run(&arguments),
     }
 }
 
-fn packet(rounds: u32, packets: u32, only: &str) -> Result<()> {
+fn packet(rounds: u32, packets: u32, only: &str, json: Option<&Path>) -> Result<()> {
+    let mut rows = Vec::new();
     pin_to_one_cpu()?;
     println!(
         "{:44} {:>9} {:>9} {:>9} {:>9} {:>9}",
@@ -68,12 +76,26 @@ fn packet(rounds: u32, packets: u32, only: &str) -> Result<()> {
                 program - nothing,
                 program - floor
             );
+            rows.push(Row { scene: scene.name.to_owned(), flows: *flows, nothing, floor, program });
         }
     }
     println!(
         "\nharness: the driver alone; floor, net: beyond the harness; - floor: the balancer beyond the floor"
     );
-    Ok(())
+    let report = Report::new("packet", rows)?;
+    println!("{}, {}, {}", report.machine, report.commit, report.date);
+    println!("again: {}", report.command);
+    json.map_or(Ok(()), |path| report.write(path))
+}
+
+/// Nanoseconds of a packet, all in all.
+#[derive(Serialize)]
+struct Row {
+    scene: String,
+    flows: u32,
+    nothing: f64,
+    floor: f64,
+    program: f64,
 }
 
 /// Timings wander when the thread does.

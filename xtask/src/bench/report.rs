@@ -1,0 +1,133 @@
+//! What a bench leaves behind: its rows, in an envelope that says how, where and when they came about. Knows no bench.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::root;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report<R> {
+    /// `xlb bench packet`.
+    pub tool: String,
+    /// The command line that makes another.
+    pub command: String,
+    /// UTC.
+    pub date: String,
+    /// As `git describe` has it; `-dirty` where the tree held something else.
+    pub commit: String,
+    pub machine: Machine,
+    pub rows: Vec<R>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    pub cpu: String,
+    pub cores: usize,
+    pub kernel: String,
+    /// Whether it is one of several on its hardware.
+    #[serde(rename = "virtual")]
+    pub is_virtual: bool,
+}
+
+impl<R> Report<R> {
+    /// Of `cargo xtask bench NAME`, as it was called.
+    pub fn new(name: &str, rows: Vec<R>) -> Result<Self> {
+        Ok(Self {
+            tool: format!("xlb bench {name}"),
+            command: command_line(),
+            date: output("date", &["-u", "+%F"])?,
+            commit: output("git", &["describe", "--always", "--tags", "--dirty"])?,
+            machine: Machine::here()?,
+            rows,
+        })
+    }
+}
+
+impl<R: Serialize> Report<R> {
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        std::fs::write(path, text).with_context(|| path.display().to_string())
+    }
+}
+
+impl Machine {
+    pub fn here() -> Result<Self> {
+        let read = |path: &str| std::fs::read_to_string(path).with_context(|| path.to_owned());
+        let cpuinfo = read("/proc/cpuinfo")?;
+        let field = |name: &str| {
+            let line =
+                cpuinfo.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'));
+            line.map(|value| value.trim().to_owned())
+        };
+        Ok(Self {
+            cpu: field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            cores: std::thread::available_parallelism()?.get(),
+            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+            is_virtual: field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
+        })
+    }
+}
+
+impl std::fmt::Display for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { cpu, cores, kernel, is_virtual } = self;
+        let what = if *is_virtual { ", a virtual machine" } else { "" };
+        write!(f, "{cpu}, {cores} cores{what}, kernel {kernel}")
+    }
+}
+
+/// What was typed, fit for a shell.
+pub fn command_line() -> String {
+    let arguments = std::env::args().skip(1).map(|argument| quoted(&argument));
+    ["cargo".to_owned(), "xtask".to_owned()].into_iter().chain(arguments).collect::<Vec<_>>().join(" ")
+}
+
+fn quoted(argument: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,:=+@%".contains(c);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        argument.to_owned()
+    } else {
+        format!("'{}'", argument.replace('\'', r"'\''"))
+    }
+}
+
+fn output(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).current_dir(root()).output();
+    let output = output.with_context(|| format!("{program} does not start"))?;
+    ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_that_is_written_can_be_read() {
+        let machine = Machine { cpu: "one".into(), cores: 2, kernel: "6.18".into(), is_virtual: true };
+        let report = Report {
+            tool: "xlb bench test".into(),
+            command: "cargo xtask bench test".into(),
+            date: "2026-11-23".into(),
+            commit: "abc".into(),
+            machine,
+            rows: vec![1.5, 2.5],
+        };
+        let path = std::env::temp_dir().join(format!("xlb-report-{}.json", std::process::id()));
+        report.write(&path).unwrap();
+        let read = std::fs::read_to_string(&path);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(serde_json::from_str::<Report<f64>>(&read.unwrap()).unwrap(), report);
+    }
+
+    #[test]
+    fn arguments_that_a_shell_would_take_apart_are_quoted() {
+        assert_eq!(quoted("--only"), "--only");
+        assert_eq!(quoted("IPv4 TCP"), "'IPv4 TCP'");
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+}
