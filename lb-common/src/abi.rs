@@ -1044,7 +1044,10 @@ pub struct Decap {
 }
 
 /// Words of the frame that the bench driver restores.
-pub const BENCH_WORDS: usize = 10;
+pub const BENCH_WORDS: usize = 16;
+
+/// Packets in `XLB_BENCH_FLOWS`, a power of two: after the last comes the first.
+pub const BENCH_PACKETS: u32 = 1 << 20;
 
 /// Load-time constants of the bench driver.
 #[repr(C)]
@@ -1052,12 +1055,12 @@ pub const BENCH_WORDS: usize = 10;
 pub struct Bench {
     /// The frame, in wire order.
     pub template: [u64; BENCH_WORDS],
-    /// Different flows: their number is laid over the four bytes at `source_offset`.
-    pub flows: u64,
+    /// The number of the flow is laid over the four bytes there.
     pub source_offset: u64,
-    /// Different destinations, likewise. 1 leaves the template's.
-    pub destinations: u64,
+    /// Likewise, the number of its destination.
     pub destination_offset: u64,
+    /// Bytes that the floor puts in front of the frame; takes off, where negative.
+    pub growth: i64,
 }
 
 #[cfg(feature = "user")]

@@ -2,29 +2,32 @@
 //! and what the measured program is compared with.
 //!
 //! BPF_PROG_TEST_RUN does not reset the packet between repeats: the driver undoes what the last run
-//! did to the head, writes the template back, picks a flow, and calls the target as its tail.
+//! did to the head, writes the template back, makes it the next flow's, and calls the target as its tail.
 
 #![no_std]
 #![no_main]
 
-use aya_ebpf::bindings::xdp_action;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, xdp_action};
 use aya_ebpf::macros::{map, xdp};
-use aya_ebpf::maps::{PerCpuArray, ProgramArray};
+use aya_ebpf::maps::{Array, PerCpuArray, ProgramArray};
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::{BENCH_WORDS, Bench};
+use lb_common::abi::{BENCH_PACKETS, BENCH_WORDS, Bench};
 use lb_common::packet::Packet;
-use lb_common::wire::{Header, Ipv4};
+use lb_common::wire::Header;
 use lb_ebpf::Frame;
 
 #[map(name = "XLB_BENCH_TARGET")]
 static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map(name = "XLB_BENCH_COUNT")]
 static COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+/// Packet -> its flow (low half) and that flow's destination. Filled before a run.
+#[map(name = "XLB_BENCH_FLOWS")]
+static FLOWS: Array<u64> = Array::with_max_entries(BENCH_PACKETS, BPF_F_MMAPABLE);
 
 /// Replaced before the program is loaded.
 #[unsafe(no_mangle)]
 static BENCH: Bench =
-    Bench { template: [0; BENCH_WORDS], flows: 0, source_offset: 0, destinations: 0, destination_offset: 0 };
+    Bench { template: [0; BENCH_WORDS], source_offset: 0, destination_offset: 0, growth: 0 };
 
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
@@ -71,24 +74,21 @@ fn drive(context: &XdpContext) -> Option<()> {
         *count = (*count).wrapping_add(1);
         *count
     };
-    // Any flow may follow any other: the caches see no order.
-    let dice = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    let flow = dice.wrapping_mul(load(&BENCH.flows)) >> 32;
-    vary(&mut frame, load(&BENCH.source_offset), flow)?;
-    // Each flow keeps its destination.
-    let destination =
-        (flow.wrapping_mul(0x9e37_79b1) & 0xffff_ffff).wrapping_mul(load(&BENCH.destinations)) >> 32;
-    vary(&mut frame, load(&BENCH.destination_offset), destination)?;
+    // SAFETY: nobody writes while packets run.
+    let flow = unsafe { *FLOWS.get_ptr(number as u32 & (BENCH_PACKETS - 1))? };
+    vary(&mut frame, load(&BENCH.source_offset), flow as u32)?;
+    vary(&mut frame, load(&BENCH.destination_offset), (flow >> 32) as u32)?;
     // SAFETY: the target is an XDP program; does not return if there is one.
     unsafe { TARGET.tail_call(context, 0) };
     None
 }
 
-/// Lays a number over the big-endian word at `offset`, which is below 64.
+/// Lays a number over the big-endian word at `offset`.
 #[inline(always)]
-fn vary(frame: &mut Frame<'_>, offset: u64, number: u64) -> Option<()> {
-    let word = frame.header_mut::<Word>(offset as usize & 63)?;
-    word.0 ^= (number as u32).to_be();
+fn vary(frame: &mut Frame<'_>, offset: u64, number: u32) -> Option<()> {
+    const { assert!((BENCH_WORDS * 8).is_power_of_two()) };
+    let word = frame.header_mut::<Word>(offset as usize & (BENCH_WORDS * 8 - 1))?;
+    word.0 ^= number.to_be();
     Some(())
 }
 
@@ -98,10 +98,10 @@ pub fn nothing(_: XdpContext) -> u32 {
     xdp_action::XDP_TX
 }
 
-/// What no encapsulation can do without: room in front, and out.
+/// What no way with another header can do without: room for it, and out.
 #[xdp]
 pub fn floor(context: XdpContext) -> u32 {
-    match Frame::new(&context).grow_head(size_of::<Ipv4>()) {
+    match Frame::new(&context).grow_head(load(&BENCH.growth) as usize) {
         Some(()) => xdp_action::XDP_TX,
         None => xdp_action::XDP_ABORTED,
     }

@@ -1,19 +1,22 @@
 //! Runs the packet path in the kernel on packets of many flows, and times it.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
-use aya::maps::ProgramArray;
+use anyhow::{Context, bail, ensure};
+use aya::maps::{Map, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use lb_common::abi::{self, BENCH_WORDS, constant};
+use lb_common::abi::{self, BENCH_PACKETS, BENCH_WORDS, constant};
+
+use super::mmap::Rows;
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// The harness alone.
     Nothing,
-    /// The head grown by an IPv4 header, and out.
+    /// The head moved by as much as a way moves it, and out.
     Floor,
     /// The balancer.
     Program,
@@ -22,22 +25,30 @@ pub enum Target {
 /// Length of the frame that is sent, bytes.
 pub const FRAME_BYTES: usize = BENCH_WORDS * 8;
 
-/// The packets that are sent: one frame, and what differs from packet to packet. The number of the
-/// flow is laid over the four bytes at `source_offset`, that of its destination over those at
-/// `destination_offset`.
+/// The packets that are sent: one frame, and where it differs from packet to packet.
 #[derive(Debug, Clone)]
 pub struct Packets {
     pub frame: [u8; FRAME_BYTES],
-    pub flows: u32,
+    /// The number of the flow is laid over the four bytes there.
     pub source_offset: u32,
-    pub destinations: u32,
+    /// Likewise, the number of its destination.
     pub destination_offset: u32,
+    /// Bytes that their way puts in front of them, or takes off.
+    pub growth: i32,
+}
+
+/// Whose packet one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    pub number: u32,
+    pub destination: u32,
 }
 
 /// The driver with its targets.
 pub struct Bench {
     ebpf: Ebpf,
     targets: ProgramArray<aya::maps::MapData>,
+    flows: Rows<u64>,
     program: ProgramFd,
 }
 
@@ -49,10 +60,9 @@ impl Bench {
         }
         let bench = abi::Bench {
             template,
-            flows: u64::from(packets.flows),
             source_offset: u64::from(packets.source_offset),
-            destinations: u64::from(packets.destinations),
             destination_offset: u64::from(packets.destination_offset),
+            growth: i64::from(packets.growth),
         };
         let mut loader = EbpfLoader::new();
         loader.override_global(constant::BENCH, &bench, true);
@@ -61,7 +71,18 @@ impl Bench {
             xdp(&mut ebpf, name)?.load()?;
         }
         let targets = ebpf.take_map("XLB_BENCH_TARGET").context("the object has no target map")?;
-        Ok(Self { ebpf, targets: targets.try_into()?, program })
+        let Some(Map::Array(flows)) = ebpf.take_map("XLB_BENCH_FLOWS") else {
+            bail!("the object has no map of flows")
+        };
+        let flows = Rows::map(flows.fd().as_fd(), BENCH_PACKETS)?;
+        Ok(Self { ebpf, targets: targets.try_into()?, flows, program })
+    }
+
+    /// Whose packets come from now on, in this order, over and over.
+    pub fn send(&mut self, flows: &[Flow]) {
+        for (row, flow) in (0..self.flows.len()).zip(flows.iter().cycle()) {
+            self.flows.store_word(row, 0, u64::from(flow.number) | u64::from(flow.destination) << 32);
+        }
     }
 
     /// The mean time of a packet over `repeat` of them, as the kernel measures it: whole nanoseconds.

@@ -64,7 +64,8 @@ impl Machine {
         };
         Ok(Self {
             cpu: field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-            cores: std::thread::available_parallelism()?.get(),
+            // Not those that this thread may use.
+            cores: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
             is_virtual: field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
         })

@@ -1,0 +1,285 @@
+//! The balancer with a scene's tables, attached to nothing, and its timings.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use lb_common::abi::{Interface, MOST_BACKENDS, Record, TableWord};
+use lb_common::outcome::Outcome;
+use lb_common::slots::Slot;
+use lb_common::wire::Mac;
+use lb_userspace::bpf::{Bench, BpfFs, Datapath, Target, detach};
+use lb_userspace::capacity::Capacity;
+use lb_userspace::config;
+use lb_userspace::config::model::Config;
+use lb_userspace::nexthop::NextHop;
+use lb_userspace::reconcile::desired::{LoadTime, World, desired};
+use lb_userspace::reconcile::image::Image;
+use lb_userspace::reconcile::op::MapOp;
+use lb_userspace::reconcile::plan::plan_at_once;
+
+use super::frames::{self, StandIn};
+use super::lines::{Kind, Known, Line, MOST_NEW, Program, Scene, Way};
+use super::order::{Order, Orders};
+
+/// The interface that test runs come in on.
+const LOOPBACK: u32 = 1;
+/// More than comes: limits on ICMP and pins are asked, and say yes.
+const UNLIMITED: u64 = 1_000_000_000;
+/// Room for pins of a million flows.
+const PINS: u32 = 1 << 22;
+
+pub struct Stage {
+    pub scene: Scene,
+    fs: BpfFs,
+    run_dir: PathBuf,
+    datapath: Option<Datapath>,
+}
+
+/// Times of one packet in each round.
+#[derive(Debug, Default)]
+pub struct Times {
+    pub nothing: Vec<Duration>,
+    /// The same as `nothing` where the head does not move.
+    pub floor: Vec<Duration>,
+    pub program: Vec<Duration>,
+}
+
+impl Stage {
+    pub fn set(scene: Scene) -> Result<Self> {
+        let config = configuration(&scene)?;
+        let run_dir = std::env::temp_dir().join(format!("xlb-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&run_dir)?;
+        let fs = BpfFs::open(&run_dir)?;
+        let mut stage = Self { scene, fs: fs.clone(), run_dir, datapath: None };
+        let capacity = Capacity::new(&config.limits);
+        let mut load_time = LoadTime { icmp_rate: UNLIMITED, pin_rate: UNLIMITED, ..LoadTime::of(&config) };
+        if scene.program == Program::Fullest {
+            load_time = load_time.with(crate::program::untraced());
+        }
+        let mut datapath = Datapath::open(fs, capacity, load_time)?;
+        let image = datapath.maps.image()?;
+        for op in plan_at_once(&image, &desired(&config, &world(&config)), &capacity)? {
+            datapath.maps.apply(&op)?;
+        }
+        if scene.moved {
+            for op in moves(&datapath.maps.image()?) {
+                datapath.maps.apply(&op)?;
+            }
+        }
+        let mac = Mac::from_bytes([2, 0, 0, 0, 0, 1]).bits();
+        datapath.maps.set_interface(LOOPBACK, Interface { mac, mtu: 1500, flags: 0 })?;
+        stage.datapath = Some(datapath);
+        Ok(stage)
+    }
+
+    fn datapath(&mut self) -> Result<&mut Datapath> {
+        self.datapath.as_mut().context("no datapath")
+    }
+
+    /// Times a line of this scene, one target after the other in every round.
+    pub fn time(&mut self, line: &Line, orders: &mut Orders, rounds: u32, packets: u32) -> Result<Times> {
+        self.forget()?;
+        let stand_in = self.open(line, orders)?;
+        let mut bench = Bench::new(&frames::packets(line, stand_in)?, self.datapath()?.program_fd()?)?;
+        if line.flow == Known::Old {
+            // As they are from the second packet on.
+            bench.send(&orders.flows(Order::Once(line.order.flows()), line.scene.services));
+            bench.time(Target::Program, line.order.flows())?;
+        }
+        bench.send(&orders.flows(line.order, line.scene.services));
+        let packets = if line.flow == Known::New { packets.min(MOST_NEW) } else { packets };
+        let before = self.outcomes()?;
+        let mut times = Times::default();
+        for _ in 0..rounds {
+            times.nothing.push(bench.time(Target::Nothing, packets)?);
+            if line.growth() != 0 {
+                times.floor.push(bench.time(Target::Floor, packets)?);
+            }
+            if line.flow == Known::New {
+                self.forget()?;
+            }
+            times.program.push(bench.time(Target::Program, packets)?);
+        }
+        if line.growth() == 0 {
+            times.floor.clone_from(&times.nothing);
+        }
+        self.check(line, &before, u64::from(rounds) * u64::from(packets))?;
+        Ok(times)
+    }
+
+    /// Makes flows known that are to be known. Returns what stands for the client of the only one.
+    fn open(&mut self, line: &Line, orders: &mut Orders) -> Result<StandIn> {
+        if line.flow != Known::Old {
+            return Ok(None);
+        }
+        let packet = match line.packet {
+            Kind::Datagram => Kind::Datagram,
+            // Pins of flows that were there before.
+            Kind::Ack if line.scene.moved => Kind::Ack,
+            _ => Kind::Syn,
+        };
+        let first = Line { packet, ..*line };
+        let mut bench = Bench::new(&frames::packets(&first, None)?, self.datapath()?.program_fd()?)?;
+        bench.send(&orders.flows(Order::Once(line.order.flows()), line.scene.services));
+        bench.time(Target::Program, line.order.flows())?;
+        if line.packet == Kind::Reply && line.scene.way == Way::Fullnat { self.stand_in() } else { Ok(None) }
+    }
+
+    /// The source and its port (as it lies in the packet) that the first connection of the table has.
+    fn stand_in(&mut self) -> Result<StandIn> {
+        let maps = &self.datapath()?.maps;
+        let connections = maps.connections();
+        let words = connections.words();
+        let Some(position) = words.iter().position(|word| word.load(Ordering::SeqCst) != 0) else {
+            return Err(anyhow!("no connection was made"));
+        };
+        let end = connections.records()[position].0[Record::ROW].load(Ordering::SeqCst) >> 32;
+        let sources = maps.image()?.sources;
+        let source = sources.get((end >> 16) as usize).context("a source that is not there")?;
+        Ok(Some((*source, end as u16)))
+    }
+
+    /// Takes out all pins and connections.
+    fn forget(&mut self) -> Result<()> {
+        let scene = self.scene;
+        let maps = &self.datapath()?.maps;
+        if scene.moved {
+            clear(maps.pins().words());
+        }
+        if scene.way.translates() {
+            clear(maps.connections().words());
+        }
+        Ok(())
+    }
+
+    fn outcomes(&mut self) -> Result<Vec<u64>> {
+        let counters = self.datapath()?.maps.counters();
+        Outcome::ALL.iter().map(|outcome| Ok(counters.outcome(*outcome)?)).collect()
+    }
+
+    /// Whether the packets became what they should: a drop is fast, and no figure.
+    fn check(&mut self, line: &Line, before: &[u64], packets: u64) -> Result<()> {
+        let now = self.outcomes()?;
+        let came = Outcome::ALL
+            .iter()
+            .zip(now.iter().zip(before))
+            .map(|(outcome, (now, before))| (outcome, now - before));
+        let came: Vec<_> = came.filter(|(_, count)| *count > 0).collect();
+        let right: u64 = came.iter().filter(|(outcome, _)| **outcome == line.outcome()).map(|(_, n)| n).sum();
+        ensure!(
+            right * 1000 >= packets * 999,
+            "{} ({} flows): {} of {packets} packets were {}; {came:?}",
+            line.name(),
+            line.order,
+            right,
+            line.outcome().counter()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.datapath = None;
+        let removed = detach(self.fs.clone(), &[]).and_then(|_| std::fs::remove_dir_all(&self.run_dir));
+        if let Err(error) = removed {
+            eprintln!("{}: {error}", self.run_dir.display());
+        }
+    }
+}
+
+fn clear(words: &[AtomicU64]) {
+    words.iter().for_each(|word| word.store(0, Ordering::SeqCst));
+}
+
+/// Gives every slot of every table another target: that of the next slot that has another. Old flows stay.
+fn moves(image: &Image) -> Vec<MapOp> {
+    let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits));
+    let tables = words.filter(|word| *word != TableWord::default());
+    tables
+        .map(|table| {
+            let first = table.first_row() * lb_common::abi::SLOTS_PER_ROW;
+            let slot = |index: u32| image.slot(first + index % table.length());
+            let words = (0..table.length()).map(|index| {
+                let est = slot(index).cur();
+                let other = (1..table.length()).map(|step| slot(index + step).cur()).find(|cur| *cur != est);
+                Slot::new(other.unwrap_or(est), est, true, true).bits()
+            });
+            MapOp::WriteSlots { first, words: words.collect() }
+        })
+        .collect()
+}
+
+/// Services with a pool each, for TCP and UDP.
+fn configuration(scene: &Scene) -> Result<Config> {
+    use std::fmt::Write;
+    let slots = (scene.services * 2 + 2) * 4096;
+    let backends = (scene.services * scene.backends).min(MOST_BACKENDS);
+    let mut yaml = format!(
+        "interfaces: [lo]\nseed: 5f1d0c3a9be24771\nlimits: {{vips: {}, backends: {backends}, slots: {slots}, pins: {}{}}}\n",
+        scene.services * 2 + if scene.way == Way::Fullnat { 64 } else { 0 },
+        if scene.moved { PINS } else { 1 << 20 },
+        if scene.way.translates() { format!(", connections: {}", scene.connections) } else { String::new() }
+    );
+    if scene.way == Way::Fullnat {
+        yaml += "fullnat: {sources: [10.9.0.0/27, \"fd00:9::/123\"]}\n";
+    }
+    if scene.program == Program::Smallest {
+        yaml += "icmp: {echo: false}\n";
+    }
+    yaml += "outer_source: [10.255.0.0/24, \"fd00:255::/64\"]\ndefaults: {health: {type: none}}\npools:\n";
+    let forward = match scene.way {
+        Way::Ipip | Way::Quic => "ipip",
+        Way::Gue => "gue",
+        Way::L2 => "l2",
+        Way::Nat => "nat",
+        Way::Fullnat => "fullnat",
+    };
+    for service in 0..scene.services {
+        write!(yaml, "  p{service}: {{forward: {forward}, backends: [")?;
+        for number in 0..scene.backends {
+            let address = frames::backend(scene, service * scene.backends + number);
+            if scene.way == Way::Quic {
+                write!(yaml, "{{address: \"{address}\", server_id: \"{number:04x}\"}}, ")?;
+            } else {
+                write!(yaml, "\"{address}\", ")?;
+            }
+        }
+        yaml += "]}\n";
+    }
+    yaml += "services:\n";
+    let protocol = if scene.way == Way::Quic { "udp, quic: {config_id: 0}" } else { "[tcp, udp]" };
+    for service in 0..scene.services {
+        let vip = frames::vip(scene, service);
+        writeln!(
+            yaml,
+            "  - {{name: s{service}, vip: \"{vip}\", ports: 80, protocol: {protocol}, pool: p{service}}}"
+        )?;
+    }
+    Ok(config::parse("bench", &yaml).map_err(|problems| anyhow!("{problems}"))?.config)
+}
+
+/// Everybody is up, behind one gateway on the interface that test runs come in on.
+fn world(config: &Config) -> World {
+    let mut world = World::default();
+    for (pool_index, pool) in config.pools.iter().enumerate() {
+        for (index, backend) in pool.backends.iter().enumerate() {
+            let hop = NextHop {
+                ifindex: LOOPBACK,
+                interface: "lo".to_owned(),
+                source_mac: [2, 0, 0, 0, 0, 1],
+                mac: [2, 0, 0, 0, 0, 2],
+                mtu: 1500,
+                preferred_source: None,
+                gateway: None,
+                kind: None,
+                redirect_target: true,
+            };
+            world.up.insert((pool_index, index), true);
+            world.next_hops.insert(backend.address, hop);
+        }
+    }
+    world
+}
