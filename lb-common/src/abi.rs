@@ -9,7 +9,7 @@ use core::sync::atomic::AtomicU64;
 use crate::wire::{Address6, Be16, Mac};
 
 /// Version of the layouts in this file. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Names of the maps, which are their names in the object, in the kernel (15 bytes at most) and below the pin directory.
 pub mod map {

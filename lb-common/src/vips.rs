@@ -15,26 +15,29 @@ use crate::tables::Tables;
 use crate::wire::Address6;
 
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+const SECOND: u64 = 0xc2b2_ae3d_27d4_eb4f;
 
+/// An odd number that a seed stands for. Known before the packet is: what it takes delays none.
 #[inline(always)]
-const fn mix(word: u64) -> u64 {
-    let word = (word ^ (word >> 32)).wrapping_mul(MULTIPLIER);
-    word ^ (word >> 29)
+const fn scale(seed: u32) -> u64 {
+    (seed as u64 + 1).wrapping_mul(MULTIPLIER) | 1
 }
 
-/// The hash that places an IPv4 VIP in a bucket.
+/// The hash that places an IPv4 VIP in a bucket: one multiplication (Dietzfelbinger et al., 1997), of which the upper bits
+/// count. Neighbouring addresses and ports spread more evenly than at random.
 #[inline(always)]
 pub const fn bucket_hash4(seed: u32, address: u32, key: PortKey) -> u32 {
-    let word = (address ^ seed) as u64 | (key.0 as u64) << 32;
-    (mix(word.wrapping_mul(MULTIPLIER)).wrapping_mul(MULTIPLIER) >> 32) as u32
+    ((address as u64 | (key.0 as u64) << 32).wrapping_mul(scale(seed)) >> 32) as u32
 }
 
-/// The hash that places an IPv6 VIP in a bucket.
+/// The hash that places an IPv6 VIP in a bucket; three multiplications, none of which waits for another.
 #[inline(always)]
 pub const fn bucket_hash6(seed: u32, address: Address6, key: PortKey) -> u32 {
-    let high = mix(address.high ^ seed as u64);
-    let low = mix(address.low.wrapping_add(high));
-    (mix(low ^ key.0 as u64).wrapping_mul(MULTIPLIER) >> 32) as u32
+    let low = scale(seed);
+    let port = low.wrapping_mul(SECOND);
+    let high = port.wrapping_mul(SECOND);
+    let sum = address.high.wrapping_mul(high).wrapping_add(address.low.wrapping_mul(low));
+    (sum.wrapping_add((key.0 as u64).wrapping_mul(port)) >> 32) as u32
 }
 
 /// A bit of the VIP filter.
@@ -159,7 +162,7 @@ pub const fn unmapped(entry: VipTarget) -> Outcome {
 
 macro_rules! family {
     ($address:ty, $entry:ident, $entry_in:ident, $word:ident, $masked:ident, $filter:ident, $lengths:ident,
-     $find:ident, $service:ident, $vip:ident, $vip_in:ident, $prefix:ident) => {
+     $find:ident, $service:ident, $vip:ident, $near:ident, $vip_in:ident, $prefix:ident) => {
         /// The service that takes a packet to this address, port and protocol; where none does, the entry of
         /// the address, which says what becomes of it (`unmapped`).
         #[inline(always)]
@@ -187,13 +190,23 @@ macro_rules! family {
         /// The most specific entry that makes the address a VIP.
         #[inline(always)]
         pub fn $vip<T: Tables>(tables: &T, address: $address) -> VipTarget {
+            // Most addresses that are none end here.
+            if !tables.features().has(Features::PREFIXES) && !$near(tables, address) {
+                return VipTarget::NONE;
+            }
             $vip_in(tables, tables.$word(), address)
+        }
+
+        /// Whether the address may be a VIP, apart from prefixes.
+        #[inline(always)]
+        fn $near<T: Tables>(tables: &T, address: $address) -> bool {
+            let bit = $filter(address);
+            tables.vip_filter(bit.word()) & bit.mask() != 0
         }
 
         #[inline(always)]
         fn $vip_in<T: Tables>(tables: &T, word: VipWord, address: $address) -> VipTarget {
-            let bit = $filter(address);
-            if tables.vip_filter(bit.word()) & bit.mask() != 0 {
+            if $near(tables, address) {
                 let entry = $entry_in(tables, word, address, PortKey::ADDRESS);
                 if !entry.is_none() {
                     return entry;
@@ -237,6 +250,7 @@ family!(
     find4,
     service4,
     vip4,
+    near4,
     vip_in4,
     prefix4
 );
@@ -251,6 +265,7 @@ family!(
     find6,
     service6,
     vip6,
+    near6,
     vip_in6,
     prefix6
 );
