@@ -1049,6 +1049,33 @@ pub const BENCH_WORDS: usize = 16;
 /// Packets in `XLB_BENCH_FLOWS`, a power of two: after the last comes the first.
 pub const BENCH_PACKETS: u32 = 1 << 20;
 
+/// Packets that one target gets before it is the next one's turn.
+pub const BENCH_BLOCK: u64 = 1024;
+
+/// Rows of `XLB_BENCH_TIMES`.
+pub const BENCH_TIMES: u32 = 1 << 13;
+
+/// Rows of `XLB_BENCH_TARGETS`, in the order of their turns.
+pub mod bench_target {
+    pub const PROGRAM: u32 = 0;
+    pub const NOTHING: u32 = 1;
+    pub const FLOOR: u32 = 2;
+}
+
+/// Where the bench driver is.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BenchState {
+    /// Packets that were sent, ever.
+    pub position: u64,
+    /// Packets of this run.
+    pub step: u64,
+    /// Whose turn it is.
+    pub target: u64,
+    /// How many take turns: the first, the first two, or all.
+    pub targets: u64,
+}
+
 /// Load-time constants of the bench driver.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,24 +2,31 @@
 //! and what the measured program is compared with.
 //!
 //! BPF_PROG_TEST_RUN does not reset the packet between repeats: the driver undoes what the last run
-//! did to the head, writes the template back, makes it the next flow's, and calls the target as its tail.
+//! did to the head, writes the template back, makes it the next flow's, and calls a target as its tail.
+//! The targets take turns within one run, so that what disturbs a machine disturbs them all.
 
 #![no_std]
 #![no_main]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, xdp_action};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{map, xdp};
-use aya_ebpf::maps::{Array, PerCpuArray, ProgramArray};
+use aya_ebpf::maps::{Array, ProgramArray};
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::{BENCH_PACKETS, BENCH_WORDS, Bench};
+use lb_common::abi::{BENCH_BLOCK, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, Bench, BenchState, bench_target};
 use lb_common::packet::Packet;
 use lb_common::wire::Header;
 use lb_ebpf::Frame;
 
-#[map(name = "XLB_BENCH_TARGET")]
-static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
-#[map(name = "XLB_BENCH_COUNT")]
-static COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+/// Whom packets go to.
+#[map(name = "XLB_BENCH_TARGETS")]
+static TARGETS: ProgramArray = ProgramArray::with_max_entries(3, 0);
+/// One row, of the one run that there is at a time. `step`, `target` and `targets` are set before it.
+#[map(name = "XLB_BENCH_STATE")]
+static STATE: Array<BenchState> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// Block of a run -> when it began, nanoseconds.
+#[map(name = "XLB_BENCH_TIMES")]
+static TIMES: Array<u64> = Array::with_max_entries(BENCH_TIMES, BPF_F_MMAPABLE);
 /// Packet -> its flow (low half) and that flow's destination. Filled before a run.
 #[map(name = "XLB_BENCH_FLOWS")]
 static FLOWS: Array<u64> = Array::with_max_entries(BENCH_PACKETS, BPF_F_MMAPABLE);
@@ -68,18 +75,33 @@ fn drive(context: &XdpContext) -> Option<()> {
         template.0[i] = load(&BENCH.template[i]);
         i += 1;
     }
-    let count = COUNT.get_ptr_mut(0)?;
-    // SAFETY: this CPU's own value.
-    let number = unsafe {
-        *count = (*count).wrapping_add(1);
-        *count
-    };
+    let state = STATE.get_ptr_mut(0)?;
+    // SAFETY: the map's own row; nobody else is at it while packets run.
+    let state = unsafe { &mut *state };
+    let step = state.step;
+    if step & (BENCH_BLOCK - 1) == 0 {
+        let time = TIMES.get_ptr_mut((step / BENCH_BLOCK) as u32 & (BENCH_TIMES - 1))?;
+        // SAFETY: as above; the helper has no conditions.
+        unsafe { *time = bpf_ktime_get_ns() };
+        let next = state.target + 1;
+        state.target = if next >= state.targets { 0 } else { next };
+    }
+    state.step = step + 1;
+    state.position += 1;
+    let flow = FLOWS.get_ptr(state.position as u32 & (BENCH_PACKETS - 1))?;
     // SAFETY: nobody writes while packets run.
-    let flow = unsafe { *FLOWS.get_ptr(number as u32 & (BENCH_PACKETS - 1))? };
+    let flow = unsafe { *flow };
     vary(&mut frame, load(&BENCH.source_offset), flow as u32)?;
     vary(&mut frame, load(&BENCH.destination_offset), (flow >> 32) as u32)?;
-    // SAFETY: the target is an XDP program; does not return if there is one.
-    unsafe { TARGET.tail_call(context, 0) };
+    // Calls of constant rows are jumps to the target; others would be looked up, and their jumps guarded.
+    // SAFETY: the targets are XDP programs; does not return if there is one.
+    unsafe {
+        match state.target as u32 {
+            bench_target::PROGRAM => TARGETS.tail_call(context, bench_target::PROGRAM),
+            bench_target::NOTHING => TARGETS.tail_call(context, bench_target::NOTHING),
+            _ => TARGETS.tail_call(context, bench_target::FLOOR),
+        }
+    };
     None
 }
 

@@ -1,29 +1,25 @@
 //! Runs the packet path in the kernel on packets of many flows, and times it.
 
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use aya::maps::{Map, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use lb_common::abi::{self, BENCH_PACKETS, BENCH_WORDS, constant};
+use lb_common::abi::{
+    self, BENCH_BLOCK, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, BenchState, bench_target, constant,
+};
 
-use super::mmap::Rows;
-
-/// What is timed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
-    /// The harness alone.
-    Nothing,
-    /// The head moved by as much as a way moves it, and out.
-    Floor,
-    /// The balancer.
-    Program,
-}
+use super::mmap::{Row, Rows};
 
 /// Length of the frame that is sent, bytes.
 pub const FRAME_BYTES: usize = BENCH_WORDS * 8;
+
+/// Packets that each target gets in a round.
+pub const PACKETS_OF_A_ROUND: u32 = BENCH_BLOCK as u32;
+
+/// Rounds of one call.
+pub const MOST_ROUNDS: u32 = (BENCH_TIMES - 1) / 3;
 
 /// The packets that are sent: one frame, and where it differs from packet to packet.
 #[derive(Debug, Clone)]
@@ -44,16 +40,30 @@ pub struct Flow {
     pub destination: u32,
 }
 
+/// What a packet took in a round, nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Round {
+    /// The harness alone.
+    pub harness: f64,
+    /// The harness, the head moved as the packet's way moves it, and out.
+    pub floor: f64,
+    /// The harness and the balancer.
+    pub program: f64,
+}
+
 /// The driver with its targets.
 pub struct Bench {
     ebpf: Ebpf,
-    targets: ProgramArray<aya::maps::MapData>,
+    state: Rows<BenchState>,
+    times: Rows<u64>,
     flows: Rows<u64>,
-    program: ProgramFd,
+    /// Held so that calls lead somewhere.
+    _targets: ProgramArray<aya::maps::MapData>,
+    moves: bool,
 }
 
 impl Bench {
-    pub fn new(packets: &Packets, program: ProgramFd) -> anyhow::Result<Self> {
+    pub fn new(packets: &Packets, program: &ProgramFd) -> anyhow::Result<Self> {
         let mut template = [0; BENCH_WORDS];
         for (word, bytes) in template.iter_mut().zip(packets.frame.as_chunks::<8>().0) {
             *word = u64::from_ne_bytes(*bytes);
@@ -67,15 +77,23 @@ impl Bench {
         let mut loader = EbpfLoader::new();
         loader.override_global(constant::BENCH, &bench, true);
         let mut ebpf = loader.load(super::BENCH)?;
-        for name in ["driver", "nothing", "floor"] {
-            xdp(&mut ebpf, name)?.load()?;
+        let targets = ebpf.take_map("XLB_BENCH_TARGETS").context("the object has no target map")?;
+        let mut targets = ProgramArray::try_from(targets)?;
+        targets.set(bench_target::PROGRAM, program, 0)?;
+        for (row, name) in [(bench_target::NOTHING, "nothing"), (bench_target::FLOOR, "floor")] {
+            let target = xdp(&mut ebpf, name)?;
+            target.load()?;
+            targets.set(row, target.fd()?, 0)?;
         }
-        let targets = ebpf.take_map("XLB_BENCH_TARGET").context("the object has no target map")?;
-        let Some(Map::Array(flows)) = ebpf.take_map("XLB_BENCH_FLOWS") else {
-            bail!("the object has no map of flows")
-        };
-        let flows = Rows::map(flows.fd().as_fd(), BENCH_PACKETS)?;
-        Ok(Self { ebpf, targets: targets.try_into()?, flows, program })
+        xdp(&mut ebpf, "driver")?.load()?;
+        Ok(Self {
+            state: rows(&mut ebpf, "XLB_BENCH_STATE", 1)?,
+            times: rows(&mut ebpf, "XLB_BENCH_TIMES", BENCH_TIMES)?,
+            flows: rows(&mut ebpf, "XLB_BENCH_FLOWS", BENCH_PACKETS)?,
+            ebpf,
+            _targets: targets,
+            moves: packets.growth != 0,
+        })
     }
 
     /// Whose packets come from now on, in this order, over and over.
@@ -85,27 +103,43 @@ impl Bench {
         }
     }
 
-    /// The mean time of a packet over `repeat` of them, as the kernel measures it: whole nanoseconds.
-    /// The call itself takes milliseconds more (kernel 6.18 waits for RCU when the program changes).
-    pub fn time(&mut self, target: Target, repeat: u32) -> anyhow::Result<Duration> {
-        match target {
-            Target::Nothing => self.aim("nothing")?,
-            Target::Floor => self.aim("floor")?,
-            Target::Program => self.targets.set(0, &self.program, 0)?,
-        }
-        let frame = [0; FRAME_BYTES];
-        let options = TestRunOptions { data_in: Some(&frame), repeat, ..TestRunOptions::new() };
-        let driver = xdp(&mut self.ebpf, "driver")?;
-        let result = driver.test_run(options)?;
-        const XDP_ABORTED: u32 = 0;
-        ensure!(result.return_value != XDP_ABORTED, "a packet was aborted");
-        Ok(result.duration)
+    /// Has the balancer take so many packets.
+    pub fn pass(&mut self, packets: u32) -> anyhow::Result<()> {
+        self.run(1, packets)
     }
 
-    fn aim(&mut self, name: &str) -> anyhow::Result<()> {
-        let fd = xdp(&mut self.ebpf, name)?.fd()?.try_clone()?;
-        Ok(self.targets.set(0, &fd, 0)?)
+    /// Times rounds in which each target takes [`PACKETS_OF_A_ROUND`], up to [`MOST_ROUNDS`]. One more goes before them,
+    /// which is not counted: it finds the caches cold.
+    pub fn time(&mut self, rounds: u32) -> anyhow::Result<Vec<Round>> {
+        // Where the head does not move, the harness is the floor.
+        let targets = if self.moves { 3 } else { 2 };
+        let blocks = targets * (rounds.min(MOST_ROUNDS - 1) + 1);
+        // The one that ends the last block begins another.
+        self.run(u64::from(targets), blocks * PACKETS_OF_A_ROUND + 1)?;
+        let began: Vec<u64> = (0..=blocks as usize).map(|block| self.times.load_word(block, 0)).collect();
+        let times: Vec<f64> =
+            began.windows(2).map(|pair| (pair[1] - pair[0]) as f64 / BENCH_BLOCK as f64).collect();
+        let of_round =
+            |times: &[f64]| Round { program: times[0], harness: times[1], floor: times[times.len() - 1] };
+        Ok(times.chunks(targets as usize).skip(1).map(of_round).collect())
     }
+
+    /// The first of the targets gets the first block.
+    fn run(&mut self, targets: u64, packets: u32) -> anyhow::Result<()> {
+        let position = self.state.load_word(0, 0);
+        self.state.store(0, &BenchState { position, step: 0, target: targets - 1, targets });
+        let frame = [0; FRAME_BYTES];
+        let options = TestRunOptions { data_in: Some(&frame), repeat: packets, ..TestRunOptions::new() };
+        let result = xdp(&mut self.ebpf, "driver")?.test_run(options)?;
+        const XDP_ABORTED: u32 = 0;
+        ensure!(result.return_value != XDP_ABORTED, "a packet was aborted");
+        Ok(())
+    }
+}
+
+fn rows<T: Row>(ebpf: &mut Ebpf, name: &'static str, rows: u32) -> anyhow::Result<Rows<T>> {
+    let Some(Map::Array(map)) = ebpf.take_map(name) else { bail!("the object has no array {name}") };
+    Ok(Rows::map(map.fd().as_fd(), rows)?)
 }
 
 fn xdp<'e>(ebpf: &'e mut Ebpf, name: &str) -> anyhow::Result<&'e mut Xdp> {

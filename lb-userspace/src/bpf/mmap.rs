@@ -38,6 +38,7 @@ row!(
     lb_common::abi::Backend,
     lb_common::abi::Egress,
     lb_common::abi::Source,
+    lb_common::abi::BenchState,
     PinRow,
     RecordRow,
     LoadRow

@@ -196,9 +196,6 @@ const FEW: Order = Order::Uniform(1000);
 const MANY: Order = Order::Uniform(1_000_000);
 /// From one that is always in the caches to more than fit them.
 const LADDER: [Order; 5] = [Order::Uniform(1), FEW, Order::Uniform(100_000), MANY, Order::Zipf(1_000_000)];
-/// Of new flows in one timing: so few that their table stays as good as empty.
-pub const MOST_NEW: u32 = 20_000;
-
 /// All lines; those with the same scene follow each other.
 pub fn lines() -> Vec<Line> {
     let plain = Scene {

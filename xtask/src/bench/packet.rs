@@ -1,30 +1,27 @@
 //! `cargo xtask bench packet`: nanoseconds that a packet takes on its way through the balancer.
 //!
 //! A driver program in the kernel hands fresh packets of many flows to the program under test. In
-//! every round the harness alone, the floor (move the head as far and transmit) and the balancer are timed one
-//! after the other; what counts is the difference within each round, and of the rounds the median.
+//! every round the balancer, the harness alone and the floor (move the head as far and transmit) get a thousand packets
+//! each, one after the other; what counts is the difference within each round, and of the rounds the median.
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lb_userspace::bpf::{MOST_ROUNDS, Round};
 use serde::{Deserialize, Serialize};
 
 use super::figures::Spread;
 use super::lines::{Line, lines};
 use super::order::Orders;
 use super::report::{Report, command_line};
-use super::stage::{Stage, Times};
+use super::stage::Stage;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How often each line is timed
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    /// How often each line is timed, over 1024 packets each
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
     rounds: u32,
-    /// Packets in one timing
-    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..))]
-    packets: u32,
     /// Only lines with this in their name; twice for those with either
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -59,21 +56,17 @@ pub struct Row {
 }
 
 impl Row {
-    fn of(line: &Line, times: &Times) -> Self {
-        let ns =
-            |times: &[Duration]| -> Vec<f64> { times.iter().map(|time| time.as_nanos() as f64).collect() };
-        let [nothing, floor, program] = [&times.nothing, &times.floor, &times.program].map(|times| ns(times));
-        let differences =
-            |less: &[f64]| Spread::of(program.iter().zip(less).map(|(program, less)| program - less));
+    fn of(line: &Line, rounds: &[Round]) -> Self {
+        let spread = |figure: fn(&Round) -> f64| Spread::of(rounds.iter().map(figure));
         Self {
             line: line.name(),
             flows: line.order.to_string(),
-            net: differences(&nothing),
-            beyond: differences(&floor),
-            ratio: Spread::of(program.iter().zip(&floor).map(|(program, floor)| program / floor)),
-            harness: Spread::of(nothing),
-            floor: Spread::of(floor),
-            program: Spread::of(program),
+            harness: spread(|round| round.harness),
+            floor: spread(|round| round.floor),
+            program: spread(|round| round.program),
+            net: spread(|round| round.program - round.harness),
+            beyond: spread(|round| round.program - round.floor),
+            ratio: spread(|round| round.program / round.floor),
         }
     }
 }
@@ -121,7 +114,7 @@ fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
             stage = Some(Stage::set(line.scene)?);
         }
         let stage = stage.as_mut().context("no stage")?;
-        let row = Row::of(line, &stage.time(line, &mut orders, arguments.rounds, arguments.packets)?);
+        let row = Row::of(line, &stage.time(line, &mut orders, arguments.rounds)?);
         progress("");
         println!(
             "{:56} {:>9} {:8.1} {:8.1} {:8.1} {:8.1} {:6.1} {:6.2}",
