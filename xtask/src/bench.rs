@@ -1,12 +1,15 @@
 //! `cargo xtask bench`: one line for each bench, and nothing of what they measure.
 
+mod compare;
 mod figures;
 mod frames;
 mod lines;
 mod order;
-mod packet;
+pub mod packet;
+mod passes;
 pub mod report;
 mod stage;
+pub mod table;
 
 use anyhow::Result;
 use clap::Subcommand;

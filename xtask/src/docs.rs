@@ -6,10 +6,15 @@ use anyhow::{Context, Result, bail};
 use lb_common::outcome::{DecapOutcome, Outcome};
 use lb_userspace::api::metrics::FAMILIES;
 
+use crate::bench::packet::Row;
+use crate::bench::report::{self, Report};
+use crate::bench::table;
 use crate::root;
 
 pub fn run(check: bool) -> Result<()> {
-    for (file, text) in [("docs/outcomes.md", outcomes()), ("docs/metrics.md", metrics()?)] {
+    let generated =
+        [("docs/outcomes.md", outcomes()), ("docs/metrics.md", metrics()?), (PERFORMANCE, performance()?)];
+    for (file, text) in generated {
         let path = root().join(file);
         if !check {
             std::fs::write(&path, text).with_context(|| path.display().to_string())?;
@@ -18,6 +23,25 @@ pub fn run(check: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+const PERFORMANCE: &str = "docs/performance.md";
+
+/// The page, with the newest figures in the place for them.
+fn performance() -> Result<String> {
+    let page = std::fs::read_to_string(root().join(PERFORMANCE)).context(PERFORMANCE)?;
+    let Some(newest) = report::newest("packet")? else { return Ok(page) };
+    let table = table::markdown(&Report::<Row>::read(&newest)?)?;
+    filled(&page, "packet", &table).with_context(|| format!("{PERFORMANCE} has no place for the table"))
+}
+
+/// The page with `text` between the two marks of that name; nothing where they are not there.
+fn filled(page: &str, name: &str, text: &str) -> Option<String> {
+    let [begin, end] = [format!("<!-- {name}: begin"), format!("<!-- {name}: end -->")];
+    let begin = page.find(&begin)?;
+    let begin = begin + page[begin..].find("-->\n")? + "-->\n".len();
+    let end = begin + page[begin..].find(&end)?;
+    Some(format!("{}\n{text}\n{}", &page[..begin], &page[end..]))
 }
 
 fn metrics() -> Result<String> {
@@ -70,4 +94,18 @@ const HEADER: &str = "| counter | action | meaning | what to do about many |\n|-
 /// The place of an outcome in the page is its counter's name, after the program's prefix.
 fn row(prefix: &str, [counter, action, meaning, advice]: [&str; 4]) -> String {
     format!("| <a id=\"{prefix}{counter}\"></a>`{counter}` | {action} | {meaning} | {advice} |\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_between_the_marks_is_replaced_and_nothing_else() {
+        let page = "before\n<!-- a: begin (made) -->\n\nold\n\n<!-- a: end -->\nafter\n";
+        let filled_once = filled(page, "a", "new\n").unwrap();
+        assert_eq!(filled_once, "before\n<!-- a: begin (made) -->\n\nnew\n\n<!-- a: end -->\nafter\n");
+        assert_eq!(filled(&filled_once, "a", "new\n").unwrap(), filled_once);
+        assert_eq!(filled(page, "b", "new\n"), None);
+    }
 }

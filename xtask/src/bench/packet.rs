@@ -5,23 +5,26 @@
 //! each, one after the other; what counts is the difference within each round, and of the rounds the median.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use lb_userspace::bpf::{MOST_ROUNDS, Round};
 use serde::{Deserialize, Serialize};
 
+use super::compare::{Comparison, compare};
 use super::figures::Spread;
 use super::lines::{Line, lines};
-use super::order::Orders;
-use super::report::{Report, command_line};
-use super::stage::Stage;
+use super::passes::{self, Settled};
+use super::report::{Report, kept, newest};
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How often each line is timed, over 1024 packets each
+    /// How often each line is timed in a pass, over 1024 packets each
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
     rounds: u32,
+    /// How often the program is loaded for that; once more, up to twice, for lines that the machine was disturbed for
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    passes: u32,
     /// Only lines with this in their name; twice for those with either
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -34,6 +37,15 @@ pub struct Arguments {
     /// Where to write the result
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// The result to compare with; else the newest of docs/results/packet-*.json
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Fails where a line is worse than in the result that is compared with
+    #[arg(long)]
+    strict: bool,
+    /// Keeps the result in docs/results, and writes the table of docs/performance.md
+    #[arg(long, conflicts_with_all = ["only", "quick", "list"])]
+    table: bool,
 }
 
 /// Nanoseconds of a packet of a line.
@@ -53,11 +65,13 @@ pub struct Row {
     pub beyond: Spread,
     /// `program`, of `floor`.
     pub ratio: Spread,
+    /// Whether the machine never was as fast as for other lines.
+    pub disturbed: bool,
 }
 
 impl Row {
-    fn of(line: &Line, rounds: &[Round]) -> Self {
-        let spread = |figure: fn(&Round) -> f64| Spread::of(rounds.iter().map(figure));
+    fn of(line: &Line, settled: &Settled) -> Self {
+        let spread = |figure: fn(&Round) -> f64| Spread::of(settled.rounds.iter().map(figure));
         Self {
             line: line.name(),
             flows: line.order.to_string(),
@@ -67,6 +81,7 @@ impl Row {
             net: spread(|round| round.program - round.harness),
             beyond: spread(|round| round.program - round.floor),
             ratio: spread(|round| round.program / round.floor),
+            disturbed: settled.disturbed,
         }
     }
 }
@@ -82,42 +97,64 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         lines.iter().for_each(|line| println!("{:56} {:>9}", line.name(), line.order.to_string()));
         return Ok(());
     }
-    let report = Report::new("packet", measure(&lines, arguments)?)?;
+    // Before it may be written over.
+    let path = arguments.against.clone().map_or_else(|| newest(NAME), |path| Ok(Some(path)))?;
+    let then = path.map(|path| Ok::<_, anyhow::Error>((Report::<Row>::read(&path)?, path))).transpose()?;
+    let report = Report::new(NAME, measure(&lines, arguments)?)?;
     println!(
-        "\nNanoseconds of one packet, medians of {} rounds. harness: the driver alone; floor: the head moved and the\n\
+        "\nNanoseconds of one packet, medians of up to {} rounds. harness: the driver alone; floor: the head moved and the\n\
          packet sent, beyond the harness; net: the balancer beyond the harness; beyond: the balancer beyond the floor;\n\
-         +-: within which half of the rounds lie; ratio: harness and balancer, of harness and floor.",
-        arguments.rounds
+         +-: within which half of the rounds lie; ratio: harness and balancer, of harness and floor; ~: the machine was\n\
+         disturbed whenever the line was measured.",
+        arguments.rounds * arguments.passes
     );
     println!("{}; {}, {}", report.machine, report.commit, report.date);
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
-    println!("again: {}", command_line());
+    if arguments.table {
+        report.write(&kept(NAME, &report.date))?;
+        crate::docs::run(false)?;
+    }
+    println!("again: {}", report.command);
+    let worse = then.map_or(0, |(then, path)| tell(&then, &report, &path));
+    ensure!(worse == 0 || !arguments.strict, "{worse} lines are worse than they were");
     Ok(())
+}
+
+const NAME: &str = "packet";
+
+/// Says what moved. Returns how many lines are worse.
+fn tell(then: &Report<Row>, now: &Report<Row>, path: &Path) -> usize {
+    let Comparison { worse, better, same, new, disturbed } = compare(&then.rows, &now.rows);
+    let file = path.strip_prefix(crate::root()).unwrap_or(path).display();
+    println!("\nAgainst {file} ({}, {}), by the ratio:", then.commit, then.date);
+    if then.machine != now.machine {
+        println!("another machine then: {}", then.machine);
+    }
+    for (what, changes) in [("worse", &worse), ("better", &better)] {
+        changes.iter().for_each(|change| println!("{what:6} {change}"));
+    }
+    println!(
+        "{} worse by more than 10 % and their spread, {} better, {same} the same, {new} new, {disturbed} disturbed",
+        worse.len(),
+        better.len()
+    );
+    worse.len()
 }
 
 fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
     pin_to_one_cpu()?;
-    let mut orders = Orders::default();
-    let mut stage: Option<Stage> = None;
-    let mut rows = Vec::new();
+    let measured = passes::measure(lines, arguments.passes, arguments.rounds, &mut progress);
+    progress("");
+    let rows: Vec<Row> = lines.iter().zip(&measured?).map(|(line, settled)| Row::of(line, settled)).collect();
     println!(
         "{:56} {:>9} {:>8} {:>8} {:>8} {:>8} {:>6} {:>6}",
         "", "flows", "harness", "floor", "net", "beyond", "+-", "ratio"
     );
-    for (number, line) in lines.iter().enumerate() {
-        progress(&format!("{} of {}: {}", number + 1, lines.len(), line.name()));
-        if stage.as_ref().is_none_or(|stage| stage.scene != line.scene) {
-            // The one before holds the same directory.
-            drop(stage.take());
-            stage = Some(Stage::set(line.scene)?);
-        }
-        let stage = stage.as_mut().context("no stage")?;
-        let row = Row::of(line, &stage.time(line, &mut orders, arguments.rounds)?);
-        progress("");
+    for row in &rows {
         println!(
-            "{:56} {:>9} {:8.1} {:8.1} {:8.1} {:8.1} {:6.1} {:6.2}",
+            "{:56} {:>9} {:8.1} {:8.1} {:8.1} {:8.1} {:6.1} {:6.2}{}",
             row.line,
             row.flows,
             row.harness.median,
@@ -125,9 +162,9 @@ fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
             row.net.median,
             row.beyond.median,
             row.beyond.width() / 2.0,
-            row.ratio.median
+            row.ratio.median,
+            if row.disturbed { " ~" } else { "" }
         );
-        rows.push(row);
     }
     Ok(rows)
 }

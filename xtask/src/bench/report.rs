@@ -1,9 +1,10 @@
 //! What a bench leaves behind: its rows, in an envelope that says how, where and when they came about. Knows no bench.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::root;
@@ -48,9 +49,47 @@ impl<R> Report<R> {
 
 impl<R: Serialize> Report<R> {
     pub fn write(&self, path: &Path) -> Result<()> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+        }
         let text = serde_json::to_string_pretty(self)? + "\n";
         std::fs::write(path, text).with_context(|| path.display().to_string())
     }
+}
+
+impl<R: DeserializeOwned> Report<R> {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        serde_json::from_str(&text).with_context(|| format!("{}: no report of this bench", path.display()))
+    }
+}
+
+/// Where reports of a bench are kept, by their dates.
+pub fn kept(name: &str, date: &str) -> PathBuf {
+    root().join(RESULTS).join(format!("{name}-{date}.json"))
+}
+
+/// The report of a bench that was kept last.
+pub fn newest(name: &str) -> Result<Option<PathBuf>> {
+    let directory = root().join(RESULTS);
+    if !directory.exists() {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(&directory).with_context(|| directory.display().to_string())?;
+    let names = entries.map(|entry| Ok(entry?.file_name().into_string().unwrap_or_default()));
+    let names = names.collect::<Result<Vec<String>>>()?;
+    Ok(newest_of(name, &names).map(|file| directory.join(file)))
+}
+
+const RESULTS: &str = "docs/results";
+
+/// Dates sort as text does. The names of other benches may begin like this one's.
+fn newest_of<'n>(name: &str, files: &'n [String]) -> Option<&'n String> {
+    let date = |file: &&String| {
+        let date = file.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(".json")?;
+        date.starts_with(|c: char| c.is_ascii_digit()).then(|| date.to_owned())
+    };
+    files.iter().filter(|file| date(file).is_some()).max_by_key(date)
 }
 
 impl Machine {
@@ -119,9 +158,18 @@ mod tests {
         };
         let path = std::env::temp_dir().join(format!("xlb-report-{}.json", std::process::id()));
         report.write(&path).unwrap();
-        let read = std::fs::read_to_string(&path);
+        let read = Report::<f64>::read(&path);
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(serde_json::from_str::<Report<f64>>(&read.unwrap()).unwrap(), report);
+        assert_eq!(read.unwrap(), report);
+    }
+
+    #[test]
+    fn the_newest_report_is_the_one_of_the_last_date_of_its_own_bench() {
+        let files = ["packet-2026-11-23.json", "packet-2027-01-02.json", "packet-2026-12-31.json"];
+        let others = ["packet-pps-2028-01-01.json", "packet-2028-01-01.txt", "scale-2028-01-01.json"];
+        let files: Vec<String> = files.iter().chain(&others).map(|&file| file.to_owned()).collect();
+        assert_eq!(newest_of("packet", &files).unwrap(), "packet-2027-01-02.json");
+        assert_eq!(newest_of("pack", &files), None);
     }
 
     #[test]
