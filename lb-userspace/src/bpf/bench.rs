@@ -40,6 +40,13 @@ pub struct Flow {
     pub destination: u32,
 }
 
+impl Flow {
+    /// As it lies in the map.
+    fn word(self) -> u64 {
+        u64::from(self.number) | u64::from(self.destination) << 32
+    }
+}
+
 /// What a packet took in a round, nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Round {
@@ -99,13 +106,18 @@ impl Bench {
     /// Whose packets come from now on, in this order, over and over.
     pub fn send(&mut self, flows: &[Flow]) {
         for (row, flow) in (0..self.flows.len()).zip(flows.iter().cycle()) {
-            self.flows.store_word(row, 0, u64::from(flow.number) | u64::from(flow.destination) << 32);
+            self.flows.store_word(row, 0, flow.word());
         }
     }
 
-    /// Has the balancer take so many packets.
-    pub fn pass(&mut self, packets: u32) -> anyhow::Result<()> {
-        self.run(1, packets)
+    /// Has the balancer take a packet of each of these, up to as many as there are rows. They come in place of what was sent.
+    pub fn pass(&mut self, flows: &[Flow]) -> anyhow::Result<()> {
+        let position = self.state.load_word(0, 0) as usize;
+        let rows = self.flows.len();
+        for (step, flow) in flows.iter().take(rows).enumerate() {
+            self.flows.store_word((position + 1 + step) % rows, 0, flow.word());
+        }
+        self.run(1, flows.len().min(rows) as u32)
     }
 
     /// Times rounds in which each target takes [`PACKETS_OF_A_ROUND`], up to [`MOST_ROUNDS`]. One more goes before them,

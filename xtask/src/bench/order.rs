@@ -70,20 +70,18 @@ fn drawn(shares: &[f64], dice: f64) -> u32 {
     shares.partition_point(|share| *share <= dice).min(shares.len() - 1) as u32
 }
 
-/// Orders that were drawn: many lines have the same.
+/// Orders that were drawn, with so many destinations: many lines have the same.
 #[derive(Default)]
 pub struct Orders {
-    drawn: HashMap<Order, Rc<[u32]>>,
+    drawn: HashMap<(Order, u32), Rc<[Flow]>>,
 }
 
 impl Orders {
     /// Packets in this order; each flow keeps to one of the destinations.
-    pub fn flows(&mut self, order: Order, destinations: u32) -> Vec<Flow> {
-        let numbers = self.drawn.entry(order).or_insert_with(|| order.numbers().into());
-        numbers
-            .iter()
-            .map(|&number| Flow { number, destination: destination(number, destinations) })
-            .collect()
+    pub fn flows(&mut self, order: Order, destinations: u32) -> Rc<[Flow]> {
+        let flow = |number| Flow { number, destination: destination(number, destinations) };
+        let draw = || order.numbers().into_iter().map(flow).collect();
+        Rc::clone(self.drawn.entry((order, destinations)).or_insert_with(draw))
     }
 }
 

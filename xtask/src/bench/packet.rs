@@ -20,15 +20,15 @@ use super::report::{Report, kept, newest};
 #[derive(clap::Args)]
 pub struct Arguments {
     /// How often each line is timed in a pass, over 1024 packets each
-    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
+    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
     rounds: u32,
-    /// How often the program is loaded for that; once more, up to twice, for lines that the machine was disturbed for
+    /// How often the program is loaded for that; 1 with --quick
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     passes: u32,
     /// Only lines with this in their name; twice for those with either
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
-    /// A third of the lines, in less than a minute
+    /// A quarter of the lines, once, in less than a minute
     #[arg(long)]
     quick: bool,
     /// Names the lines, and measures nothing
@@ -65,7 +65,7 @@ pub struct Row {
     pub beyond: Spread,
     /// `program`, of `floor`.
     pub ratio: Spread,
-    /// Whether the machine never was as fast as for other lines.
+    /// Whether the machine was hardly ever as fast as for other lines.
     pub disturbed: bool,
 }
 
@@ -102,11 +102,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let then = path.map(|path| Ok::<_, anyhow::Error>((Report::<Row>::read(&path)?, path))).transpose()?;
     let report = Report::new(NAME, measure(&lines, arguments)?)?;
     println!(
-        "\nNanoseconds of one packet, medians of up to {} rounds. harness: the driver alone; floor: the head moved and the\n\
+        "\nNanoseconds of one packet, medians. harness: the driver alone; floor: the head moved and the\n\
          packet sent, beyond the harness; net: the balancer beyond the harness; beyond: the balancer beyond the floor;\n\
          +-: within which half of the rounds lie; ratio: harness and balancer, of harness and floor; ~: the machine was\n\
-         disturbed whenever the line was measured.",
-        arguments.rounds * arguments.passes
+         disturbed whenever the line was measured."
     );
     println!("{}; {}, {}", report.machine, report.commit, report.date);
     if let Some(path) = &arguments.json {
@@ -145,7 +144,8 @@ fn tell(then: &Report<Row>, now: &Report<Row>, path: &Path) -> usize {
 
 fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
     pin_to_one_cpu()?;
-    let measured = passes::measure(lines, arguments.passes, arguments.rounds, &mut progress);
+    let passes = if arguments.quick { 1 } else { arguments.passes };
+    let measured = passes::measure(lines, passes, arguments.rounds, &mut progress);
     progress("");
     let rows: Vec<Row> = lines.iter().zip(&measured?).map(|(line, settled)| Row::of(line, settled)).collect();
     println!(

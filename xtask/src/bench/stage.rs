@@ -1,6 +1,7 @@
 //! The balancer with a scene's tables, attached to nothing, and its timings.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -38,8 +39,27 @@ pub struct Stage {
     datapath: Option<Datapath>,
 }
 
+/// What fills the maps of scenes: for many services it takes seconds to plan.
+#[derive(Default)]
+pub struct Plans {
+    made: Vec<(Scene, Rc<[MapOp]>)>,
+}
+
+impl Plans {
+    /// For maps that are empty.
+    fn of(&mut self, scene: Scene, config: &Config, datapath: &Datapath) -> Result<Rc<[MapOp]>> {
+        if let Some((_, plan)) = self.made.iter().find(|(known, _)| *known == scene) {
+            return Ok(Rc::clone(plan));
+        }
+        let wanted = desired(config, &world(config));
+        let plan: Rc<[MapOp]> = plan_at_once(&datapath.maps.image()?, &wanted, datapath.capacity())?.into();
+        self.made.push((scene, Rc::clone(&plan)));
+        Ok(plan)
+    }
+}
+
 impl Stage {
-    pub fn set(scene: Scene) -> Result<Self> {
+    pub fn set(scene: Scene, plans: &mut Plans) -> Result<Self> {
         let config = configuration(&scene)?;
         let run_dir = std::env::temp_dir().join(format!("xlb-bench-{}", std::process::id()));
         std::fs::create_dir_all(&run_dir)?;
@@ -51,9 +71,8 @@ impl Stage {
             load_time = load_time.with(crate::program::untraced());
         }
         let mut datapath = Datapath::open(fs, capacity, load_time)?;
-        let image = datapath.maps.image()?;
-        for op in plan_at_once(&image, &desired(&config, &world(&config)), &capacity)? {
-            datapath.maps.apply(&op)?;
+        for op in plans.of(scene, &config, &datapath)?.iter() {
+            datapath.maps.apply(op)?;
         }
         if scene.moved {
             for op in moves(&datapath.maps.image()?) {
@@ -70,17 +89,21 @@ impl Stage {
         self.datapath.as_mut().context("no datapath")
     }
 
-    /// Times a line of this scene.
-    pub fn time(&mut self, line: &Line, orders: &mut Orders, rounds: u32) -> Result<Vec<Round>> {
+    /// What sends the packets of a line of this scene, with everything known that is to be known.
+    pub fn start(&mut self, line: &Line, orders: &mut Orders) -> Result<Bench> {
         self.forget()?;
         let stand_in = self.open(line, orders)?;
         let mut bench = Bench::new(&frames::packets(line, stand_in)?, &self.datapath()?.program_fd()?)?;
         if line.flow == Known::Old {
             // As they are from the second packet on.
-            bench.send(&orders.flows(Order::Once(line.order.flows()), line.scene.services));
-            bench.pass(line.order.flows())?;
+            bench.pass(&orders.flows(Order::Once(line.order.flows()), line.scene.services))?;
         }
         bench.send(&orders.flows(line.order, line.scene.services));
+        Ok(bench)
+    }
+
+    /// Times some rounds of a line that was started.
+    pub fn time(&mut self, line: &Line, bench: &mut Bench, rounds: u32) -> Result<Vec<Round>> {
         let before = self.outcomes()?;
         let mut times = Vec::new();
         if line.flow == Known::New {
@@ -108,8 +131,7 @@ impl Stage {
         };
         let first = Line { packet, ..*line };
         let mut bench = Bench::new(&frames::packets(&first, None)?, &self.datapath()?.program_fd()?)?;
-        bench.send(&orders.flows(Order::Once(line.order.flows()), line.scene.services));
-        bench.pass(line.order.flows())?;
+        bench.pass(&orders.flows(Order::Once(line.order.flows()), line.scene.services))?;
         if line.packet == Kind::Reply && line.scene.way == Way::Fullnat { self.stand_in() } else { Ok(None) }
     }
 
