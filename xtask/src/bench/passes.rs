@@ -15,7 +15,7 @@ use super::stage::{Plans, Stage};
 /// A harness that takes this much more than at its best is that of a disturbed machine.
 const CALM: f64 = 1.15;
 /// How often more rounds of a line are asked for, in one pass, while the machine is disturbed.
-const TRIES: u32 = 4;
+const TRIES: u32 = 3;
 
 /// What the passes came to for one line.
 pub struct Settled {
@@ -40,12 +40,12 @@ pub fn measure(lines: &[Line], passes: u32, rounds: u32, tell: &mut dyn FnMut(&s
             }
             let stage = stage.as_mut().context("no stage")?;
             let mut bench = stage.start(line, &mut orders)?;
-            let enough = calm(&taken[index], best).count() + rounds as usize / 2;
             for _ in 0..TRIES {
                 let new = stage.time(line, &mut bench, rounds)?;
                 best = best.min(Spread::of(new.iter().map(|round| round.harness)).low);
+                let most_are_calm = calm(&new, best).count() * 2 >= new.len();
                 taken[index].extend(new);
-                if calm(&taken[index], best).count() >= enough {
+                if most_are_calm {
                     break;
                 }
             }
