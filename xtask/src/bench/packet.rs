@@ -6,10 +6,13 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, ensure};
 use lb_userspace::bpf::{MOST_ROUNDS, Round};
 use serde::{Deserialize, Serialize};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::compare::{Comparison, compare};
 use super::figures::Spread;
@@ -20,7 +23,7 @@ use super::report::{Report, kept, newest};
 #[derive(clap::Args)]
 pub struct Arguments {
     /// How often each line is timed in a pass, over 1024 packets each
-    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
     rounds: u32,
     /// How often the program is loaded for that; 1 with --quick
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
@@ -145,7 +148,8 @@ fn tell(then: &Report<Row>, now: &Report<Row>, path: &Path) -> usize {
 fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
     pin_to_one_cpu()?;
     let passes = if arguments.quick { 1 } else { arguments.passes };
-    let measured = passes::measure(lines, passes, arguments.rounds, &mut progress);
+    let stop = signalled()?;
+    let measured = passes::measure(lines, passes, arguments.rounds, &stop, &mut progress);
     progress("");
     let rows: Vec<Row> = lines.iter().zip(&measured?).map(|(line, settled)| Row::of(line, settled)).collect();
     println!(
@@ -176,6 +180,15 @@ fn progress(text: &str) {
         // What cannot be said is not missed.
         _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());
     }
+}
+
+/// Set once somebody wants an end: maps are pinned, and have to go.
+fn signalled() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
 }
 
 /// Timings wander when the thread does.

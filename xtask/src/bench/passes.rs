@@ -4,7 +4,9 @@
 //! harness. The harness is the same for all lines, and so tells. And a program that is loaded anew lies elsewhere in
 //! memory, which alone is worth some per cent: each pass loads it again.
 
-use anyhow::{Context, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, ensure};
 use lb_userspace::bpf::Round;
 
 use super::figures::Spread;
@@ -16,6 +18,8 @@ use super::stage::{Plans, Stage};
 const CALM: f64 = 1.15;
 /// How often more rounds of a line are asked for, in one pass, while the machine is disturbed.
 const TRIES: u32 = 3;
+/// Further passes, over lines that the machine was disturbed for in all others.
+const SECOND_TRIES: u32 = 2;
 
 /// What the passes came to for one line.
 pub struct Settled {
@@ -24,15 +28,26 @@ pub struct Settled {
     pub disturbed: bool,
 }
 
-/// Rounds of all lines; `tell` hears of each line before it is measured.
-pub fn measure(lines: &[Line], passes: u32, rounds: u32, tell: &mut dyn FnMut(&str)) -> Result<Vec<Settled>> {
+/// Rounds of all lines; `tell` hears of each line before it is measured. Ends early, with nothing left behind, if told to
+/// `stop`.
+pub fn measure(
+    lines: &[Line],
+    passes: u32,
+    rounds: u32,
+    stop: &AtomicBool,
+    tell: &mut dyn FnMut(&str),
+) -> Result<Vec<Settled>> {
     let (mut orders, mut plans) = (Orders::default(), Plans::default());
     let mut taken: Vec<Vec<Round>> = vec![Vec::new(); lines.len()];
     let mut best = f64::INFINITY;
-    for pass in 1..=passes {
+    for pass in 1..=passes + SECOND_TRIES {
         let mut stage: Option<Stage> = None;
-        for (index, line) in lines.iter().enumerate() {
-            tell(&format!("pass {pass} of {passes}, {} of {}: {}", index + 1, lines.len(), line.name()));
+        let is_due = |rounds: &[Round]| pass <= passes || is_disturbed(rounds, best);
+        let due: Vec<usize> = (0..lines.len()).filter(|&index| is_due(&taken[index])).collect();
+        for (number, &index) in due.iter().enumerate() {
+            ensure!(!stop.load(Ordering::Relaxed), "stopped");
+            let line = &lines[index];
+            tell(&format!("pass {pass}, {} of {}: {}", number + 1, due.len(), line.name()));
             if stage.as_ref().is_none_or(|stage| stage.scene != line.scene) {
                 // The one before holds the same directory.
                 drop(stage.take());
@@ -58,13 +73,16 @@ fn calm(rounds: &[Round], best: f64) -> impl Iterator<Item = &Round> {
     rounds.iter().filter(move |round| round.harness <= best * CALM)
 }
 
+fn is_disturbed(rounds: &[Round], best: f64) -> bool {
+    calm(rounds, best).count() * 10 < rounds.len().max(1)
+}
+
 /// The calm rounds; where they are few, all.
 fn settle(rounds: Vec<Round>, best: f64) -> Settled {
-    let calm: Vec<Round> = calm(&rounds, best).copied().collect();
-    if calm.len() * 10 < rounds.len() || calm.is_empty() {
+    if is_disturbed(&rounds, best) {
         Settled { rounds, disturbed: true }
     } else {
-        Settled { rounds: calm, disturbed: false }
+        Settled { rounds: calm(&rounds, best).copied().collect(), disturbed: false }
     }
 }
 
