@@ -25,9 +25,9 @@ pub struct Arguments {
     /// How often each line is timed in a pass, over 1024 packets each
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..i64::from(MOST_ROUNDS)))]
     rounds: u32,
-    /// How often the program is loaded for that; 1 with --quick
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
-    passes: u32,
+    /// How often the program is loaded for that; twice, but once with --quick, if not said
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    passes: Option<u32>,
     /// Only lines with this in their name; twice for those with either
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -147,7 +147,7 @@ fn tell(then: &Report<Row>, now: &Report<Row>, path: &Path) -> usize {
 
 fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
     pin_to_one_cpu()?;
-    let passes = if arguments.quick { 1 } else { arguments.passes };
+    let passes = arguments.passes.unwrap_or(if arguments.quick { 1 } else { 2 });
     let stop = signalled()?;
     let measured = passes::measure(lines, passes, arguments.rounds, &stop, &mut progress);
     progress("");
