@@ -254,7 +254,7 @@ impl<'d> Probes<'d> {
             targets.is_some_and(|targets| is_right(state, targets, end.outcome, end.took))
         };
         // A VIP that changes its pool meets, for a moment, the new members of the old one; one that comes to a table
-        // of another VIP, those that it is leaving.
+        // of another VIP, those that this is leaving, whatever it was called before.
         let moved = before != after;
         let (at_the_old_one, that_leave) = (self.after.targets(before), self.before.targets(after));
         let lost = end.outcome == Outcome::DropUnresolved && self.loses_its_way(packet);
@@ -262,7 +262,9 @@ impl<'d> Probes<'d> {
             || ends(self.next, self.after.targets(after))
             || moved && ends(self.next, at_the_old_one)
             || moved && ends(self.old, that_leave)
-            || end.took.is_some_and(|row| self.next.backends.contains_key(&row.identity) && moved);
+            || end.took.is_some_and(|row| {
+                moved && [self.old, self.next].iter().any(|state| state.backends.contains_key(&row.identity))
+            });
         if !right && !lost {
             return Err(format!("ends as {:?}", end.outcome));
         }
