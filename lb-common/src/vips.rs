@@ -190,11 +190,14 @@ macro_rules! family {
         /// The most specific entry that makes the address a VIP.
         #[inline(always)]
         pub fn $vip<T: Tables>(tables: &T, address: $address) -> VipTarget {
+            if tables.features().has(Features::PREFIXES) {
+                return $vip_in(tables, tables.$word(), address);
+            }
             // Most addresses that are none end here.
-            if !tables.features().has(Features::PREFIXES) && !$near(tables, address) {
+            if !$near(tables, address) {
                 return VipTarget::NONE;
             }
-            $vip_in(tables, tables.$word(), address)
+            $entry(tables, address, PortKey::ADDRESS)
         }
 
         /// Whether the address may be a VIP, apart from prefixes.

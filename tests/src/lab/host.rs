@@ -101,7 +101,7 @@ impl Host {
 
     fn connect(&self, switch: &Switch, interface: &Interface, port: &str) -> Result<()> {
         let (name, mac, namespace) = (&interface.name, mac_text(interface.mac), &self.namespace);
-        let (bridge, pass) = (&switch.name, self.shared.pass_object.display());
+        let (bridge, pass) = (&switch.name, self.shared.pass_pin.display());
         ip_batch(
             Some(&self.shared.namespace(SWITCH)),
             &[
@@ -109,7 +109,7 @@ impl Host {
                     "link add {port} mtu {MTU} type veth peer name {name} netns {namespace} address {mac} mtu {MTU}"
                 ),
                 format!("link set {port} master {bridge}"),
-                format!("link set {port} xdpdrv obj {pass} sec xdp"),
+                format!("link set {port} xdpdrv pinned {pass}"),
                 format!("link set {port} up"),
             ],
         )?;

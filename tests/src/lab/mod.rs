@@ -49,6 +49,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::programs::Xdp;
 use rustix::mount::MountFlags;
 pub use rustix::process::Signal;
 
@@ -103,7 +104,7 @@ struct Shared {
     id: String,
     name: String,
     dir: PathBuf,
-    pass_object: PathBuf,
+    pass_pin: PathBuf,
     /// Held as long as the lab lives: a run directory whose lock is free has lost its owner.
     _lock: File,
     state: Mutex<State>,
@@ -128,7 +129,7 @@ impl Lab {
         let shared = Arc::new(Shared {
             id,
             name: name.to_owned(),
-            pass_object: dir.join("pass.o"),
+            pass_pin: dir.join("bpf/pass"),
             dir,
             _lock: lock,
             state: Mutex::default(),
@@ -144,18 +145,26 @@ impl Lab {
     }
 
     fn begin(&self) -> Result<()> {
-        fs::write(&self.shared.pass_object, lb_userspace::bpf::PASS).context("writing the pass program")?;
         let bpf = self.bpf_dir();
         fs::create_dir(&bpf).with_context(|| bpf.display().to_string())?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount("bpf", &bpf, "bpf", flags, Some(c"mode=0700"))
             .with_context(|| format!("mounting a bpffs at {}", bpf.display()))?;
+        self.pin_pass().context("the pass program")?;
         command::ip_batch(None, &[format!("netns add {}", self.shared.namespace(SWITCH))])?;
         // The switch forwards frames; it has no address and sends nothing of its own.
         command::inside(&self.shared.namespace(SWITCH), || {
             command::write_sysctl("net/ipv6/conf/default/disable_ipv6", "1")
         })??;
         self.make_bridge(&self.lan)
+    }
+
+    /// Loaded by `ip`, it would be pinned in the first bpffs of the host, which may be that of a lab that ends.
+    fn pin_pass(&self) -> Result<()> {
+        let mut ebpf = aya::Ebpf::load(lb_userspace::bpf::PASS)?;
+        let program: &mut Xdp = ebpf.program_mut("pass").context("not in its object")?.try_into()?;
+        program.load()?;
+        Ok(program.pin(&self.shared.pass_pin)?)
     }
 
     fn make_bridge(&self, switch: &Switch) -> Result<()> {
