@@ -97,8 +97,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let lines: Vec<Line> = lines().into_iter().filter(chosen).collect();
     ensure!(!lines.is_empty(), "no line has that in its name; `--list` names them all");
     if arguments.list {
-        lines.iter().for_each(|line| println!("{:56} {:>9}", line.name(), line.order.to_string()));
-        return Ok(());
+        let names: String =
+            lines.iter().map(|line| format!("{:56} {:>9}\n", line.name(), line.order.to_string())).collect();
+        // A reader that ends early is no reason to panic.
+        return std::io::stdout().write_all(names.as_bytes()).context("standard output");
     }
     // Before it may be written over.
     let path = arguments.against.clone().map_or_else(|| newest(NAME), |path| Ok(Some(path)))?;

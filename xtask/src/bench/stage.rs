@@ -108,7 +108,7 @@ impl Stage {
         let mut times = Vec::new();
         if line.flow == Known::New {
             // To empty the tables takes longer than to fill them.
-            while times.len() < rounds as usize / 4 {
+            while times.len() < (rounds as usize / 4).max(1) {
                 self.forget()?;
                 times.extend(bench.time(ROUNDS_OF_NEW)?);
             }
