@@ -40,8 +40,8 @@ fn config_with(backends: &[&str]) -> Config {
 
 #[test]
 fn fault_26_another_xdp_program_is_explained_with_its_id_and_left_alone() -> Result<()> {
-    let Some((lab, host)) = alone("busy")? else { return Ok(()) };
-    host.ip(&format!("link set dev eth0 xdp obj {} sec xdp", lab.dir().join("pass.o").display()))?;
+    let Some((_lab, host)) = alone("busy")? else { return Ok(()) };
+    host.attach_pass("eth0")?;
     let shown = host.ip("link show eth0")?;
     let id =
         shown.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next()).context(shown.clone())?;

@@ -21,12 +21,6 @@ fn inside(stage: &Stage) -> Result<String> {
     Ok(stage.balancer.add_interface(&switch, &["10.112.0.3/24"])?.name)
 }
 
-/// Puts a program that is not xlb's on an interface.
-fn occupy(stage: &Stage, interface: &str) -> Result<()> {
-    let pass = stage.lab.dir().join("pass.o");
-    stage.balancer.ip(&format!("link set dev {interface} xdp obj {} sec xdp", pass.display())).map(drop)
-}
-
 fn shown(stage: &Stage, interface: &str) -> Result<String> {
     stage.balancer.ip(&format!("link show {interface}"))
 }
@@ -46,7 +40,7 @@ fn a_start_that_cannot_attach_everywhere_takes_nothing_off_an_interface_with_a_n
     balancer.process.kill();
     stage.balancer.ip("link set eth0 name wan0")?;
     let other = inside(&stage)?;
-    occupy(&stage, &other)?;
+    stage.balancer.attach_pass(&other)?;
     let config = Config { interfaces: format!("[wan0, {other}]"), ..stage.config() };
     let told = does_not_start(&mut balancer, &config)?;
     ensure!(told.contains("another XDP program is attached"), "{told}");
@@ -87,7 +81,7 @@ fn a_reload_that_fails_leaves_an_interface_that_was_made_again_attached() -> Res
     stage.balancer.remake_interface(stage.lab.lan(), "eth0")?;
     balancer.process.wait_for_log("the interface is back", PATIENCE)?;
     let third = stage.balancer.add_interface(&stage.lab.switch("third")?, &["10.113.0.3/24"])?.name;
-    occupy(&stage, &third)?;
+    stage.balancer.attach_pass(&third)?;
     let link = balancer.link_id()?;
     for top in ["", "limits: {backends: 5000, vips: 8192, slots: 4194304}\n"] {
         let interfaces = format!("[{second}, eth0, {third}]");
@@ -107,10 +101,11 @@ fn a_program_of_somebody_else_in_the_place_of_ours_is_not_shown_as_ours() -> Res
     let balancer = stage.start(&config)?;
     // Between the two looks of the agent at the interface there is time for another program.
     let pin = balancer.run_dir.join(format!("bpf/link_{second}"));
-    let pass = stage.lab.dir().join("pass.o");
-    let (pin, pass) = (pin.display(), pass.display());
-    let swap = format!("bpftool link detach pinned {pin} && ip link set dev {second} xdp obj {pass} sec xdp");
-    let swapped = || stage.balancer.run(["sh", "-c", &swap]).is_ok();
+    let pin = pin.to_string_lossy();
+    let swapped = || {
+        stage.balancer.run(["bpftool", "link", "detach", "pinned", &pin]).is_ok()
+            && stage.balancer.attach_pass(&second).is_ok()
+    };
     wait_for("another program is attached", PATIENCE, swapped)?;
     balancer.process.wait_for_log("another XDP program is attached", PATIENCE)?;
     let interfaces = balancer.status()?.interfaces;

@@ -64,8 +64,7 @@ fn a_reload_that_cannot_attach_an_interface_changes_nothing() -> Result<()> {
     let balancer = stage.start(&config)?;
     let other = stage.lab.switch("other")?;
     stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
-    let pass = stage.lab.dir().join("pass.o");
-    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+    stage.balancer.attach_pass("eth1")?;
     let before = balancer.backends()?.iter().map(|backend| backend.slots).collect::<Vec<_>>();
 
     config.interfaces = "[eth0, eth1]".to_owned();
@@ -89,8 +88,7 @@ fn a_reload_that_fails_leaves_a_generic_interface_as_it_was() -> Result<()> {
     let (link, flags) = (balancer.link_id()?, balancer.tables()?.interfaces);
     let other = stage.lab.switch("other")?;
     stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
-    let pass = stage.lab.dir().join("pass.o");
-    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+    stage.balancer.attach_pass("eth1")?;
 
     config.interfaces = "[{name: eth0, mode: generic}, eth1]".to_owned();
     config.top = "vip_arp: true".to_owned();
@@ -108,8 +106,7 @@ fn a_restart_that_cannot_attach_an_interface_leaves_the_others_forwarding() -> R
     let mut balancer = stage.start(&config)?;
     let other = stage.lab.switch("other")?;
     stage.balancer.add_interface(&other, &["10.112.0.3/24"])?;
-    let pass = stage.lab.dir().join("pass.o");
-    stage.balancer.ip(&format!("link set dev eth1 xdp obj {} sec xdp", pass.display()))?;
+    stage.balancer.attach_pass("eth1")?;
     balancer.process.kill();
 
     config.interfaces = "[eth0, eth1]".to_owned();

@@ -253,6 +253,11 @@ impl Host {
         self.ip(&format!("link set {interface} mtu {mtu_bytes}")).map(drop)
     }
 
+    /// Puts a program on an interface that is not xlb's and passes everything.
+    pub fn attach_pass(&self, interface: &str) -> Result<()> {
+        self.ip(&format!("link set dev {interface} xdp pinned {}", self.shared.pass_pin.display())).map(drop)
+    }
+
     /// Takes an interface down or up.
     pub fn set_link(&self, interface: &str, up: bool) -> Result<()> {
         self.ip(&format!("link set {interface} {}", if up { "up" } else { "down" })).map(drop)
