@@ -5,6 +5,8 @@ mod docs;
 mod flows;
 mod fuzz;
 mod lint;
+#[allow(dead_code, reason = "benches take from it what they show")]
+mod plot;
 mod program;
 mod test;
 
