@@ -187,7 +187,7 @@ const BIG: u32 = 64;
 fn long_transfers(name: &str, mode: Mode) -> Result<()> {
     let Some(scene) = Between::set(name, mode, 1)? else { return Ok(()) };
     let backend = &scene.backends[0].host;
-    let nginx = lab::Nginx { ports: vec![81], big_megabytes: BIG };
+    let nginx = lab::Nginx { ports: vec![81], big_megabytes: BIG, ..lab::Nginx::default() };
     let server = lab::nginx(backend, "big", nginx)?;
     let big = scene.lab.dir().join(format!("big-{BIG}"));
     let _balancer = scene.start(&Config { pool: "    port: 81\n".to_owned(), ..scene.config() })?;

@@ -14,12 +14,14 @@ pub mod table;
 use anyhow::Result;
 use clap::Subcommand;
 
-use crate::flows;
+use crate::{flows, lab};
 
 #[derive(Subcommand)]
 pub enum Bench {
     /// Nanoseconds a packet takes in the kernel, against a floor of the same run (needs root)
     Packet(packet::Arguments),
+    /// Beside direct routing, nftables and HAProxy in network namespaces: throughput, requests, latency (needs root)
+    Lab(lab::Arguments),
     /// What changes of a pool break, over ways to choose a backend, with and without memory (simulated)
     Flows(flows::Flows),
 }
@@ -27,6 +29,7 @@ pub enum Bench {
 pub fn run(bench: Bench) -> Result<()> {
     match bench {
         Bench::Packet(arguments) => packet::run(&arguments),
+        Bench::Lab(arguments) => lab::run(&arguments),
         Bench::Flows(arguments) => flows::run(&arguments),
     }
 }

@@ -4,6 +4,7 @@ mod bench;
 mod docs;
 mod flows;
 mod fuzz;
+mod lab;
 mod lint;
 #[allow(dead_code, reason = "benches take from it what they show")]
 mod plot;
@@ -89,6 +90,13 @@ fn root() -> &'static Path {
 
 fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// What makes the `xlb` beside this program: labs start it.
+fn agent_build() -> Command {
+    let mut command = cargo();
+    command.args(["build", "--quiet", "--package", "lb-userspace", "--package", "tests"]);
+    command
 }
 
 /// Runs a command in the workspace, saying which.

@@ -305,12 +305,15 @@ pub fn available() -> Result<bool> {
     }
 }
 
+/// Whether a program can be started here.
+pub fn has_program(name: &str) -> bool {
+    command::find(name).is_some()
+}
+
 fn check_requirements() -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "not root");
-    let missing: Vec<&str> = ["ip", "nsenter", "ethtool", "curl"]
-        .into_iter()
-        .filter(|name| command::find(name).is_none())
-        .collect();
+    let missing: Vec<&str> =
+        ["ip", "nsenter", "ethtool", "curl"].into_iter().filter(|name| !has_program(name)).collect();
     ensure!(missing.is_empty(), "missing programs: {} (scripts/setup installs them)", missing.join(", "));
     Ok(())
 }

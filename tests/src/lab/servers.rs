@@ -51,11 +51,13 @@ pub struct Nginx {
     pub ports: Vec<u16>,
     /// Size of `/big`. Its content is 64-bit little-endian words that count from 0, so that any part out of place shows.
     pub big_megabytes: u32,
+    /// Whether a connection takes request after request.
+    pub keepalive: bool,
 }
 
 impl Default for Nginx {
     fn default() -> Self {
-        Self { ports: vec![80], big_megabytes: 8 }
+        Self { ports: vec![80], big_megabytes: 8, keepalive: false }
     }
 }
 
@@ -79,7 +81,7 @@ impl NginxServer {
 
 /// Starts nginx on all addresses of a host and waits until it accepts connections. `/` returns `name` and a newline,
 /// `/ends` address and port of the client and of the server as nginx sees them, `/healthz` 200 or 503, `/big` a large file; `/up/NAME` takes what is PUT there. Every request has a connection of its
-/// own. It is one process, so that a signal (SIGSTOP, say) meets all of it.
+/// own, unless `keepalive` is asked for. It is one process, so that a signal (SIGSTOP, say) meets all of it.
 pub fn nginx(host: &Host, name: &str, options: Nginx) -> Result<NginxServer> {
     let dir = host.new_file("nginx");
     fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
@@ -99,7 +101,8 @@ events {{ worker_connections 1000; }}
 http {{
     access_log off;
     default_type text/plain;
-    keepalive_timeout 0;
+    keepalive_timeout {keepalive};
+    keepalive_requests 1000000000;
     client_body_temp_path {dir}/body;
     proxy_temp_path {dir}/proxy;
     fastcgi_temp_path {dir}/fastcgi;
@@ -122,6 +125,7 @@ http {{
     }}
 }}
 "#,
+        keepalive = if options.keepalive { 60 } else { 0 },
         dir = dir.display(),
         healthy = healthy.display(),
         big = big.display(),
