@@ -66,7 +66,7 @@ fn remains(dir: &Path) -> Vec<String> {
 fn a_client_gets_pages_from_nginx_over_ipv4_and_ipv6() -> Result<()> {
     let Some(lab) = lab("pages")? else { return Ok(()) };
     let (client, server) = client_and_server(&lab)?;
-    let options = Nginx { ports: vec![80, 8080], big_megabytes: 3 };
+    let options = Nginx { ports: vec![80, 8080], big_megabytes: 3, ..Nginx::default() };
     let nginx = lab::nginx(&server, "web1", options)?;
 
     for address in ["10.1.0.11", "[fd00:1::11]", "10.1.0.11:8080", "[fd00:1::11]:8080"] {

@@ -6,17 +6,16 @@
 mod client;
 mod measure;
 mod scene;
-mod table;
+pub mod table;
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
+use ::tests::lab;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use tests::lab;
 
-use self::measure::{Effort, Measure};
+use self::measure::{Effort, Measure, taken_by_others};
 use self::scene::{SIDES, Scene, Side};
 use self::table::Results;
 use crate::bench::report::Report;
@@ -58,6 +57,9 @@ const PROGRAMME: [(bool, Measure); 8] = [
     (true, Measure::Upload(4)),
 ];
 
+/// The share of the machine that others may take.
+const MOST_BY_OTHERS: f64 = 0.1;
+
 pub fn run(arguments: &Arguments) -> Result<()> {
     let begun = Instant::now();
     ensure!(lab::available()?, "labs are to be skipped; unset {}", lab::SKIP_ROOT);
@@ -68,7 +70,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     lab::clean_up_on_signals()?;
     let scene = Scene::set(&sides)?;
     let modes = scene.modes()?;
-    let results = measure_all(arguments, &scene, &sides, &programme)?;
+    let mut others = 0.0;
+    let results = measure_all(arguments, &scene, &sides, &programme, &mut others)?;
     let (drops, versions) = (scene.drops()?, scene.versions.clone());
     drop(scene);
 
@@ -77,6 +80,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     println!("XDP of xlb: {}. {}", modes.join(", "), versions.join(". "));
     for (side, outcome, packets) in drops {
         println!("{side} dropped {packets} packets: {outcome}");
+    }
+    println!("Between rounds the machine was up to {:.0} % busy.", others * 100.0);
+    if others > MOST_BY_OTHERS {
+        println!(
+            "Something else runs here: figures are worth little, those of the CPU nothing. Run it again alone."
+        );
     }
     if let Some(path) = &arguments.plot {
         std::fs::write(path, table::plot(&rows)?).with_context(|| path.display().to_string())?;
@@ -130,19 +139,23 @@ fn measure_all(
     scene: &Scene,
     sides: &[Side],
     programme: &[(bool, Measure)],
+    others: &mut f64,
 ) -> Result<Results> {
     let effort =
         Effort { seconds: arguments.seconds, rate: arguments.rate, connections: arguments.connections };
     let mut results = Results::new(sides, programme);
-    let mut progress = Progress::of(arguments.rounds as usize * programme.len() * sides.len());
+    let all = arguments.rounds as usize * programme.len() * sides.len();
+    let mut done = 0;
     for round in 1..=arguments.rounds {
+        *others = taken_by_others()?.max(*others);
         let mut offloads = None;
         for (index, (with_offloads, measure)) in programme.iter().enumerate() {
             if offloads.replace(*with_offloads) != Some(*with_offloads) {
                 scene.set_offloads(*with_offloads)?;
             }
             for side in sides {
-                progress.show(&format!("round {round}, {measure:?}, {}", side.name()));
+                done += 1;
+                crate::progress(&format!("{done} of {all}: round {round}, {measure:?}, {}", side.name()));
                 let measured = measure.take(scene, *side, effort);
                 results.add(
                     *side,
@@ -152,37 +165,6 @@ fn measure_all(
             }
         }
     }
-    progress.end();
+    crate::progress("");
     Ok(results)
-}
-
-/// A line on stderr that is written over and over; nothing where nobody looks.
-struct Progress {
-    begun: Instant,
-    done: usize,
-    all: usize,
-    visible: bool,
-}
-
-impl Progress {
-    fn of(all: usize) -> Self {
-        Self { begun: Instant::now(), done: 0, all, visible: std::io::stderr().is_terminal() }
-    }
-
-    /// Something begins.
-    fn show(&mut self, what: &str) {
-        self.done += 1;
-        if self.visible {
-            let seconds = self.begun.elapsed().as_secs();
-            eprint!("\r\x1b[K{}/{} ({seconds} s) {what}", self.done, self.all);
-            // It is only for the eye.
-            std::io::stderr().flush().ok();
-        }
-    }
-
-    fn end(&self) {
-        if self.visible {
-            eprintln!("\r\x1b[K{} measurements in {} s", self.all, self.begun.elapsed().as_secs());
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask`: what a person would otherwise type by hand.
 
 mod bench;
+mod capacity;
 mod docs;
 mod flows;
 mod fuzz;
@@ -8,9 +9,11 @@ mod lab;
 mod lint;
 #[allow(dead_code, reason = "benches take from it what they show")]
 mod plot;
+mod pps;
 mod program;
 mod test;
 
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -96,6 +99,9 @@ fn cargo() -> Command {
 fn agent_build() -> Command {
     let mut command = cargo();
     command.args(["build", "--quiet", "--package", "lb-userspace", "--package", "tests"]);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
     command
 }
 
@@ -106,4 +112,13 @@ fn run(mut command: Command) -> Result<()> {
         command.current_dir(root()).status().with_context(|| format!("{command:?} does not start"))?;
     ensure!(status.success(), "{command:?}: {status}");
     Ok(())
+}
+
+/// Says what is going on, over what was said before; nothing where nobody looks.
+fn progress(text: &str) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        // What cannot be said is not missed.
+        _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());
+    }
 }

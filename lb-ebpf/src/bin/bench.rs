@@ -1,5 +1,6 @@
 //! Programs for measuring: a driver that hands fresh packets of many flows to the program under test,
-//! and what the measured program is compared with.
+//! and what the measured program is compared with. The same packets as live frames: a generator that sends them, and a
+//! sink that takes them.
 //!
 //! BPF_PROG_TEST_RUN does not reset the packet between repeats: the driver undoes what the last run
 //! did to the head, writes the template back, makes it the next flow's, and calls a target as its tail.
@@ -11,7 +12,7 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, xdp_action};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{map, xdp};
-use aya_ebpf::maps::{Array, ProgramArray};
+use aya_ebpf::maps::{Array, PerCpuArray, ProgramArray};
 use aya_ebpf::programs::XdpContext;
 use lb_common::abi::{BENCH_BLOCK, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, Bench, BenchState, bench_target};
 use lb_common::packet::Packet;
@@ -30,6 +31,10 @@ static TIMES: Array<u64> = Array::with_max_entries(BENCH_TIMES, BPF_F_MMAPABLE);
 /// Packet -> its flow (low half) and that flow's destination. Filled before a run.
 #[map(name = "XLB_BENCH_FLOWS")]
 static FLOWS: Array<u64> = Array::with_max_entries(BENCH_PACKETS, BPF_F_MMAPABLE);
+
+/// What the generator has sent.
+#[map(name = "XLB_BENCH_SENT")]
+static SENT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// Replaced before the program is loaded.
 #[unsafe(no_mangle)]
@@ -69,12 +74,6 @@ fn drive(context: &XdpContext) -> Option<()> {
     if grown != 0 {
         frame.shrink_head(grown)?;
     }
-    let template = frame.header_mut::<Template>(0)?;
-    let mut i = 0;
-    while i < BENCH_WORDS {
-        template.0[i] = load(&BENCH.template[i]);
-        i += 1;
-    }
     let state = STATE.get_ptr_mut(0)?;
     // SAFETY: the map's own row; nobody else is at it while packets run.
     let state = unsafe { &mut *state };
@@ -91,8 +90,7 @@ fn drive(context: &XdpContext) -> Option<()> {
     let flow = FLOWS.get_ptr(state.position as u32 & (BENCH_PACKETS - 1))?;
     // SAFETY: nobody writes while packets run.
     let flow = unsafe { *flow };
-    vary(&mut frame, load(&BENCH.source_offset), flow as u32)?;
-    vary(&mut frame, load(&BENCH.destination_offset), (flow >> 32) as u32)?;
+    make(&mut frame, flow)?;
     // Calls of constant rows are jumps to the target; others would be looked up, and their jumps guarded.
     // SAFETY: the targets are XDP programs; does not return if there is one.
     unsafe {
@@ -103,6 +101,47 @@ fn drive(context: &XdpContext) -> Option<()> {
         }
     };
     None
+}
+
+/// Makes a frame of the template's length a flow's packet.
+#[inline(always)]
+fn make(frame: &mut Frame<'_>, flow: u64) -> Option<()> {
+    let template = frame.header_mut::<Template>(0)?;
+    let mut i = 0;
+    while i < BENCH_WORDS {
+        template.0[i] = load(&BENCH.template[i]);
+        i += 1;
+    }
+    vary(frame, load(&BENCH.source_offset), flow as u32)?;
+    vary(frame, load(&BENCH.destination_offset), (flow >> 32) as u32)
+}
+
+/// Sends a packet out of the interface that it pretends to have come in by. The kernel gives each live frame its length
+/// back, but not its bytes.
+#[xdp]
+pub fn generator(context: XdpContext) -> u32 {
+    match generate(&context) {
+        Some(()) => xdp_action::XDP_TX,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+#[inline(always)]
+fn generate(context: &XdpContext) -> Option<()> {
+    let count = SENT.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own value.
+    let number = unsafe {
+        *count = (*count).wrapping_add(1);
+        *count
+    };
+    let flow = FLOWS.get_ptr(number as u32 & (BENCH_PACKETS - 1))?;
+    // SAFETY: nobody writes while packets run.
+    make(&mut Frame::new(context), unsafe { *flow })
+}
+
+#[xdp]
+pub fn sink(_: XdpContext) -> u32 {
+    xdp_action::XDP_DROP
 }
 
 /// Lays a number over the big-endian word at `offset`.

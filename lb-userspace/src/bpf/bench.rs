@@ -42,7 +42,7 @@ pub struct Flow {
 
 impl Flow {
     /// As it lies in the map.
-    fn word(self) -> u64 {
+    pub(super) fn word(self) -> u64 {
         u64::from(self.number) | u64::from(self.destination) << 32
     }
 }
@@ -71,19 +71,7 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(packets: &Packets, program: &ProgramFd) -> anyhow::Result<Self> {
-        let mut template = [0; BENCH_WORDS];
-        for (word, bytes) in template.iter_mut().zip(packets.frame.as_chunks::<8>().0) {
-            *word = u64::from_ne_bytes(*bytes);
-        }
-        let bench = abi::Bench {
-            template,
-            source_offset: u64::from(packets.source_offset),
-            destination_offset: u64::from(packets.destination_offset),
-            growth: i64::from(packets.growth),
-        };
-        let mut loader = EbpfLoader::new();
-        loader.override_global(constant::BENCH, &bench, true);
-        let mut ebpf = loader.load(super::BENCH)?;
+        let mut ebpf = object(packets)?;
         let targets = ebpf.take_map("XLB_BENCH_TARGETS").context("the object has no target map")?;
         let mut targets = ProgramArray::try_from(targets)?;
         targets.set(bench_target::PROGRAM, program, 0)?;
@@ -149,12 +137,29 @@ impl Bench {
     }
 }
 
-fn rows<T: Row>(ebpf: &mut Ebpf, name: &'static str, rows: u32) -> anyhow::Result<Rows<T>> {
+pub(super) fn rows<T: Row>(ebpf: &mut Ebpf, name: &'static str, rows: u32) -> anyhow::Result<Rows<T>> {
     let Some(Map::Array(map)) = ebpf.take_map(name) else { bail!("the object has no array {name}") };
     Ok(Rows::map(map.fd().as_fd(), rows)?)
 }
 
-fn xdp<'e>(ebpf: &'e mut Ebpf, name: &str) -> anyhow::Result<&'e mut Xdp> {
+/// The object, with the packets that it makes; no program of it is loaded yet.
+pub(super) fn object(packets: &Packets) -> anyhow::Result<Ebpf> {
+    let mut template = [0; BENCH_WORDS];
+    for (word, bytes) in template.iter_mut().zip(packets.frame.as_chunks::<8>().0) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
+    let bench = abi::Bench {
+        template,
+        source_offset: u64::from(packets.source_offset),
+        destination_offset: u64::from(packets.destination_offset),
+        growth: i64::from(packets.growth),
+    };
+    let mut loader = EbpfLoader::new();
+    loader.override_global(constant::BENCH, &bench, true);
+    Ok(loader.load(super::BENCH)?)
+}
+
+pub(super) fn xdp<'e>(ebpf: &'e mut Ebpf, name: &str) -> anyhow::Result<&'e mut Xdp> {
     let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
     Ok(program.try_into()?)
 }

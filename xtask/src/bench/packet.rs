@@ -4,7 +4,7 @@
 //! every round the balancer, the harness alone and the floor (move the head as far and transmit) get a thousand packets
 //! each, one after the other; what counts is the difference within each round, and of the rounds the median.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -19,6 +19,7 @@ use super::figures::Spread;
 use super::lines::{Line, lines};
 use super::passes::{self, Settled};
 use super::report::{Report, kept, newest};
+use crate::progress;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -173,15 +174,6 @@ fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
         );
     }
     Ok(rows)
-}
-
-/// Says what is going on, over what was said before; nothing where nobody looks.
-fn progress(text: &str) {
-    let mut stderr = std::io::stderr();
-    if stderr.is_terminal() {
-        // What cannot be said is not missed.
-        _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());
-    }
 }
 
 /// Set once somebody wants an end: maps are pinned, and have to go.

@@ -115,6 +115,15 @@ fn latency(scene: &Scene, side: Side, effort: Effort) -> Result<Measured> {
     Ok(Measured::Latency { times, cpu_us })
 }
 
+/// The share of the machine's CPUs that something else takes, while nothing is measured.
+pub fn taken_by_others() -> Result<f64> {
+    const LENGTH: Duration = Duration::from_millis(500);
+    let before = busy()?;
+    std::thread::sleep(LENGTH);
+    let cpus = std::thread::available_parallelism()?.get();
+    Ok(busy()?.saturating_sub(before).as_secs_f64() / LENGTH.as_secs_f64() / cpus as f64)
+}
+
 /// How long the machine's CPUs have not been idle.
 fn busy() -> Result<Duration> {
     let stat = std::fs::read_to_string("/proc/stat").context("/proc/stat")?;

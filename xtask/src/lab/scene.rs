@@ -9,9 +9,9 @@
 //! which balancer takes a packet, backends know by the client's address which one takes their answer, and nothing has to
 //! be changed between two measurements.
 
+use ::tests::balancer::{Balancer, decap_on};
+use ::tests::lab::{self, Host, Lab, Nginx, Process};
 use anyhow::{Context, Result};
-use tests::balancer::{Balancer, decap_on};
-use tests::lab::{self, Host, Lab, Nginx, Process};
 
 /// How packets get from the router to a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,254 @@
+//! `cargo xtask bench capacity`: how many balancers certain traffic takes, from what a packet was measured to cost.
+
+mod checks;
+mod model;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use self::model::{Answers, Costs, Step, Wanted, Way, number, steps};
+use crate::bench::report::Report;
+use crate::root;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Of all regions, in the busiest hour
+    #[arg(long, value_name = "N", default_value_t = 10e6, value_parser = amount)]
+    requests_per_second: f64,
+    /// From clients to VIPs: 6 is a request on a connection of its own (SYN, ACK, request, ACK, FIN, ACK)
+    #[arg(long, value_name = "N", default_value_t = 6.0, value_parser = amount)]
+    packets_per_request: f64,
+    /// Mean length of a client's frame, Ethernet header included
+    #[arg(long, value_name = "BYTES", default_value_t = 120.0, value_parser = amount)]
+    frame_bytes: f64,
+    /// From backends to clients: they meet the balancer with `nat` and `fullnat` only
+    #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = amount)]
+    packets_per_answer: f64,
+    /// Mean length of a backend's frame
+    #[arg(long, value_name = "BYTES", default_value_t = 400.0, value_parser = amount)]
+    answer_bytes: f64,
+    /// Of all regions; a balancer has those of its own
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    backends: u32,
+    /// Pools that they are in, of each region
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pools: u32,
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    regions: u32,
+    /// Regions that may be gone while the others carry everything
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    regions_lost: u32,
+    /// Open at a time, of all regions
+    #[arg(long, value_name = "N", default_value_t = 10e6, value_parser = amount)]
+    connections: f64,
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = interval)]
+    check_interval: Duration,
+    /// Cores of a balancer that take packets
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    cores: u32,
+    /// Gbit/s of a balancer's NIC
+    #[arg(long, value_name = "GBIT", default_value_t = 25.0, value_parser = amount)]
+    nic: f64,
+    /// Share of a balancer that stays free in the busiest hour, percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=99))]
+    headroom: u32,
+    /// Balancers of a region beyond those that carry it
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    spare: u32,
+    #[arg(long, default_value = "ipip", value_parser = ["ipip", "gue", "l2", "nat", "fullnat"])]
+    forward: String,
+    /// Nanoseconds of a packet, in place of those that were measured
+    #[arg(long, value_name = "NS", value_parser = amount)]
+    ns: Option<f64>,
+    /// A result of `bench packet --json`; without it the newest in docs/results
+    #[arg(long, value_name = "FILE", conflicts_with = "ns")]
+    results: Option<PathBuf>,
+    /// Nanoseconds that the NIC's driver takes for a packet around xlb: not measured here
+    #[arg(long, value_name = "NS", default_value_t = 100.0, value_parser = amount)]
+    driver_ns: f64,
+    /// Microseconds of a core that a health check takes
+    #[arg(long, value_name = "US", default_value_t = CHECK_US, value_parser = amount)]
+    check_us: f64,
+    /// Measure what a check takes, with the agent of this build (needs root)
+    #[arg(long, conflicts_with = "check_us")]
+    measure_checks: bool,
+    /// Write the result here, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Measured: docs/benchmarks.md says how.
+const CHECK_US: f64 = 215.0;
+
+fn interval(text: &str) -> Result<Duration, String> {
+    lb_userspace::config::duration(text, Duration::from_millis(100)..=Duration::from_secs(3600))
+}
+
+/// `10e6` is 10000000.
+fn amount(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    if value > 0.0 && value.is_finite() { Ok(value) } else { Err(format!("{text} is not above 0")) }
+}
+
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let (packet_ns, source) = packet_ns(arguments)?;
+    let check_us = if arguments.measure_checks { checks::measure()? } else { arguments.check_us };
+    let costs = Costs { packet_ns, driver_ns: arguments.driver_ns, check_us };
+    let steps = steps(&wanted(arguments), &costs)?;
+    println!("{}", table(&steps));
+    println!("balancer: {source}");
+    println!(
+        "driver: assumed; cores wait for NIC and memory in ways that no bench here shows, so try one balancer first"
+    );
+    if arguments.measure_checks {
+        println!("check: of type http, measured just now: {check_us:.1} us");
+    } else {
+        println!(
+            "check: as --check-us says, or of type http as docs/benchmarks.md measured it; others differ"
+        );
+    }
+    let report = Report::new("capacity", steps)?;
+    if let Some(path) = &arguments.json {
+        report.write(path)?;
+    }
+    println!("Again: {}", report.command);
+    Ok(())
+}
+
+fn wanted(arguments: &Arguments) -> Wanted {
+    let translates = matches!(arguments.forward.as_str(), "nat" | "fullnat");
+    let header_bytes = match arguments.forward.as_str() {
+        "ipip" => 20.0,
+        // IPv4, UDP and GUE.
+        "gue" => 32.0,
+        _ => 0.0,
+    };
+    Wanted {
+        requests_per_second: arguments.requests_per_second,
+        packets_per_request: arguments.packets_per_request,
+        frame_bytes: arguments.frame_bytes,
+        backends: arguments.backends,
+        pools: arguments.pools,
+        regions: arguments.regions,
+        regions_lost: arguments.regions_lost,
+        connections: arguments.connections,
+        check_interval: arguments.check_interval,
+        load: f64::from(100 - arguments.headroom) / 100.0,
+        spare: arguments.spare,
+        cores: arguments.cores,
+        nic_gbit: arguments.nic,
+        way: Way {
+            header_bytes,
+            answers: translates
+                .then_some(Answers { packets: arguments.packets_per_answer, bytes: arguments.answer_bytes }),
+        },
+    }
+}
+
+/// What the balancer takes for a packet, and where that is from.
+fn packet_ns(arguments: &Arguments) -> Result<(f64, String)> {
+    if let Some(ns) = arguments.ns {
+        return Ok((ns, "as --ns says".to_owned()));
+    }
+    let path = match &arguments.results {
+        Some(path) => path.clone(),
+        None => newest(&root().join("docs/results"))?,
+    };
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let report: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    let (line, flows, ns) =
+        slowest(&report, &arguments.forward).with_context(|| path.display().to_string())?;
+    let shown = path.strip_prefix(root()).unwrap_or(&path).display();
+    let (date, cpu) = (text_of(&report["date"]), text_of(&report["machine"]["cpu"]));
+    Ok((ns, format!("{line}, {flows} flows: {} ns, {shown} ({date}, {cpu})", number(ns))))
+}
+
+fn text_of(value: &Value) -> &str {
+    value.as_str().unwrap_or("?")
+}
+
+/// Names end in dates, so the last one is the newest.
+fn newest(dir: &Path) -> Result<PathBuf> {
+    let named = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("packet-") && name.ends_with(".json")
+    };
+    let entries = std::fs::read_dir(dir).into_iter().flatten();
+    match entries.filter_map(|entry| Some(entry.ok()?.path())).filter(named).max() {
+        Some(path) => Ok(path),
+        None => bail!(
+            "{} has no packet-*.json; `cargo xtask bench packet --json FILE` makes one for --results, or give --ns",
+            dir.display()
+        ),
+    }
+}
+
+/// The dearest of the lines of an IPv4 packet in an established connection: that with the most flows, as a rule.
+fn slowest(report: &Value, forward: &str) -> Result<(String, String, f64)> {
+    let rows = report["rows"].as_array().context("there are no rows; is it a result of `bench packet`?")?;
+    let begin = format!("{forward} IPv4, ");
+    let of_row = |row: &Value| {
+        let line = row["line"].as_str()?;
+        let kind = line.strip_prefix(&begin)?;
+        matches!(kind, "TCP ACK" | "UDP").then_some(())?;
+        // Rounds that something else ran in.
+        (row["disturbed"].as_bool() != Some(true)).then_some(())?;
+        Some((line.to_owned(), text_of(&row["flows"]).to_owned(), row["net"]["median"].as_f64()?))
+    };
+    let dearest = rows.iter().filter_map(of_row).max_by(|one, other| one.2.total_cmp(&other.2));
+    let dearest =
+        dearest.with_context(|| format!("there is no line \"{begin}TCP ACK\" or \"{begin}UDP\""))?;
+    ensure!(dearest.2 > 0.0, "{}: {} ns", dearest.0, dearest.2);
+    Ok(dearest)
+}
+
+fn table(steps: &[Step]) -> String {
+    let width = steps.iter().map(|step| step.name.len()).max().unwrap_or(0);
+    let line = |step: &Step| {
+        let digits = if step.value < 100.0 && step.value.fract() != 0.0 { 1 } else { 0 };
+        let value = if digits == 1 { format!("{:.1}", step.value) } else { number(step.value) };
+        let space = if step.unit.is_empty() || step.unit == "/s" { "" } else { " " };
+        format!("{:width$}  {:>16}  = {}\n", step.name, format!("{value}{space}{}", step.unit), step.how)
+    };
+    steps.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dearest_established_flow_of_the_way_counts() {
+        let row = |line: &str, flows: &str, ns: f64| serde_json::json!({"line": line, "flows": flows, "net": {"low": 0.0, "median": ns, "high": 0.0}});
+        let disturbed = serde_json::json!({"line": "ipip IPv4, UDP", "flows": "1", "net": {"median": 700.0}, "disturbed": true});
+        let report = serde_json::json!({"rows": [
+            row("ipip IPv4, TCP ACK", "1", 35.0),
+            row("ipip IPv4, TCP ACK", "1M", 60.0),
+            row("ipip IPv4, TCP ACK, moved slots, new pin", "1M", 900.0),
+            row("ipip IPv6, TCP ACK", "1M", 99.0),
+            disturbed,
+            row("nat IPv4, TCP ACK", "100k", 300.0),
+        ]});
+        assert_eq!(slowest(&report, "ipip").unwrap(), ("ipip IPv4, TCP ACK".into(), "1M".into(), 60.0));
+        assert_eq!(slowest(&report, "nat").unwrap().2, 300.0);
+        assert!(slowest(&report, "l2").is_err());
+        assert!(slowest(&serde_json::json!({}), "ipip").is_err());
+    }
+
+    #[test]
+    fn amounts_are_positive_and_may_have_exponents() {
+        assert_eq!(amount("10e6"), Ok(10_000_000.0));
+        for wrong in ["0", "-1", "inf", "NaN", "many"] {
+            assert!(amount(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_step_shows_how_it_comes_about() {
+        let step = Step { name: "packets".into(), how: "10 x 6".into(), value: 60_000.0, unit: "/s" };
+        assert_eq!(table(&[step]), "packets          60,000/s  = 10 x 6\n");
+    }
+}
