@@ -3,14 +3,14 @@
 mod checks;
 mod model;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use self::model::{Answers, Costs, Step, Wanted, Way, number, steps};
-use crate::bench::report::Report;
+use crate::bench::report::{self, Report};
 use crate::root;
 
 #[derive(clap::Args)]
@@ -66,12 +66,13 @@ pub struct Arguments {
     /// A result of `bench packet --json`; without it the newest in docs/results
     #[arg(long, value_name = "FILE", conflicts_with = "ns")]
     results: Option<PathBuf>,
-    /// Nanoseconds that the NIC's driver takes for a packet around xlb: not measured here
-    #[arg(long, value_name = "NS", default_value_t = 100.0, value_parser = amount)]
-    driver_ns: f64,
-    /// Microseconds of a core that a health check takes
-    #[arg(long, value_name = "US", default_value_t = CHECK_US, value_parser = amount)]
-    check_us: f64,
+    /// Nanoseconds that the NIC's driver takes for a packet around xlb: yours to say, no bench here measures it; 100, a
+    /// guess, if not said
+    #[arg(long, value_name = "NS", value_parser = amount)]
+    driver_ns: Option<f64>,
+    /// Microseconds of a core that a health check takes; 215, of type http as docs/benchmarks.md measured it, if not said
+    #[arg(long, value_name = "US", value_parser = amount)]
+    check_us: Option<f64>,
     /// Measure what a check takes, with the agent of this build (needs root)
     #[arg(long, conflicts_with = "check_us")]
     measure_checks: bool,
@@ -79,6 +80,9 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
+
+/// Nobody measured it.
+const DRIVER_NS: f64 = 100.0;
 
 /// Measured: docs/benchmarks.md says how.
 const CHECK_US: f64 = 215.0;
@@ -95,27 +99,44 @@ fn amount(text: &str) -> Result<f64, String> {
 
 pub fn run(arguments: &Arguments) -> Result<()> {
     let (packet_ns, source) = packet_ns(arguments)?;
-    let check_us = if arguments.measure_checks { checks::measure()? } else { arguments.check_us };
-    let costs = Costs { packet_ns, driver_ns: arguments.driver_ns, check_us };
+    let check_us =
+        if arguments.measure_checks { checks::measure()? } else { arguments.check_us.unwrap_or(CHECK_US) };
+    let costs = Costs { packet_ns, driver_ns: arguments.driver_ns.unwrap_or(DRIVER_NS), check_us };
     let steps = steps(&wanted(arguments), &costs)?;
     println!("{}", table(&steps));
-    println!("balancer: {source}");
-    println!(
-        "driver: assumed; cores wait for NIC and memory in ways that no bench here shows, so try one balancer first"
-    );
-    if arguments.measure_checks {
-        println!("check: of type http, measured just now: {check_us:.1} us");
-    } else {
-        println!(
-            "check: as --check-us says, or of type http as docs/benchmarks.md measured it; others differ"
-        );
-    }
+    println!("balancer  {source}");
+    println!("driver    {}", of_driver(arguments.driver_ns));
+    println!("check     {}", of_check(arguments, check_us));
     let report = Report::new("capacity", steps)?;
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
     println!("Again: {}", report.command);
     Ok(())
+}
+
+/// Where its time is from.
+fn of_driver(given: Option<f64>) -> String {
+    match given {
+        Some(_) => "as --driver-ns says".to_owned(),
+        None => format!(
+            "{DRIVER_NS} ns is a guess: no bench here measures a NIC's driver. The line \"as long as a driver takes\"\n\
+             {:10}says how far off it may be. Put one balancer under load, and say --driver-ns.",
+            ""
+        ),
+    }
+}
+
+fn of_check(arguments: &Arguments, us: f64) -> String {
+    if arguments.measure_checks {
+        return format!("of type http, measured just now: {us:.1} us");
+    }
+    match arguments.check_us {
+        Some(_) => "as --check-us says".to_owned(),
+        None => {
+            "of type http as docs/benchmarks.md measured it; --measure-checks measures it here".to_owned()
+        }
+    }
 }
 
 fn wanted(arguments: &Arguments) -> Wanted {
@@ -155,7 +176,10 @@ fn packet_ns(arguments: &Arguments) -> Result<(f64, String)> {
     }
     let path = match &arguments.results {
         Some(path) => path.clone(),
-        None => newest(&root().join("docs/results"))?,
+        None => report::newest("packet")?.with_context(|| {
+            "no result of `bench packet` is kept; `cargo xtask bench packet --json FILE` makes one for --results, \
+             or give --ns"
+        })?,
     };
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let report: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
@@ -163,27 +187,11 @@ fn packet_ns(arguments: &Arguments) -> Result<(f64, String)> {
         slowest(&report, &arguments.forward).with_context(|| path.display().to_string())?;
     let shown = path.strip_prefix(root()).unwrap_or(&path).display();
     let (date, cpu) = (text_of(&report["date"]), text_of(&report["machine"]["cpu"]));
-    Ok((ns, format!("{line}, {flows} flows: {} ns, {shown} ({date}, {cpu})", number(ns))))
+    Ok((ns, format!("{line}, flows {flows}: {} ns, {shown} ({date}, {cpu})", number(ns))))
 }
 
 fn text_of(value: &Value) -> &str {
     value.as_str().unwrap_or("?")
-}
-
-/// Names end in dates, so the last one is the newest.
-fn newest(dir: &Path) -> Result<PathBuf> {
-    let named = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("packet-") && name.ends_with(".json")
-    };
-    let entries = std::fs::read_dir(dir).into_iter().flatten();
-    match entries.filter_map(|entry| Some(entry.ok()?.path())).filter(named).max() {
-        Some(path) => Ok(path),
-        None => bail!(
-            "{} has no packet-*.json; `cargo xtask bench packet --json FILE` makes one for --results, or give --ns",
-            dir.display()
-        ),
-    }
 }
 
 /// The dearest of the lines of an IPv4 packet in an established connection: that with the most flows, as a rule.

@@ -66,6 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (sides, mut notes) = sides(&arguments.only)?;
     let programme = programme(&mut notes);
     notes.iter().for_each(|note| eprintln!("bench lab: {note}"));
+    ensure!(sides.len() > 1, "nothing is left to compare with direct routing");
     crate::run(crate::agent_build())?;
     lab::clean_up_on_signals()?;
     let scene = Scene::set(&sides)?;

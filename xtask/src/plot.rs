@@ -76,7 +76,7 @@ pub fn lines(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> Result<String> 
                 .label(&line.name)
                 .legend(|(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()));
         }
-        legend(&mut chart)
+        legend(&mut chart, SeriesLabelPosition::UpperLeft)
     })
 }
 
@@ -105,7 +105,7 @@ pub fn bars(title: &str, y: &Axis, groups: &[String], bars: &[Bars]) -> Result<S
                 .label(&bars.name)
                 .legend(|(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()));
         }
-        legend(&mut chart)
+        legend(&mut chart, SeriesLabelPosition::UpperRight)
     })
 }
 
@@ -130,15 +130,16 @@ fn frame<'a, 'b>(area: &'a Area<'b>, title: &str) -> ChartBuilder<'a, 'b, SVGBac
 
 fn legend<'a, 'b: 'a>(
     chart: &mut ChartContext<'a, SVGBackend<'b>, Cartesian2d<Coordinate, Coordinate>>,
+    position: SeriesLabelPosition,
 ) -> Result<()> {
     let labels = &mut chart.configure_series_labels();
-    labels
-        .position(SeriesLabelPosition::UpperLeft)
-        .border_style(BLACK.mix(0.3))
-        .background_style(WHITE.mix(0.85));
+    labels.position(position).border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.85));
     labels.label_font((FONT, 13)).draw()?;
     Ok(())
 }
+
+/// The part of a row of groups that they take; the names of the bars stand beside them.
+const GROUPS_PART: f64 = 0.84;
 
 /// What is shown along an axis.
 #[derive(Debug, Clone)]
@@ -174,7 +175,7 @@ impl Coordinate {
         match self {
             Self::Linear(low, high) => (value - low) / (high - low),
             Self::Log(low, high) => (value.log10() - low) / (high - low),
-            Self::Groups(names) => value / names.len() as f64,
+            Self::Groups(names) => value / names.len() as f64 * GROUPS_PART,
         }
     }
 }
@@ -203,7 +204,7 @@ impl Ranged for Coordinate {
         match self {
             Self::Linear(low, high) => *low..*high,
             Self::Log(low, high) => 10f64.powf(*low)..10f64.powf(*high),
-            Self::Groups(names) => 0.0..names.len() as f64,
+            Self::Groups(names) => 0.0..names.len() as f64 / GROUPS_PART,
         }
     }
 }

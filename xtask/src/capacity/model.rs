@@ -53,7 +53,7 @@ pub struct Answers {
 pub struct Costs {
     /// Of the balancer.
     pub packet_ns: f64,
-    /// Of the driver, around it.
+    /// Of the NIC's driver, around it.
     pub driver_ns: f64,
     /// Of the agent.
     pub check_us: f64,
@@ -154,6 +154,19 @@ fn traffic(steps: &mut Steps, w: &Wanted, costs: &Costs) -> f64 {
         format!("{} / {} ({which}), rounded up", number(regional), number(least)),
         (regional / least).ceil(),
         "",
+    );
+    let each = regional / balancers;
+    steps.add(
+        "as long as a driver takes",
+        format!(
+            "at most {} cores x 1e9 x {} load / {}/s - {:.0} ns balancer",
+            w.cores,
+            w.load,
+            number(each),
+            costs.packet_ns
+        ),
+        f64::from(w.cores) * 1e9 * w.load / each - costs.packet_ns,
+        "ns",
     );
     let with_spare = steps.add(
         "balancers of a region",
@@ -342,6 +355,18 @@ mod tests {
         // 1500 bytes: 12,000 bits; 10 Gbit/s: 833,333 a second, of which half.
         assert_eq!(value(&steps, "a packet on the wire"), 12_000.0);
         assert_eq!(value(&steps, "balancers that carry a region"), 36.0);
+    }
+
+    #[test]
+    fn balancers_are_as_many_up_to_the_slowest_driver_that_is_named() {
+        let named = value(&steps(&wanted(), &COSTS).unwrap(), "as long as a driver takes");
+        // 2 balancers with 7.5 million each, 133 ns for one packet at half load.
+        assert!((named - 73.3).abs() < 0.1, "{named}");
+        let balancers = |driver_ns: f64| {
+            let steps = steps(&wanted(), &Costs { driver_ns, ..COSTS }).unwrap();
+            value(&steps, "balancers that carry a region")
+        };
+        assert_eq!((balancers(named - 0.1), balancers(named + 0.1)), (2.0, 3.0));
     }
 
     #[test]
