@@ -9,16 +9,17 @@ mod scene;
 pub mod table;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::tests::lab;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use self::measure::{Effort, Measure, taken_by_others};
+use self::measure::{Effort, Measure};
 use self::scene::{SIDES, Scene, Side};
 use self::table::Results;
 use crate::bench::report::Report;
+use crate::calm;
 
 #[derive(Args, Clone)]
 pub struct Arguments {
@@ -57,8 +58,15 @@ const PROGRAMME: [(bool, Measure); 8] = [
     (true, Measure::Upload(4)),
 ];
 
-/// The share of the machine that others may take.
-const MOST_BY_OTHERS: f64 = 0.1;
+/// How long a run waits in all for others to end.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Of how many measurements something else ran at the beginning.
+#[derive(Default)]
+struct Disturbed {
+    measurements: usize,
+    all: usize,
+}
 
 pub fn run(arguments: &Arguments) -> Result<()> {
     let begun = Instant::now();
@@ -71,8 +79,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     lab::clean_up_on_signals()?;
     let scene = Scene::set(&sides)?;
     let modes = scene.modes()?;
-    let mut others = 0.0;
-    let results = measure_all(arguments, &scene, &sides, &programme, &mut others)?;
+    let mut disturbed = Disturbed::default();
+    let results = measure_all(arguments, &scene, &sides, &programme, &mut disturbed)?;
     let (drops, versions) = (scene.drops()?, scene.versions.clone());
     drop(scene);
 
@@ -82,10 +90,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     for (side, outcome, packets) in drops {
         println!("{side} dropped {packets} packets: {outcome}");
     }
-    println!("Between rounds the machine was up to {:.0} % busy.", others * 100.0);
-    if others > MOST_BY_OTHERS {
+    if disturbed.measurements > 0 {
+        let Disturbed { measurements, all } = disturbed;
         println!(
-            "Something else runs here: figures are worth little, those of the CPU nothing. Run it again alone."
+            "Something else ran before {measurements} of {all} measurements: figures are worth little, those of the CPU \
+             nothing. Run it again alone."
         );
     }
     if let Some(path) = &arguments.plot {
@@ -140,15 +149,15 @@ fn measure_all(
     scene: &Scene,
     sides: &[Side],
     programme: &[(bool, Measure)],
-    others: &mut f64,
+    disturbed: &mut Disturbed,
 ) -> Result<Results> {
     let effort =
         Effort { seconds: arguments.seconds, rate: arguments.rate, connections: arguments.connections };
     let mut results = Results::new(sides, programme);
-    let all = arguments.rounds as usize * programme.len() * sides.len();
+    disturbed.all = arguments.rounds as usize * programme.len() * sides.len();
     let mut done = 0;
+    let mut patience = PATIENCE;
     for round in 1..=arguments.rounds {
-        *others = taken_by_others()?.max(*others);
         let mut offloads = None;
         for (index, (with_offloads, measure)) in programme.iter().enumerate() {
             if offloads.replace(*with_offloads) != Some(*with_offloads) {
@@ -156,13 +165,12 @@ fn measure_all(
             }
             for side in sides {
                 done += 1;
-                crate::progress(&format!("{done} of {all}: round {round}, {measure:?}, {}", side.name()));
+                let (all, name) = (disturbed.all, side.name());
+                crate::progress(&format!("{done} of {all}: round {round}, {measure:?}, {name}"));
+                let others = calm::wait(&mut patience)?;
+                disturbed.measurements += usize::from(others > calm::MOST_BY_OTHERS);
                 let measured = measure.take(scene, *side, effort);
-                results.add(
-                    *side,
-                    index,
-                    measured.with_context(|| format!("{measure:?} of {}", side.name()))?,
-                );
+                results.add(*side, index, measured.with_context(|| format!("{measure:?} of {name}"))?);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! `cargo xtask`: what a person would otherwise type by hand.
 
 mod bench;
+mod calm;
 mod capacity;
 mod docs;
 mod flows;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::client::Schedule;
 use super::scene::{Scene, Side};
+use crate::calm::busy;
 
 /// What is measured, of every side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,30 +116,6 @@ fn latency(scene: &Scene, side: Side, effort: Effort) -> Result<Measured> {
     Ok(Measured::Latency { times, cpu_us })
 }
 
-/// The share of the machine's CPUs that something else takes, while nothing is measured.
-pub fn taken_by_others() -> Result<f64> {
-    const LENGTH: Duration = Duration::from_millis(500);
-    let before = busy()?;
-    std::thread::sleep(LENGTH);
-    let cpus = std::thread::available_parallelism()?.get();
-    Ok(busy()?.saturating_sub(before).as_secs_f64() / LENGTH.as_secs_f64() / cpus as f64)
-}
-
-/// How long the machine's CPUs have not been idle.
-fn busy() -> Result<Duration> {
-    let stat = std::fs::read_to_string("/proc/stat").context("/proc/stat")?;
-    busy_of(&stat).context("/proc/stat has no line for all CPUs")
-}
-
-/// A tick of /proc/stat is 10 ms wherever Linux runs (USER_HZ).
-fn busy_of(stat: &str) -> Option<Duration> {
-    let fields: Vec<u64> =
-        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().flat_map(str::parse).collect();
-    // user nice system idle iowait irq softirq steal
-    let ticks: u64 = [0, 1, 2, 5, 6].into_iter().map(|field| fields.get(field).copied().unwrap_or(0)).sum();
-    Some(Duration::from_millis(ticks * 10))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,10 +128,5 @@ mod tests {
         assert!(rate_of_wrk(&format!("{errors}{told}")).is_err());
         assert!(rate_of_wrk(&format!("  Non-2xx or 3xx responses: 7\n{told}")).is_err());
         assert!(rate_of_wrk("").is_err());
-    }
-
-    #[test]
-    fn idle_waiting_and_stolen_time_is_not_busy() {
-        assert_eq!(busy_of("cpu  1 2 3 1000 500 4 5 900 0 0\ncpu0 1\n"), Some(Duration::from_millis(150)));
     }
 }
