@@ -97,12 +97,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
              nothing. Run it again alone."
         );
     }
-    if let Some(path) = &arguments.plot {
-        std::fs::write(path, table::plot(&rows)?).with_context(|| path.display().to_string())?;
-    }
+    // First: what is written makes the tree another than the commit's.
     let report = Report::new("lab", rows)?;
     if let Some(path) = &arguments.json {
         report.write(path)?;
+    }
+    if let Some(path) = &arguments.plot {
+        std::fs::write(path, table::plot(&report.rows)?).with_context(|| path.display().to_string())?;
     }
     println!("{}, {} ({})", report.machine, report.date, report.commit);
     println!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
