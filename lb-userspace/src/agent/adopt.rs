@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use lb_common::abi::{Egress, Path};
 use lb_common::wire::{Address6, Mac};
+use rustc_hash::FxHashMap;
 
 use super::core::{BackendKey, NextHops, keys};
 use crate::config::model::{CheckKind, Config, Forward, Service};
@@ -15,7 +16,7 @@ use crate::reconcile::desired::{backend_identity, forward_of, identity_of, table
 use crate::reconcile::image::Image;
 
 /// Who was not down is up until its first verdict.
-pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
+pub fn health(config: &Config, image: &Image) -> FxHashMap<BackendKey, Fsm> {
     let ids = image.ids();
     let ways: HashSet<Forward> = image.backends.iter().filter_map(forward_of).collect();
     let now = Instant::now();
@@ -39,8 +40,12 @@ pub fn health(config: &Config, image: &Image) -> HashMap<BackendKey, Fsm> {
 /// Pools whose packets went to a fallback: its place among the pools that may take them. Who holds most of the slots
 /// is in use.
 pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
+    let fall_back = |service: &&Service| !config.pool_of(service).tiers.fallback.is_empty();
+    if !config.services.iter().any(|service| fall_back(&service)) {
+        return HashMap::new();
+    }
     let ids = image.ids();
-    let mut tables: HashMap<u64, HashMap<u16, u32>> = HashMap::new();
+    let mut tables: FxHashMap<u64, FxHashMap<u16, u32>> = FxHashMap::default();
     for (table, slot) in image.live_slots() {
         let identity = image.table_states[usize::from(table)].identity;
         *tables.entry(identity).or_default().entry(slot.cur()).or_default() += 1;
@@ -61,7 +66,6 @@ pub fn levels(config: &Config, image: &Image) -> HashMap<usize, usize> {
             levels.map(|(place, pool)| (place, held(service, pool))).max_by_key(|held| held.1)?;
         (slots > 0).then_some((service.pool, level))
     };
-    let fall_back = |service: &&Service| !config.pool_of(service).tiers.fallback.is_empty();
     config.services.iter().filter(fall_back).filter_map(level).collect()
 }
 

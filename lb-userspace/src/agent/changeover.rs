@@ -8,12 +8,14 @@ use std::time::Instant;
 
 use anyhow::Context;
 use lb_common::abi::{Pin, Source, TableState};
+use rustc_hash::FxHashMap;
 use tracing::{info, warn};
 
 use super::commands::Held;
 use super::core::{BackendKey, Core, NextHops, ReconcileError, keys, preflight};
 use super::interfaces::{self, Wanted};
 use super::own;
+use super::roster::Roster;
 use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
 use crate::capacity::Capacity;
 use crate::config::model::{CheckKind, Config};
@@ -25,7 +27,7 @@ use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
 use crate::reconcile::plan::sources;
-use crate::reconcile::plan::{PlanError, carried, counter_rows, image_of, plan_at_once, present_vips};
+use crate::reconcile::plan::{PlanError, carried, check_room, counter_rows, image_of, present_vips};
 use crate::reconcile::repin::{Spread, copy, renew};
 
 impl Core {
@@ -43,15 +45,20 @@ impl Core {
         self.keep_connections(&mut config);
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
-        preflight(&config, &capacity)?;
+        let config = Arc::new(config);
+        let mut roster = Roster::after(&config, &self.roster);
+        let asked = roster.desired(&World::default());
         // What somebody else wrote into them is undone, or left behind.
         self.image = self.datapath.maps.image()?;
+        self.tracking.look_again(&self.image);
         self.index.take();
         // Beside what is in use there may be less room than in empty maps.
-        let asked = desired(&config, &World::default());
         if same_maps {
-            plan_at_once(&self.image, &asked, &capacity)?;
+            // What does not fit into empty maps either is told as that.
+            check_room(&self.image, &asked, &capacity)
+                .or_else(|error| preflight(&config, &capacity).and(Err(error)))?;
         } else {
+            preflight(&config, &capacity)?;
             fit(&self.image, &asked, &capacity).context(NO_ROOM)?;
         }
         interfaces::refuse_local_vips(&config, resolver).await?;
@@ -66,7 +73,8 @@ impl Core {
         let before = (self.config.clone(), self.fsms.clone(), self.next_hops.clone(), self.steering.clone());
         let before = (before, self.file.clone(), self.overrides.clone(), self.own.clone());
         let known = std::mem::take(&mut self.fsms);
-        let previous = std::mem::replace(&mut self.config, Arc::new(config));
+        let previous = std::mem::replace(&mut self.config, config);
+        self.roster = roster;
         (self.file, self.overrides, self.own) = (Arc::new(file), overrides, own);
         self.fsms = self.carry_over(&previous, known);
         let is_up = |key: &BackendKey| self.fsms.get(key).is_some_and(Fsm::is_up);
@@ -226,7 +234,11 @@ impl Core {
     }
 
     /// Health of backends that stay; a new backend has to answer first.
-    fn carry_over(&self, previous: &Config, mut known: HashMap<BackendKey, Fsm>) -> HashMap<BackendKey, Fsm> {
+    fn carry_over(
+        &self,
+        previous: &Config,
+        mut known: FxHashMap<BackendKey, Fsm>,
+    ) -> FxHashMap<BackendKey, Fsm> {
         let old_kinds: HashMap<&str, &CheckKind> =
             previous.pools.iter().map(|pool| (pool.name.as_str(), &pool.check.kind)).collect();
         let now = Instant::now();
@@ -253,7 +265,7 @@ const NO_ROOM: &str = "the new limits must hold what is in use now as well; rais
 /// Whether what is desired fits beside what lies in an image, in maps of this size.
 pub(super) fn fit(image: &Image, wanted: &Desired, capacity: &Capacity) -> Result<(), PlanError> {
     let beside = image_of(&carried(image, capacity)?, capacity, image.meta);
-    plan_at_once(&beside, wanted, capacity).map(drop)
+    check_room(&beside, wanted, capacity)
 }
 
 /// Puts what lies in the maps before, with `from` in them, into new ones beside them, and freezes the tables of both. Returns

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
+use rustc_hash::FxHashMap;
 use tracing::{info, warn};
 
 use super::adopt;
@@ -16,6 +17,7 @@ use super::interfaces::{self, Refused, Wanted, WantedLink};
 use super::named::Named;
 use super::overrides::{Cause, Overrides, Store, uptime};
 use super::own;
+use super::roster::{Roster, Seat};
 use super::snapshot::{
     BackendState, BackendView, Index, Moving, PinsStatus, PoolView, Reloads, Snapshot, Transitions,
 };
@@ -30,7 +32,7 @@ use crate::health::{Checker, Fsm, Probe, State};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{BackendRef, LoadTime, World, desired, table_identity};
 use crate::reconcile::image::Image;
-use crate::reconcile::plan::{PlanError, plan_at_once};
+use crate::reconcile::plan::{PlanError, check_room};
 use crate::ways::Judge;
 
 /// Names a backend over reloads. An outcome of another address never counts for this one.
@@ -58,6 +60,12 @@ pub struct Core {
     /// The one in effect: the file, what was said beside it, and what is still leaving it. All places of pools and
     /// backends are places in it.
     pub(super) config: Arc<Config>,
+    /// Of a configuration that was in effect lately: see `seat`.
+    pub(super) roster: Roster,
+    /// Backends that are down, by their place in the roster, as of the last look at the world.
+    pub(super) down: Vec<usize>,
+    /// Backends that take flows, and all that do not leave: as of then.
+    up: (usize, usize),
     pub(super) overrides: Overrides,
     pub(super) store: Store,
     /// Backends whose drain is complete: said once.
@@ -71,8 +79,8 @@ pub struct Core {
     pub(super) attached: Vec<Attached>,
     pub(super) refused: Refused,
     checker: Checker<BackendKey>,
-    pub(super) fsms: HashMap<BackendKey, Fsm>,
-    pub(super) next_hops: HashMap<IpAddr, Answer>,
+    pub(super) fsms: FxHashMap<BackendKey, Fsm>,
+    pub(super) next_hops: FxHashMap<IpAddr, Answer>,
     /// The way to backends on this host itself.
     pub(super) own: Option<NextHop>,
     /// Pools that have nobody up: said once.
@@ -113,11 +121,15 @@ impl Core {
         let image = datapath.maps.image()?;
         let earlier = datapath.predecessor.as_ref().map(Maps::image).transpose()?;
         let Held { overrides, config } = held.only_with_rows(earlier.as_ref().unwrap_or(&image), &file);
+        let config = Arc::new(config);
         let mut core = Self {
             path: path.to_owned(),
-            fsms: HashMap::new(),
+            fsms: FxHashMap::default(),
             file: Arc::new(file),
-            config: Arc::new(config),
+            roster: Roster::of(&config),
+            config,
+            down: Vec::new(),
+            up: (0, 0),
             overrides,
             store,
             drained: HashSet::new(),
@@ -128,7 +140,7 @@ impl Core {
             attached: Vec::new(),
             refused: Refused::new(),
             checker,
-            next_hops: HashMap::new(),
+            next_hops: FxHashMap::default(),
             own,
             empty: HashSet::new(),
             transitions: HashMap::new(),
@@ -303,9 +315,19 @@ impl Core {
         self.changed |= self.steering.due(&self.config).is_some_and(|due| due <= now);
     }
 
+    /// Seats of the configuration in effect.
+    pub(super) fn seat(&mut self) {
+        if !self.roster.is_of(&self.config) {
+            self.roster = Roster::after(&self.config, &self.roster);
+        }
+    }
+
     /// The world with what is made of it now.
     pub(super) fn steered_world(&mut self, now: Instant) -> World {
-        let mut world = self.bare_world();
+        self.seat();
+        self.down = self.who_is_down(&self.roster);
+        let mut world = self.bare_world(&self.roster, &self.down);
+        self.up = self.count(&world);
         self.steering.observe(now, &self.config, &world);
         self.steering.steer(&self.config, &mut world);
         world
@@ -313,25 +335,43 @@ impl Core {
 
     /// The same as of the last time.
     pub(super) fn world(&self) -> World {
-        let mut world = self.bare_world();
+        let made = (!self.roster.is_of(&self.config)).then(|| Roster::after(&self.config, &self.roster));
+        let roster = made.as_ref().unwrap_or(&self.roster);
+        let mut world = self.bare_world(roster, &self.who_is_down(roster));
         self.steering.steer(&self.config, &mut world);
         world
     }
 
+    fn who_is_down(&self, roster: &Roster) -> Vec<usize> {
+        let is_down = |seat: &Seat| self.fsms.get(&seat.key).is_some_and(|fsm| fsm.state() == State::Down);
+        (0..).zip(&roster.seats).filter(|(_, seat)| is_down(seat)).map(|(place, _)| place).collect()
+    }
+
     /// Who is up, and by which way.
-    fn bare_world(&self) -> World {
+    fn bare_world(&self, roster: &Roster, down: &[usize]) -> World {
         let (mut world, judge) = (World::default(), self.judge());
-        for (key, pool, backend) in keys(&self.config) {
-            if self.overrides.exit(&key).is_some() {
-                world.shares.insert((pool, backend), 0);
+        let (has_exits, all) = (self.overrides.has_exits(), roster.seats.len());
+        world.up.reserve(all);
+        world.next_hops.reserve(all);
+        for Seat { key, at, .. } in &roster.seats {
+            if has_exits && self.overrides.exit(key).is_some() {
+                world.shares.insert(*at, 0);
             }
-            let Ok(hop) = self.usable_next_hop(&judge, pool, key.address) else { continue };
-            let up = self.fsms.get(&key).is_some_and(Fsm::is_up);
-            world.up.insert((pool, backend), up);
-            world.next_hops.insert(key.address, hop);
+            let Ok(hop) = self.usable_next_hop(&judge, at.0, key.address) else { continue };
+            let up = self.fsms.get(key).is_some_and(Fsm::is_up);
+            world.up.insert(*at, up);
+            world.next_hops.insert(key.address, hop.clone());
         }
-        world.old_flows = self.old_flows(Instant::now());
+        world.old_flows = self.old_flows(roster, down, Instant::now());
         world
+    }
+
+    /// Backends that take flows, and all that do not leave.
+    fn count(&self, world: &World) -> (usize, usize) {
+        let drained = world.shares.values().filter(|share| **share == 0).count();
+        let draining = |at: &BackendRef| drained > 0 && world.shares.get(at) == Some(&0);
+        let up = world.up.iter().filter(|(at, up)| **up && !draining(at)).count();
+        (up, self.roster.seats.len() - self.overrides.leaving().count())
     }
 
     pub(super) fn say_who_is_empty(&mut self, world: &World) {
@@ -373,15 +413,7 @@ impl Core {
 
     /// One line on what is served by whom.
     pub fn summary(&self) -> String {
-        let judge = self.judge();
-        let backends = keys(&self.config).filter(|(key, ..)| !self.overrides.is_leaving(key));
-        let up = |(key, pool, _): &(BackendKey, usize, usize)| {
-            self.fsms.get(key).is_some_and(Fsm::is_up)
-                && self.overrides.exit(key).is_none()
-                && self.usable_next_hop(&judge, *pool, key.address).is_ok()
-        };
-        let (all, up) =
-            backends.fold((0, 0), |(all, ups), backend| (all + 1, ups + usize::from(up(&backend))));
+        let (up, all) = self.up;
         format!("services: {}, backends up: {up} of {all}", self.config.services.len())
     }
 
@@ -522,6 +554,8 @@ fn name_of(config: &Config, key: &BackendKey) -> String {
 
 /// Refuses what would not fit before anything is written.
 pub fn preflight(config: &Config, capacity: &Capacity) -> Result<(), PlanError> {
-    let empty = Image::empty(capacity, lb_common::abi::Meta::default());
-    plan_at_once(&empty, &desired(config, &World::default()), capacity).map(drop)
+    // Without the rows of maps that nothing lies in yet.
+    let least = Capacity { vip4_half_log2: 0, vip6_half_log2: 0, slot_rows: 0, ..*capacity };
+    let empty = Image::empty(&least, lb_common::abi::Meta::default());
+    check_room(&empty, &desired(config, &World::default()), capacity)
 }

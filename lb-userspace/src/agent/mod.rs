@@ -17,6 +17,7 @@ mod notify;
 mod overrides;
 pub mod own;
 mod reload;
+mod roster;
 pub mod run_dir;
 pub mod snapshot;
 pub mod status;

@@ -3,13 +3,16 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::core::{Core, NextHops, keys};
 use super::own;
 use crate::config::model::{Config, Forward};
 use crate::nexthop::{Answer, Known, NextHop, Unresolved};
 use crate::ways::Judge;
+
+/// Next hops that are found at once and still logged each on a line.
+const SAID_ONE_BY_ONE: usize = 64;
 
 impl Core {
     /// Addresses of a configuration whose next hop is missing, or all.
@@ -37,6 +40,7 @@ impl Core {
     pub fn on_next_hops(&mut self, answers: HashMap<IpAddr, Answer>) {
         let configured = addresses(&self.config);
         self.next_hops.retain(|address, _| configured.contains(address));
+        let (many, mut found) = (answers.len() > SAID_ONE_BY_ONE, 0);
         for (address, answer) in answers {
             let known = self.next_hops.get(&address);
             // An answer that comes after its backend has gone.
@@ -47,6 +51,10 @@ impl Core {
             match (&answer.hop, &answer.doubt) {
                 (Ok(_), Some(reason)) => warn!(%address, %reason, "next hop in doubt; kept for now"),
                 (Ok(_), None) if same_hop => info!(%address, "next hop confirmed"),
+                (Ok(hop), None) if many => {
+                    found += 1;
+                    debug!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop");
+                }
                 (Ok(hop), None) => info!(%address, interface = %hop.interface, mtu = hop.mtu, "next hop"),
                 (Err(_), _) if same_hop => {}
                 (Err(Unresolved::Local), _) if self.own.is_some() => {
@@ -56,6 +64,9 @@ impl Core {
             }
             self.next_hops.insert(address, answer);
             self.changed = true;
+        }
+        if found > 0 {
+            info!(found, "next hops");
         }
     }
 
@@ -76,7 +87,7 @@ impl Core {
         judge: &Judge<'_>,
         pool: usize,
         address: IpAddr,
-    ) -> Result<NextHop, String> {
+    ) -> Result<&NextHop, String> {
         let hop = match self.next_hops.get(&address).map(|answer| &answer.hop) {
             None => return Err("its next hop is being looked up".into()),
             Some(Err(Unresolved::Local)) if self.is_by_pair(pool) => self.own.as_ref(),
@@ -85,7 +96,7 @@ impl Core {
         };
         let hop = hop.ok_or_else(|| Unresolved::Local.to_string())?;
         judge.passes(pool, address, &hop.way()).map_err(|obstacle| obstacle.to_string())?;
-        Ok(hop.clone())
+        Ok(hop)
     }
 }
 

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use super::connections::ConnectionState;
 use super::overrides::{Exit, Uptime};
-use lb_common::abi::{Backend as Row, BackendKind, Source, TableWord};
+use lb_common::abi::{Backend as Row, BackendKind, SLOTS_PER_ROW, Source, TableWord};
 
 use crate::bpf::{Attached, Counters};
 use crate::config::model::Config;
 use crate::reconcile::connections::Connections;
 use crate::reconcile::entries::Counted;
-use crate::reconcile::image::Image;
+use crate::reconcile::image::{Ids, Image};
 use crate::reconcile::plan::{counter_rows, present_vips};
 
 /// How the last reload ended.
@@ -58,7 +58,7 @@ impl Reloads {
 #[derive(Debug)]
 pub struct Index {
     /// The id of each identity.
-    pub ids: HashMap<u64, u16>,
+    pub ids: Ids,
     /// How many slots each id holds, over all tables: for new flows, and for old ones.
     slots: Vec<(u32, u32)>,
     /// Of each table's identity.
@@ -83,13 +83,18 @@ impl Index {
             }
         }
         let mut tables: HashMap<u64, Moving> = HashMap::new();
-        for (table, slot) in image.live_slots() {
-            let row = usize::from(table);
-            let pins_all = TableWord::from_bits(image.tables[row]).discipline().pins_all();
-            let moving = tables.entry(image.table_states[row].identity).or_default();
-            moving.slots += 1;
-            moving.dirty += u32::from(slot.dirty() && !pins_all);
-            moving.held += u32::from(slot.pins() && !slot.dirty());
+        for (row, word) in image.tables.iter().map(|&bits| TableWord::from_bits(bits)).enumerate() {
+            let first = word.first_row() * SLOTS_PER_ROW;
+            let slots = first..first + if word == TableWord::default() { 0 } else { word.length() };
+            let pins_all = word.discipline().pins_all();
+            let mut moving = Moving { slots: slots.len() as u32, ..Moving::default() };
+            for slot in slots.map(|index| image.slot(index)) {
+                moving.dirty += u32::from(slot.dirty() && !pins_all);
+                moving.held += u32::from(slot.pins() && !slot.dirty());
+            }
+            if moving.slots > 0 {
+                *tables.entry(image.table_states[row].identity).or_default() += moving;
+            }
         }
         let translates =
             |(_, row): &(u16, &Row)| BackendKind::from_raw(row.kind).is_some_and(BackendKind::translates);

@@ -6,15 +6,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use lb_common::abi::Pin;
+use rustc_hash::FxHashMap;
 use tracing::warn;
 
-use super::core::{BackendKey, Core, ReconcileError, keys};
+use super::core::{BackendKey, Core, ReconcileError};
+use super::roster::Roster;
 use super::snapshot::Index;
 use crate::bpf::Datapath;
 use crate::capacity::Capacity;
 use crate::config::model::{Backend, Flows, OnDown};
 use crate::health::State;
-use crate::reconcile::desired::{BackendRef, OldFlows, desired, identity_of, meet, pool_set};
+use crate::reconcile::desired::{BackendRef, OldFlows, identity_of, meet};
 use crate::reconcile::image::Image;
 use crate::reconcile::op::MapOp;
 use crate::reconcile::pins::coarse_ns;
@@ -97,7 +99,7 @@ impl Core {
         }
         let world = self.steered_world(now);
         self.say_who_is_empty(&world);
-        let wanted = desired(&self.config, &world);
+        let wanted = self.roster.desired(&world);
         let (tracking, mut hands) = self.hands();
         tracking.reconcile(&mut hands, wanted)?;
         self.changed = false;
@@ -131,25 +133,33 @@ impl Core {
         }
     }
 
-    /// What becomes of the flows of backends that are down, or whose time is over.
-    pub(super) fn old_flows(&self, now: Instant) -> HashMap<BackendRef, OldFlows> {
-        let mut old_flows = HashMap::new();
-        let (without_room, most_are_down) = (self.without_room(now), self.most_are_down());
-        for (key, pool, backend) in keys(&self.config) {
-            let Some(fsm) = self.fsms.get(&key).filter(|fsm| fsm.state() == State::Down) else { continue };
+    /// What becomes of the flows of backends that are down, by their place in the roster, or whose time is over.
+    pub(super) fn old_flows(
+        &self,
+        roster: &Roster,
+        down: &[usize],
+        now: Instant,
+    ) -> FxHashMap<BackendRef, OldFlows> {
+        let mut old_flows = FxHashMap::default();
+        let without_room = self.without_room(now);
+        let most_are_down = self.most_are_down(roster, down);
+        for seat in down.iter().filter_map(|place| roster.seats.get(*place)) {
+            let Some(fsm) = self.fsms.get(&seat.key).filter(|fsm| fsm.state() == State::Down) else {
+                continue;
+            };
             let lasts = fsm.since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-            let down = Down { hard: fsm.is_hard(), lasts };
-            let of = &self.config.pools[pool];
-            let set = pool_set([of.name.as_str()]);
-            let crowded = without_room.iter().any(|pools| meet(*pools, set));
-            let becomes = down.old_flows(&of.flows, || most_are_down[pool], crowded);
-            old_flows.insert((pool, backend), becomes);
+            let is = Down { hard: fsm.is_hard(), lasts };
+            let pool = seat.at.0;
+            let crowded = without_room.iter().any(|pools| meet(*pools, seat.pools));
+            let becomes =
+                is.old_flows(&self.config.pools[pool].flows, || most_are_down.contains(&pool), crowded);
+            old_flows.insert(seat.at, becomes);
         }
-        let gone = self.overrides.exits().filter(|(_, exit)| exit.is_over());
-        let gone: HashSet<&BackendKey> = gone.map(|(key, _)| key).collect();
+        let gone: HashSet<&BackendKey> =
+            self.overrides.exits().filter(|(_, exit)| exit.is_over()).map(|(key, _)| key).collect();
         if !gone.is_empty() {
-            let places = keys(&self.config).filter(|(key, ..)| gone.contains(key));
-            old_flows.extend(places.map(|(_, pool, backend)| ((pool, backend), OldFlows::Move)));
+            let places = roster.seats.iter().filter(|seat| gone.contains(&seat.key));
+            old_flows.extend(places.map(|seat| (seat.at, OldFlows::Move)));
         }
         old_flows
     }
@@ -160,24 +170,30 @@ impl Core {
         tables.filter_map(|table| Some(self.image.table_states.get(usize::from(table))?.pools)).collect()
     }
 
-    /// By pool.
-    fn most_are_down(&self) -> Vec<bool> {
-        let mut down = vec![0; self.config.pools.len()];
-        for (key, pool, _) in keys(&self.config) {
-            down[pool] += usize::from(self.fsms.get(&key).is_some_and(|fsm| fsm.state() == State::Down));
+    /// Pools most of whose backends are down.
+    fn most_are_down(&self, roster: &Roster, down: &[usize]) -> HashSet<usize> {
+        let mut by_pool: HashMap<usize, usize> = HashMap::new();
+        for seat in down.iter().filter_map(|place| roster.seats.get(*place)) {
+            *by_pool.entry(seat.at.0).or_default() += 1;
         }
-        down.iter().zip(&self.config.pools).map(|(down, pool)| down * 2 > pool.backends.len()).collect()
+        let most =
+            by_pool.into_iter().filter(|(pool, down)| down * 2 > self.config.pools[*pool].backends.len());
+        most.map(|(pool, _)| pool).collect()
     }
 
-    /// Whether a grace time, or the room for pins, has run out since the last plan.
+    /// Whether a grace time, or the room for pins, has run out since the last plan. Asked often: it goes by those who are
+    /// known to be down, which changes with a plan.
     fn flows_are_due(&self, now: Instant) -> bool {
+        if self.changed || self.down.is_empty() && !self.overrides.has_exits() {
+            return false;
+        }
         let goes_on = |((pool, backend), old_flows): (BackendRef, OldFlows)| {
             let pool = &self.config.pools[pool];
             let identity = identity_of(pool, &pool.backends[backend]);
             let known = self.tracking.desired.backends.get(&identity);
             known.is_some_and(|backend| backend.old_flows < old_flows)
         };
-        self.old_flows(now).into_iter().any(goes_on)
+        self.old_flows(&self.roster, &self.down, now).into_iter().any(goes_on)
     }
 }
 

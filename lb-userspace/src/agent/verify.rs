@@ -149,7 +149,7 @@ pub fn tables(config: &Config, world: &World, image: &Image, capacity: &Capacity
     }
     let mut differences = constants(config, image);
     // What rests is not out of place.
-    let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+    let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), ..Leave::all() };
     let ops = match plan(image, &desired(config, world), capacity, &leave) {
         Ok(plan) => plan.ops,
         Err(error) => {

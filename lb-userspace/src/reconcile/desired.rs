@@ -1,7 +1,8 @@
 //! What should lie in the kernel for a configuration and what is alive: a pure function, free of ids.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnetwork::{Ipv4Network, Ipv6Network};
@@ -11,17 +12,18 @@ use lb_common::abi::{
 use lb_common::encap::outer_sum;
 use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
+use rustc_hash::FxHashMap;
 
-use super::entries::{DesiredVip, VipKey, entries};
-use super::servers::{ServerName, servers};
+use super::draft::Draft;
+use super::entries::{DesiredVip, VipKey};
+use super::image::Ids;
+use super::servers::ServerName;
+use super::targets::Targets;
 use crate::config::model::{
-    Backend as ConfiguredBackend, Config, Forward, OnEmpty, OuterSource, Pool, Ports, Protocol, Scheduler,
-    Sources, Timeouts,
+    Backend as ConfiguredBackend, Config, Forward, OuterSource, Pool, Ports, Protocol, Scheduler, Sources,
+    Timeouts,
 };
 use crate::nexthop::NextHop;
-use crate::policy::response;
-use crate::tables::sequence::{self, Turns};
-use crate::tables::{maglev, overlay};
 
 /// A backend by its place in the configuration: pool, then backend.
 pub type BackendRef = (usize, usize);
@@ -30,18 +32,18 @@ pub type BackendRef = (usize, usize);
 #[derive(Debug, Default, Clone)]
 pub struct World {
     /// Backends that have a next hop that their pool can use, and whether they pass their checks.
-    pub up: HashMap<BackendRef, bool>,
-    pub next_hops: HashMap<IpAddr, NextHop>,
+    pub up: FxHashMap<BackendRef, bool>,
+    pub next_hops: FxHashMap<IpAddr, NextHop>,
     /// Backends that take less than their share of new flows, of [`overlay::FULL`]; 0 takes none.
-    pub shares: HashMap<BackendRef, u16>,
+    pub shares: FxHashMap<BackendRef, u16>,
     /// Pools whose packets go to another, and to which.
-    pub levels: HashMap<usize, usize>,
+    pub levels: FxHashMap<usize, usize>,
     /// Pools whose packets go to all backends of the pool in use, whatever their health.
     pub panic: HashSet<usize>,
     /// For schedulers that go by response times; the most where there is none.
-    pub response_weights: HashMap<BackendRef, u8>,
+    pub response_weights: FxHashMap<BackendRef, u8>,
     /// Backends whose flows do not stay.
-    pub old_flows: HashMap<BackendRef, OldFlows>,
+    pub old_flows: FxHashMap<BackendRef, OldFlows>,
 }
 
 /// Where a slot leads.
@@ -56,7 +58,7 @@ pub enum Target {
 
 impl Target {
     /// What slots name it by, with the id of each identity.
-    pub fn id(&self, ids: &HashMap<u64, u16>) -> u16 {
+    pub fn id(&self, ids: &Ids) -> u16 {
         match self {
             Self::Nobody => BACKEND_NOBODY,
             Self::Pass => BACKEND_PASS,
@@ -98,9 +100,9 @@ pub struct DesiredTable {
     /// Logarithm of the length of `cur` and `est`.
     pub log2_length: u32,
     /// Where new flows go: by their hash, or as the discipline picks.
-    pub cur: Vec<Target>,
+    pub cur: Targets,
     /// Where a flow goes that nothing is known of, by its hash; none where `cur` says that too.
-    pub est: Option<Vec<Target>>,
+    pub est: Option<Targets>,
     pub discipline: Discipline,
     /// Pools whose backends may be in it.
     pub pools: Vec<usize>,
@@ -115,10 +117,10 @@ pub struct DesiredTable {
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Desired {
     pub backends: BTreeMap<u64, DesiredBackend>,
-    pub tables: BTreeMap<u64, DesiredTable>,
-    pub vips: BTreeMap<VipKey, DesiredVip>,
+    pub tables: BTreeMap<u64, Arc<DesiredTable>>,
+    pub vips: Arc<BTreeMap<VipKey, DesiredVip>>,
     /// The identity of the backend that a connection ID of QUIC names.
-    pub servers: BTreeMap<ServerName, u64>,
+    pub servers: Arc<BTreeMap<ServerName, u64>>,
     pub sources: DesiredSources,
     pub timeouts: Timeouts,
 }
@@ -132,50 +134,16 @@ pub struct DesiredSources {
 }
 
 impl DesiredSources {
-    fn of(config: &Config) -> Self {
+    pub(super) fn of(config: &Config) -> Self {
         let Sources { v4, v6, ports: _ } = &config.sources;
         let rows = config.limits.connections.div_ceil(config.sources.ports_of_one());
         Self { v4: v4.clone(), v6: v6.clone(), rows }
     }
 }
 
-/// The maps as they should be.
+/// The maps as they should be. [`Draft`] says it again at less cost.
 pub fn desired(config: &Config, world: &World) -> Desired {
-    let mut desired = Desired {
-        vips: entries(config),
-        servers: servers(config),
-        sources: DesiredSources::of(config),
-        timeouts: config.timeouts,
-        ..Desired::default()
-    };
-    for (index, pool) in config.pools.iter().enumerate() {
-        for (place, backend) in pool.backends.iter().enumerate() {
-            let identity = identity_of(pool, backend);
-            // Another pool may reach the same address in a way that this one cannot use.
-            let usable = world.up.contains_key(&(index, place));
-            let next_hop = world
-                .next_hops
-                .get(&backend.address)
-                .filter(|_| usable)
-                .map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
-            let mut row = backend_row(pool.forward_to(backend), backend.address, identity);
-            let old_flows = world.old_flows.get(&(index, place)).copied().unwrap_or_default();
-            if world.up.get(&(index, place)) == Some(&true) && old_flows == OldFlows::Stay {
-                row.flags |= Backend::ACCEPTING;
-            }
-            let (pool, weight) = (pool_set([pool.name.as_str()]), backend.weight);
-            desired.backends.insert(identity, DesiredBackend { row, next_hop, pool, old_flows, weight });
-        }
-        let users: Vec<_> = config.services.iter().filter(|service| service.pool == index).collect();
-        for service in users {
-            for &protocol in &service.protocols {
-                let identity = table_identity(pool, protocol, service.scheduler);
-                let new = || table(config, world, index, protocol, service.scheduler);
-                desired.tables.entry(identity).or_insert_with(new);
-            }
-        }
-    }
-    desired
+    Draft::of(config).desired(config, world)
 }
 
 /// Pins that a CPU makes in a second: more than it gets new flows, so that it bounds floods alone.
@@ -377,7 +345,7 @@ pub fn meet(one: [u64; 3], other: [u64; 3]) -> bool {
     one.iter().zip(other).any(|(one, other)| one & other != 0)
 }
 
-fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
+pub(super) fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
     let kind = kind(forward, address);
     let (words, sum) = match address {
         IpAddr::V4(v4) => {
@@ -400,110 +368,8 @@ fn backend_row(forward: Forward, address: IpAddr, identity: u64) -> Backend {
     }
 }
 
-/// A pool's table, with the backends of the pool in use: a Maglev table over what is configured, with what takes flows
-/// laid over it; or turns by weight, with such a table below.
-fn table(
-    config: &Config,
-    world: &World,
-    own: usize,
-    protocol: Protocol,
-    scheduler: Scheduler,
-) -> DesiredTable {
-    let pools: Vec<usize> = config.levels_of(own).collect();
-    // By those of the file, so that balancers agree whatever is still leaving. A fallback changes no lengths.
-    let named = |pool: usize| config.pools[pool].backends.iter().filter(|backend| !backend.leaving).count();
-    let longest = pools.iter().map(|&pool| named(pool)).max().unwrap_or(0);
-    let log2_length = maglev::log2_length(longest);
-    let pool_set = pool_set(pools.iter().map(|&pool| config.pools[pool].name.as_str()));
-    let idle = config.pools[own].flows.idle_timeout.of(protocol);
-    let protocol = protocol_number(protocol);
-    let level = world.levels.get(&own).copied().unwrap_or(own);
-    let pool = &config.pools[level];
-    let shares = shares(config, world, own, level);
-    let nobody = match config.pools[own].on_empty {
-        OnEmpty::Drop | OnEmpty::All => Target::Nobody,
-        OnEmpty::Pass => Target::Pass,
-    };
-    let target = |backend: &ConfiguredBackend| Target::Backend(identity_of(pool, backend));
-    let targets: Vec<Target> = pool.backends.iter().map(target).collect();
-    let named = |indices: Vec<u16>| -> Vec<Target> {
-        indices.iter().map(|&index| targets.get(usize::from(index)).copied().unwrap_or(nobody)).collect()
-    };
-
-    let member = |b: &ConfiguredBackend| maglev::Member::new(config.seed, b.address, b.weight);
-    let members: Vec<_> = pool.backends.iter().map(member).collect();
-    let base = maglev::build(log2_length, &members);
-    let by_hash = named(overlay::apply(&base, 1 << log2_length, &members, &shares));
-    let discipline = discipline(scheduler);
-    if discipline == Discipline::Hash {
-        return DesiredTable {
-            log2_length,
-            cur: by_hash,
-            est: None,
-            discipline,
-            pools,
-            pool_set,
-            idle,
-            protocol,
-        };
-    }
-    let turns = members.iter().zip(&shares).enumerate().map(|(index, (member, &share))| {
-        let weight = turn_weight(scheduler, member.weight, || {
-            world.response_weights.get(&(level, index)).copied().unwrap_or(response::MOST)
-        });
-        Turns { key: member.key, weight: weight * u32::from(share) }
-    });
-    let turns = sequence::build(1 << log2_length, &turns.collect::<Vec<_>>());
-    let cur = if turns.is_empty() { vec![nobody; 1 << log2_length] } else { named(turns) };
-    DesiredTable { log2_length, cur, est: Some(by_hash), discipline, pools, pool_set, idle, protocol }
-}
-
-/// What each backend of the pool in use takes of its share.
-fn shares(config: &Config, world: &World, own: usize, level: usize) -> Vec<u16> {
-    let backends = &config.pools[level].backends;
-    let healthy = |backend| world.up.get(&(level, backend)) == Some(&true);
-    // Where health is not believed, packets still need a way.
-    let reachable = |backend| world.up.contains_key(&(level, backend));
-    let shares_of = |takes: &dyn Fn(usize) -> bool| -> Vec<u16> {
-        let share = |backend| world.shares.get(&(level, backend)).copied().unwrap_or(overlay::FULL);
-        (0..backends.len()).map(|backend| if takes(backend) { share(backend) } else { 0 }).collect()
-    };
-    let anyone =
-        |shares: &[u16]| shares.iter().zip(backends).any(|(&share, backend)| share > 0 && backend.weight > 0);
-    let panic = world.panic.contains(&own);
-    let shares = if panic { shares_of(&reachable) } else { shares_of(&healthy) };
-    if anyone(&shares) || !(panic || config.pools[own].on_empty == OnEmpty::All) {
-        return shares;
-    }
-    shares_of(&|_| true)
-}
-
-const fn discipline(scheduler: Scheduler) -> Discipline {
-    match scheduler {
-        Scheduler::Maglev | Scheduler::SourceHash => Discipline::Hash,
-        Scheduler::RoundRobin | Scheduler::WeightedRoundRobin | Scheduler::LeastResponseTime => {
-            Discipline::RoundRobin
-        }
-        Scheduler::Random => Discipline::Random,
-        Scheduler::LeastConnections => Discipline::Least,
-    }
-}
-
-/// A backend's weight among those that take turns.
-fn turn_weight(scheduler: Scheduler, weight: u8, by_response: impl Fn() -> u8) -> u32 {
-    match scheduler {
-        Scheduler::RoundRobin => u32::from(weight.min(1)),
-        Scheduler::LeastResponseTime => u32::from(weight) * u32::from(by_response()),
-        Scheduler::Maglev
-        | Scheduler::SourceHash
-        | Scheduler::WeightedRoundRobin
-        | Scheduler::Random
-        | Scheduler::LeastConnections => u32::from(weight),
-    }
-}
-
 /// The way out to a next hop, with the tunnel's source.
-fn egress(hop: &NextHop, outer: &OuterSource) -> Egress {
+pub(super) fn egress(hop: &NextHop, outer: &OuterSource) -> Egress {
     let preferred4 = match hop.preferred_source {
         Some(IpAddr::V4(source)) => Some(Ipv4Network::from(source)),
         _ => None,

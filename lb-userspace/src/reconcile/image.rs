@@ -22,12 +22,16 @@ use lb_common::pins::{self, Asked, PinEvent, Proposal, Verdict};
 use lb_common::quic::ServerKey;
 use lb_common::slots::Slot;
 use lb_common::tables::Tables;
+use rustc_hash::FxHashMap;
 
 use super::connections::Connections;
 use super::op::MapOp;
 use super::pins::{Pins, coarse_ns};
 use crate::capacity::Capacity;
 use crate::lookup;
+
+/// The id of each identity.
+pub type Ids = FxHashMap<u64, u16>;
 
 /// The tables, as they lie in the maps.
 #[derive(Debug, Clone, PartialEq)]
@@ -125,7 +129,7 @@ impl Image {
     }
 
     /// The id of each identity.
-    pub fn ids(&self) -> HashMap<u64, u16> {
+    pub fn ids(&self) -> Ids {
         let rows = (0u16..).zip(&self.backends).filter(|(_, row)| row.identity != 0);
         rows.map(|(id, row)| (row.identity, id)).collect()
     }

@@ -6,6 +6,7 @@
 
 pub mod connections;
 pub mod desired;
+pub mod draft;
 pub mod entries;
 pub mod image;
 pub mod memory;
@@ -16,6 +17,7 @@ pub mod plan;
 pub mod repin;
 pub mod servers;
 pub mod sweep;
+pub mod targets;
 pub mod tracking;
 
 #[cfg(test)]

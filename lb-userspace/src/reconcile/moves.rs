@@ -3,15 +3,16 @@
 //! Knows when each dirty slot began and whether a pin failed since; the words themselves lie in the image. A restart
 //! knows neither, and begins anew: that delays, and breaks nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, TableState, TableWord};
 use lb_common::slots::Slot;
 
-use super::desired::{Desired, Target};
-use super::image::Image;
+use super::desired::Desired;
+use super::image::{Ids, Image};
 use super::op::MapOp;
+use super::targets::Targets;
 
 /// How much longer than its idle time a flow is waited for: the clock of the pins is coarse.
 pub const SLACK: Duration = Duration::from_secs(3);
@@ -26,14 +27,14 @@ pub struct Course<'d> {
     pub idle: Duration,
     /// Of a table that is no hash: where flows without a pin should go, by content slot; with the logarithm of
     /// the number of content slots.
-    pub est: Option<(u32, &'d [Target])>,
+    pub est: Option<(u32, &'d Targets)>,
 }
 
 impl<'d> Course<'d> {
     /// Of a table that is desired.
     pub fn of(desired: &'d Desired, image: &Image, table: u16) -> Option<Self> {
         let wanted = desired.tables.get(&image.table_states.get(usize::from(table))?.identity)?;
-        let est = wanted.est.as_ref().map(|est| (wanted.log2_length, est.as_slice()));
+        let est = wanted.est.as_ref().map(|est| (wanted.log2_length, est));
         Some(Self { idle: wanted.idle, est })
     }
 }
@@ -53,9 +54,11 @@ struct Table {
     word: TableWord,
     /// Pins that had failed when the starts were last right.
     failed: u64,
-    /// When a slot became dirty, in units of `TICK` since `Moves::origin`, plus one; 0 where it is not.
+    /// When a slot became dirty, in units of `TICK` since `Moves::origin`, plus one; 0 where it is not. Empty where none is.
     starts: Vec<u32>,
     dirty: u32,
+    /// Slots with `P`.
+    pinned: u32,
     /// The least of `starts` but for 0; 0 where no slot is dirty.
     earliest: u32,
     /// Whether every `est` of a table that is no hash was seen to be as it should, with nothing written since.
@@ -101,8 +104,9 @@ impl Moves {
     }
 
     /// Takes in what has been written, after it was written and a grace has passed: slots that are dirty from now on
-    /// begin to wait, those that no longer are end it. What is desired may be another, too.
-    pub fn observe(&mut self, image: &Image, now: Instant) {
+    /// begin to wait, those that no longer are end it. What is desired may be another, too. `written` says of which tables
+    /// slots were written since the last look.
+    pub fn observe_written(&mut self, image: &Image, now: Instant, written: impl Fn(u16) -> bool) {
         let tick = self.ticks(now);
         let before = self.tables.len();
         self.tables.retain(|table, _| image.tables.get(usize::from(*table)).is_some_and(|word| *word != 0));
@@ -115,43 +119,25 @@ impl Moves {
                 continue;
             }
             let failed = image.table_states[usize::from(number)].failed;
-            let length = word.length() as usize;
-            let table = self.tables.entry(number).or_insert_with(|| Table {
-                word,
-                failed,
-                starts: vec![0; length],
-                dirty: 0,
-                earliest: 0,
-                settled: false,
-                quiet: now,
-                failed_at: None,
-            });
-            if table.word.log2_length() < word.log2_length() {
-                // A slot's children go on where it is.
-                let shift = word.log2_length() - table.word.log2_length();
-                table.starts = (0..length).map(|slot| table.starts[slot >> shift]).collect();
-            } else if table.word.log2_length() != word.log2_length() {
-                table.starts = vec![0; length];
-            }
-            table.word = word;
+            let known = self.tables.get(&number).is_some_and(|table| table.word == word);
+            let table = self.tables.entry(number).or_insert_with(|| Table::new(word, failed, now));
             table.settled = false;
             table.begin_anew(failed, now, tick);
-            let waits = !word.discipline().pins_all();
-            let first = word.first_row() * SLOTS_PER_ROW;
-            (table.dirty, table.earliest) = (0, 0);
-            for (slot, start) in (first..).zip(&mut table.starts) {
-                let dirty = waits && image.slot(slot).dirty();
-                table.dirty += u32::from(dirty);
-                match (dirty, *start) {
-                    (true, 0) => *start = tick,
-                    (false, _) => *start = 0,
-                    _ => {}
-                }
-                if *start != 0 && (table.earliest == 0 || *start < table.earliest) {
-                    table.earliest = *start;
-                }
+            if !known || written(number) {
+                table.look(image, word, tick);
             }
         }
+    }
+
+    /// As if all slots had been written.
+    #[cfg(test)]
+    pub fn observe(&mut self, image: &Image, now: Instant) {
+        self.observe_written(image, now, |_| true);
+    }
+
+    /// Whether there are slots that pins may be of, or a table that pins every flow.
+    pub fn has_pins(&self) -> bool {
+        self.tables.values().any(|t| t.dirty > 0 || t.pinned > 0 || t.word.discipline().pins_all())
     }
 
     /// Takes in pins that failed, where nothing was written since the last look: they begin the wait of their table anew.
@@ -226,6 +212,54 @@ impl Moves {
 }
 
 impl Table {
+    /// Of which no slot was looked at.
+    fn new(word: TableWord, failed: u64, now: Instant) -> Self {
+        Self {
+            word,
+            failed,
+            starts: Vec::new(),
+            dirty: 0,
+            pinned: 0,
+            earliest: 0,
+            settled: false,
+            quiet: now,
+            failed_at: None,
+        }
+    }
+
+    /// Takes in its slots, and its place if that is another.
+    fn look(&mut self, image: &Image, word: TableWord, tick: u32) {
+        let length = word.length() as usize;
+        if self.word.log2_length() < word.log2_length() && !self.starts.is_empty() {
+            // A slot's children go on where it is.
+            let shift = word.log2_length() - self.word.log2_length();
+            self.starts = (0..length).map(|slot| self.starts[slot >> shift]).collect();
+        } else if self.word.log2_length() != word.log2_length() {
+            self.starts = Vec::new();
+        }
+        self.word = word;
+        let waits = !word.discipline().pins_all();
+        let first = word.first_row() * SLOTS_PER_ROW;
+        (self.dirty, self.pinned, self.earliest) = (0, 0, 0);
+        for (index, slot) in (first..first + word.length()).map(|slot| image.slot(slot)).enumerate() {
+            self.pinned += u32::from(slot.pins());
+            if waits && slot.dirty() {
+                self.dirty += 1;
+                if self.starts.is_empty() {
+                    self.starts = vec![0; length];
+                }
+                let start = &mut self.starts[index];
+                *start = if *start == 0 { tick } else { *start };
+                self.earliest = if self.earliest == 0 { *start } else { self.earliest.min(*start) };
+            } else if let Some(start) = self.starts.get_mut(index) {
+                *start = 0;
+            }
+        }
+        if self.dirty == 0 {
+            self.starts = Vec::new();
+        }
+    }
+
     /// Where pins have failed, every wait begins now.
     fn begin_anew(&mut self, failed: u64, now: Instant, tick: u32) {
         if self.failed == failed {
@@ -261,7 +295,7 @@ impl Table {
     }
 
     /// Slots of a table that pins every flow, whose `est` is not what it should be. No flow may be without a pin.
-    fn turned(&self, image: &Image, log2: u32, est: &[Target], ids: &HashMap<u64, u16>) -> Vec<(u32, u32)> {
+    fn turned(&self, image: &Image, log2: u32, est: &Targets, ids: &Ids) -> Vec<(u32, u32)> {
         let shift = self.word.log2_length().saturating_sub(log2);
         let first = self.word.first_row() * SLOTS_PER_ROW;
         let mut words = Vec::new();

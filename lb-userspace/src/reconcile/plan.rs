@@ -7,25 +7,32 @@
 mod carry;
 mod places;
 mod servers;
+mod slots;
 pub mod sources;
 mod vips;
 
+use std::cell::OnceCell;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use lb_common::abi::{
     BACKEND_NOBODY, BACKEND_PASS, Backend, BackendKind, Egress, MOST_BACKENDS, Path, SHORTEST_TABLE_LOG2,
     SLOTS_PER_ROW, TableWord,
 };
 use lb_common::slots::Slot;
+use lb_common::wire::Mac;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::desired::{Desired, DesiredBackend, DesiredTable, OldFlows, Target, meet};
-use super::image::Image;
-use super::moves::runs;
+use super::image::{Ids, Image};
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
 pub use carry::{carried, image_of};
 use places::Places;
+use slots::Going;
 pub use vips::{VipEntry, VipMap, counter_rows, ports, present_vips};
 
 /// Why a desired state cannot be planned. Nothing has been written then.
@@ -62,6 +69,18 @@ pub struct Leave {
     pub unpinned: Unpinned,
     /// Slots that may be made dirty for no other reason than a better spread. What must move moves anyway.
     pub moves: usize,
+    /// Tables that need no look.
+    pub at_rest: AtRest,
+}
+
+/// Tables that an earlier plan found nothing to do of, and nothing has changed that could: by row, as they should be.
+#[derive(Debug, Clone, Default)]
+pub struct AtRest(pub HashMap<u16, Arc<DesiredTable>>);
+
+impl AtRest {
+    fn holds(&self, row: u16, wanted: &Arc<DesiredTable>) -> bool {
+        self.0.get(&row).is_some_and(|known| Arc::ptr_eq(known, wanted))
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -74,7 +93,7 @@ pub enum Unpinned {
 impl Leave {
     /// Nothing holds anything back: for maps that carry no traffic.
     pub fn all() -> Self {
-        Self { unpinned: Unpinned::All, moves: usize::MAX }
+        Self { unpinned: Unpinned::All, moves: usize::MAX, at_rest: AtRest::default() }
     }
 }
 
@@ -90,41 +109,16 @@ pub struct Plan {
     pub again: bool,
     /// By the id of a backend that is down: slots that its old flows leave for want of room for pins.
     pub yielded: BTreeMap<u16, usize>,
+    /// Rows of tables that there was nothing to do of, of those that were looked at.
+    pub idle: Vec<u16>,
 }
 
 /// The writes that turn the image into what is desired; none if it is that already, or on its way.
 pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave) -> Result<Plan, PlanError> {
-    let mut planner = Planner {
-        image,
-        desired,
-        capacity,
-        leave,
-        moves_left: leave.moves,
-        waiting: 0,
-        named: HashSet::from([BACKEND_NOBODY, BACKEND_PASS]),
-        add: Vec::new(),
-        turn: Vec::new(),
-        emptied: HashSet::new(),
-        left: BTreeSet::new(),
-        lose: Vec::new(),
-        remove: Vec::new(),
-        moved: false,
-        copied: HashMap::new(),
-        again: false,
-        yielded: BTreeMap::new(),
-    };
-    let ids = planner.backends()?;
-    let present = present_vips(image);
-    let places = planner.tables(&ids, &present)?;
-    for &id in planner.left.iter().filter(|id| planner.emptied.contains(id)) {
-        planner.turn.extend([MapOp::DropPins { id }, MapOp::Grace]);
-    }
-    let gone = planner.servers(&ids, &places)?;
-    planner.vips(&present, &places)?;
-    planner.leaving(&ids);
-    planner.add.extend(gone);
+    let mut planner = Planner::new(image, desired, capacity, leave);
+    planner.look()?;
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, .. } = planner;
+    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, .. } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -137,7 +131,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting, moves, again, yielded })
+    Ok(Plan { ops, waiting, moves, again, yielded, idle })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
@@ -152,15 +146,32 @@ pub fn plan_at_once(image: &Image, desired: &Desired, capacity: &Capacity) -> Re
     Ok(first.ops.into_iter().chain(second.ops).collect())
 }
 
+/// Whether what is desired fits beside what lies in the image. What slots say takes no room: that is left out.
+pub fn check_room(image: &Image, desired: &Desired, capacity: &Capacity) -> Result<(), PlanError> {
+    let leave = Leave::all();
+    let mut planner = Planner { measures: true, ..Planner::new(image, desired, capacity, &leave) };
+    planner.look()?;
+    // Copies of tables are places for more than this plan.
+    if planner.again { plan_at_once(image, desired, capacity).map(drop) } else { Ok(()) }
+}
+
 struct Planner<'a> {
     image: &'a Image,
     desired: &'a Desired,
     capacity: &'a Capacity,
     leave: &'a Leave,
+    /// Only room is asked for: what slots say is left out.
+    measures: bool,
     moves_left: usize,
     waiting: usize,
-    /// Backend ids that slots name once the plan is carried out.
+    /// Backend ids that slots name once the plan is carried out; only where `names` says that somebody asks.
     named: HashSet<u16>,
+    names: bool,
+    going: Going,
+    /// Tables by their pools, and whether they lead to anybody who takes flows.
+    takers: OnceCell<Vec<([u64; 3], bool)>>,
+    /// Rows of tables that nothing was left to do of.
+    idle: Vec<u16>,
     add: Vec<MapOp>,
     /// Pins of backends whose flows move: slots leave them first.
     turn: Vec<MapOp>,
@@ -179,54 +190,95 @@ struct Planner<'a> {
     yielded: BTreeMap<u16, usize>,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    fn new(image: &'a Image, desired: &'a Desired, capacity: &'a Capacity, leave: &'a Leave) -> Self {
+        Self {
+            image,
+            desired,
+            capacity,
+            leave,
+            measures: false,
+            moves_left: leave.moves,
+            waiting: 0,
+            named: HashSet::from([BACKEND_NOBODY, BACKEND_PASS]),
+            names: false,
+            going: Going::default(),
+            takers: OnceCell::new(),
+            idle: Vec::new(),
+            add: Vec::new(),
+            turn: Vec::new(),
+            emptied: HashSet::new(),
+            left: BTreeSet::new(),
+            lose: Vec::new(),
+            remove: Vec::new(),
+            moved: false,
+            copied: HashMap::new(),
+            again: false,
+            yielded: BTreeMap::new(),
+        }
+    }
+
+    /// Works everything out.
+    fn look(&mut self) -> Result<(), PlanError> {
+        let ids = self.backends()?;
+        self.going = Going::of(self.desired, &ids);
+        let present = present_vips(self.image);
+        let places = self.tables(&ids, &present)?;
+        for &id in self.left.iter().filter(|id| self.emptied.contains(id)) {
+            self.turn.extend([MapOp::DropPins { id }, MapOp::Grace]);
+        }
+        let gone = self.servers(&ids, &places)?;
+        self.vips(&present, &places)?;
+        self.leaving(&ids);
+        self.add.extend(gone);
+        Ok(())
+    }
+
     /// Backend rows and the egress rows they name. Returns the id of each identity.
-    fn backends(&mut self) -> Result<HashMap<u64, u16>, PlanError> {
+    fn backends(&mut self) -> Result<Ids, PlanError> {
         let egress_rows = self.egress_rows()?;
         let path_of = |next_hop: &Option<(_, Egress)>| {
             next_hop
                 .as_ref()
-                .map_or(Path::default(), |(mac, egress)| Path::new(*mac, egress_rows[&key(egress)]))
+                .map_or(Path::default(), |(mac, egress)| Path::new(*mac, egress_rows.row(egress)))
         };
-        let mut ids: HashMap<u64, u16> = HashMap::new();
-        let mut free = Vec::new();
-        let tunnels = self.desired.backends.values().filter(|wanted| wanted.next_hop.is_some());
-        let tunnels: HashMap<_, _> =
-            tunnels.filter_map(|wanted| Some((tunnel_to(&wanted.row)?, path_of(&wanted.next_hop)))).collect();
-        for id in 1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16 {
+        let desired = self.desired;
+        let wanted: FxHashMap<u64, &DesiredBackend> =
+            desired.backends.iter().map(|(identity, wanted)| (*identity, wanted)).collect();
+        let mut ids = Ids::with_capacity_and_hasher(wanted.len(), FxBuildHasher);
+        let (mut free, mut leaving) = (Vec::new(), Vec::new());
+        for id in self.backend_ids() {
             let row = &self.image.backends[usize::from(id)];
-            let wanted = self.desired.backends.get(&row.identity).filter(|wanted| {
+            if *row == Backend::default() {
+                free.push(id);
+                continue;
+            }
+            let wanted = wanted.get(&row.identity).filter(|wanted| {
                 let constant = Backend { path: 0, flags: wanted.row.flags, ..*row };
                 constant == wanted.row && !ids.contains_key(&row.identity)
             });
-            match wanted {
-                Some(wanted) => {
-                    ids.insert(row.identity, id);
-                    let path = path_of(&wanted.next_hop);
-                    if path.bits() != row.path {
-                        let list = if path == Path::default() { &mut self.lose } else { &mut self.add };
-                        list.push(MapOp::SetPath { id, path });
-                    }
-                    self.flags(id, row.flags, wanted);
-                    self.weight(id, wanted.weight);
-                }
-                None if *row == Backend::default() => free.push(id),
-                // Until nothing names it: see `leaving`. Its pool may reach the same backend by another tunnel now, and
-                // so knows the way.
-                None => {
-                    let path = tunnel_to(row).and_then(|to| tunnels.get(&to)).copied();
-                    let path = path.filter(|path| path.bits() != row.path);
-                    self.add.extend(path.map(|path| MapOp::SetPath { id, path }));
-                }
+            let Some(wanted) = wanted else {
+                leaving.push(id);
+                continue;
+            };
+            ids.insert(row.identity, id);
+            let path = path_of(&wanted.next_hop);
+            if path.bits() != row.path {
+                let list = if path == Path::default() { &mut self.lose } else { &mut self.add };
+                list.push(MapOp::SetPath { id, path });
             }
+            self.flags(id, row.flags, wanted);
+            self.weight(id, wanted.weight);
         }
+        self.names = !leaving.is_empty();
+        self.lead_leaving(&leaving, path_of);
         let mut free = free.into_iter();
-        for (identity, wanted) in &self.desired.backends {
+        for (identity, wanted) in &desired.backends {
             if ids.contains_key(identity) {
                 continue;
             }
             let limit = MOST_BACKENDS;
-            let needed = self.desired.backends.len();
+            let needed = desired.backends.len();
             let id = free.next().ok_or(PlanError::Backends { needed, limit })?;
             let backend = Backend { path: path_of(&wanted.next_hop).bits(), ..wanted.row };
             self.add.push(MapOp::ResetBackendTraffic { id });
@@ -235,6 +287,28 @@ impl Planner<'_> {
             ids.insert(*identity, id);
         }
         Ok(ids)
+    }
+
+    /// Backends that are in no configuration any more stay until nothing names them: see `leaving`. A pool may reach the
+    /// same backend by another tunnel now, and so knows the way.
+    fn lead_leaving(&mut self, leaving: &[u16], path_of: impl Fn(&Option<(Mac, Egress)>) -> Path) {
+        if leaving.is_empty() {
+            return;
+        }
+        let reached = self.desired.backends.values().filter(|wanted| wanted.next_hop.is_some());
+        let tunnels: HashMap<_, _> =
+            reached.filter_map(|wanted| Some((tunnel_to(&wanted.row)?, path_of(&wanted.next_hop)))).collect();
+        for &id in leaving {
+            let row = &self.image.backends[usize::from(id)];
+            let path = tunnel_to(row).and_then(|to| tunnels.get(&to)).copied();
+            let path = path.filter(|path| path.bits() != row.path);
+            self.add.extend(path.map(|path| MapOp::SetPath { id, path }));
+        }
+    }
+
+    /// Ids that a backend may have.
+    fn backend_ids(&self) -> RangeInclusive<u16> {
+        1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16
     }
 
     fn weight(&mut self, id: u16, weight: u8) {
@@ -272,23 +346,28 @@ impl Planner<'_> {
 
     /// Whether a table whose flows may have pins to a backend that failed leads to anybody else.
     fn somebody_takes_from(&self, failed: &DesiredBackend) -> bool {
+        let desired = self.desired;
         let takes = |target: &Target| match target {
             Target::Nobody => false,
             Target::Pass => true,
             Target::Backend(identity) => {
-                let other = self.desired.backends.get(identity);
+                let other = desired.backends.get(identity);
                 other.is_some_and(|other| matches!(other.old_flows, OldFlows::Stay))
             }
         };
-        let mut tables = self.desired.tables.values().filter(|table| meet(table.pool_set, failed.pool));
-        tables.any(|table| table.cur.iter().any(takes))
+        let tables = || desired.tables.values().map(|table| (table.pool_set, table.cur.used().any(takes)));
+        let takers = self.takers.get_or_init(|| tables().collect());
+        takers.iter().any(|(pools, takes)| *takes && meet(*pools, failed.pool))
     }
 
     /// Backends that are in no configuration any more go once nothing names them; their ways out with them.
-    fn leaving(&mut self, ids: &HashMap<u64, u16>) {
+    fn leaving(&mut self, ids: &Ids) {
+        if !self.names {
+            return;
+        }
         let mut removals = Vec::new();
         let mut ways: HashSet<u16> = HashSet::new();
-        for id in 1..=MOST_BACKENDS.min(self.image.backends.len() as u32 - 2) as u16 {
+        for id in self.backend_ids() {
             let row = &self.image.backends[usize::from(id)];
             if *row == Backend::default() || ids.get(&row.identity) == Some(&id) {
                 continue;
@@ -310,10 +389,18 @@ impl Planner<'_> {
     }
 
     /// A row for every different way out.
-    fn egress_rows(&mut self) -> Result<BTreeMap<EgressKey, u16>, PlanError> {
+    fn egress_rows(&mut self) -> Result<EgressRows, PlanError> {
         let hops = self.desired.backends.values().filter_map(|backend| backend.next_hop.as_ref());
-        let wanted: BTreeMap<EgressKey, Egress> = hops.map(|(_, egress)| (key(egress), *egress)).collect();
-        let mut rows = BTreeMap::new();
+        let mut wanted: BTreeMap<EgressKey, Egress> = BTreeMap::new();
+        let mut last = None;
+        // Of many backends, most go the same way.
+        for (_, egress) in hops {
+            if last != Some(egress) {
+                wanted.insert(key(egress), *egress);
+                last = Some(egress);
+            }
+        }
+        let mut rows = EgressRows::default();
         let mut free = Vec::new();
         // Rows after these are ways back, and not ours.
         let ways = self.image.egress.iter().take(self.capacity.egress_rows as usize);
@@ -321,15 +408,15 @@ impl Planner<'_> {
             let row = row as u16;
             if *egress == Egress::default() {
                 free.push(row);
-            } else if wanted.contains_key(&key(egress)) && !rows.contains_key(&key(egress)) {
-                rows.insert(key(egress), row);
+            } else if wanted.contains_key(&key(egress)) && !rows.0.contains_key(&key(egress)) {
+                rows.0.insert(key(egress), row);
             } else {
                 self.remove.push(MapOp::WriteEgress { row, egress: Egress::default() });
             }
         }
         let mut free = free.into_iter();
         for (key, egress) in wanted {
-            if let std::collections::btree_map::Entry::Vacant(entry) = rows.entry(key) {
+            if let Entry::Vacant(entry) = rows.0.entry(key) {
                 let row = free.next().ok_or(PlanError::Egress { limit: self.capacity.egress_rows })?;
                 self.add.push(MapOp::WriteEgress { row, egress });
                 entry.insert(row);
@@ -339,163 +426,28 @@ impl Planner<'_> {
     }
 
     /// Tables and their slots. Returns the rows that services go by.
-    fn tables(&mut self, ids: &HashMap<u64, u16>, present: &VipMap) -> Result<Places, PlanError> {
-        let mut regions = Regions::of(self.image);
+    fn tables(&mut self, ids: &Ids, present: &VipMap) -> Result<Places, PlanError> {
+        let mut regions = Regions::of(self.image, self.capacity);
         let places = self.places(present, &mut regions)?;
         for (row, identity) in &places.rows {
             // A copy that is not live yet moves with the next plan.
             if self.copied.contains_key(row) {
                 let from = self.copied[row];
                 let copied = places::words(self.image, from);
-                self.named.extend(copied.iter().flat_map(|&word| names(Slot::from_bits(word))));
+                self.name(copied.into_iter().map(Slot::from_bits));
                 self.again = true;
                 continue;
             }
-            self.table(*row, &self.desired.tables[identity], ids, &mut regions)?;
+            let wanted = &self.desired.tables[identity];
+            // What is leaving goes once no slot names it: then all are looked at.
+            if self.names || !self.leave.at_rest.holds(*row, wanted) {
+                let waiting = self.waiting;
+                if self.table(*row, wanted, ids, &mut regions)? && self.waiting == waiting {
+                    self.idle.push(*row);
+                }
+            }
         }
         Ok(places)
-    }
-
-    /// One table: the slots that differ, in a longer place where its content outgrew the one it has.
-    fn table(
-        &mut self,
-        table: u16,
-        wanted: &DesiredTable,
-        ids: &HashMap<u64, u16>,
-        regions: &mut Regions,
-    ) -> Result<(), PlanError> {
-        let id_of = |target: &Target| target.id(ids);
-        let cur: Vec<u16> = wanted.cur.iter().map(id_of).collect();
-        let est: Option<Vec<u16>> = wanted.est.as_ref().map(|est| est.iter().map(id_of).collect());
-        let word = TableWord::from_bits(self.image.tables[usize::from(table)]);
-        let discipline = wanted.discipline;
-        if word == TableWord::default() {
-            let words: Vec<u32> = match &est {
-                None => cur.iter().map(|&id| Slot::clean(id).bits()).collect(),
-                Some(est) => {
-                    cur.iter().zip(est).map(|(&cur, &est)| Slot::new(cur, est, true, true).bits()).collect()
-                }
-            };
-            let first_row = self.place(wanted.log2_length, regions)?;
-            self.named.extend(words.iter().flat_map(|&word| names(Slot::from_bits(word))));
-            self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words });
-            let word = TableWord::new(first_row, wanted.log2_length, discipline);
-            self.add.push(MapOp::SetTableWord { table, word });
-            return Ok(());
-        }
-        let old_first = word.first_row() * SLOTS_PER_ROW;
-        let grown = wanted.log2_length.saturating_sub(word.log2_length());
-        let length = word.length() << grown;
-        let now: Vec<Slot> = (0..length).map(|index| self.image.slot(old_first + (index >> grown))).collect();
-        let mut first = old_first;
-        if grown > 0 {
-            // Children go on where their parent is; the parent is not changed any more.
-            let log2_length = word.log2_length() + grown;
-            let first_row = self.place(log2_length, regions)?;
-            first = first_row * SLOTS_PER_ROW;
-            let words = now.iter().map(|slot| slot.bits()).collect();
-            self.add.push(MapOp::WriteSlots { first, words });
-            let word = TableWord::new(first_row, log2_length, discipline);
-            self.add.push(MapOp::SetTableWord { table, word });
-            self.add.push(MapOp::Grace);
-            self.moved = true;
-        }
-        let shift = length.ilog2() - wanted.log2_length;
-        let taking: HashSet<u16> = cur.iter().copied().collect();
-        let going = Going::of(self.desired, ids);
-        let mut words = Vec::new();
-        let at_rest = |(offset, slot): (usize, &Slot)| *slot == Slot::clean(cur[offset >> shift]);
-        let rests = now.iter().enumerate().all(at_rest);
-        for (index, slot) in (first..).zip(&now) {
-            let content = ((index - first) >> shift) as usize;
-            let mut next = match &est {
-                None => self.turned(*slot, cur[content], &taking),
-                Some(_) => Slot::new(cur[content], slot.est(), true, true),
-            };
-            let goes_to = est.as_ref().map_or(next.cur(), |est| est[content]);
-            if going.leaves(next.est(), goes_to) || (est.is_some() && next.est() == BACKEND_NOBODY) {
-                self.left.insert(next.est());
-                if going.yielding.contains(&next.est()) {
-                    *self.yielded.entry(next.est()).or_default() += 1;
-                }
-                next = Slot::new(next.cur(), goes_to, est.is_some(), true);
-            }
-            self.named.extend(names(next));
-            if next != *slot {
-                words.push((index, next.bits()));
-            }
-        }
-        self.pools(table, wanted.pool_set, rests);
-        self.add.extend(runs(words));
-        Ok(())
-    }
-
-    /// A slot whose new flows go to `cur` from now on; its old flows stay where they are.
-    fn turned(&mut self, slot: Slot, cur: u16, taking: &HashSet<u16>) -> Slot {
-        if slot.cur() == cur {
-            return slot;
-        }
-        let nobody = slot.cur() == BACKEND_NOBODY;
-        // Who takes no new flows any more is left at once; a better spread has time.
-        if taking.contains(&slot.cur()) && !nobody {
-            if self.moves_left == 0 {
-                self.waiting += 1;
-                return slot;
-            }
-            self.moves_left -= 1;
-        }
-        if slot.est() == cur {
-            // Back where the old flows are: those that went elsewhere meanwhile have pins, new ones need none.
-            Slot::new(cur, cur, false, true)
-        } else if nobody && slot.est() == BACKEND_NOBODY && !slot.dirty() {
-            // Nobody lives here but flows with pins.
-            Slot::new(cur, cur, false, slot.pins())
-        } else {
-            Slot::new(cur, slot.est(), true, slot.pins())
-        }
-    }
-
-    fn place(&mut self, log2_length: u32, regions: &mut Regions) -> Result<u32, PlanError> {
-        let length = 1 << log2_length;
-        regions.take(units(length)).ok_or(PlanError::Slots { slots: length })
-    }
-
-    /// Pins of a table may be of pools that it had before: until it is at rest, they stay in the set.
-    fn pools(&mut self, table: u16, wanted: [u64; 3], rests: bool) {
-        let before = self.image.table_states[usize::from(table)].pools;
-        let pools = if rests { wanted } else { [0, 1, 2].map(|word| before[word] | wanted[word]) };
-        if pools != before {
-            self.add.push(MapOp::SetPools { table, pools });
-        }
-    }
-}
-
-/// Backends whose old flows go.
-struct Going {
-    /// Failed, or with no room for pins beside them.
-    failed: HashSet<u16>,
-    /// The latter.
-    yielding: HashSet<u16>,
-    moved: HashSet<u16>,
-}
-
-impl Going {
-    fn of(desired: &Desired, ids: &HashMap<u64, u16>) -> Self {
-        let with = |old_flows: &[OldFlows]| {
-            let backends = desired.backends.iter().filter(|(_, b)| old_flows.contains(&b.old_flows));
-            backends.filter_map(|(identity, _)| ids.get(identity).copied()).collect()
-        };
-        Self {
-            failed: with(&[OldFlows::Yield, OldFlows::Fail]),
-            yielding: with(&[OldFlows::Yield]),
-            moved: with(&[OldFlows::Move]),
-        }
-    }
-
-    /// Whether flows on `est` go to `to`. From one that failed, only to one that did not.
-    fn leaves(&self, est: u16, to: u16) -> bool {
-        let better = to != BACKEND_NOBODY && !self.failed.contains(&to) && !self.moved.contains(&to);
-        est != to && (self.failed.contains(&est) && better || self.moved.contains(&est))
     }
 }
 
@@ -510,8 +462,14 @@ fn tunnel_to(row: &Backend) -> Option<(bool, [u64; 2])> {
     }
 }
 
-fn names(slot: Slot) -> [u16; 2] {
-    [slot.cur(), slot.est()]
+/// Rows of ways out.
+#[derive(Default)]
+struct EgressRows(FxHashMap<EgressKey, u16>);
+
+impl EgressRows {
+    fn row(&self, egress: &Egress) -> u16 {
+        self.0[&key(egress)]
+    }
 }
 
 type EgressKey = [u8; 48];
@@ -553,8 +511,8 @@ impl Regions {
         Self { taken }
     }
 
-    fn of(image: &Image) -> Self {
-        let Self { mut taken } = Self::empty(image.slots.len());
+    fn of(image: &Image, capacity: &Capacity) -> Self {
+        let Self { mut taken } = Self::empty(capacity.slot_rows as usize);
         for word in image.tables.iter().map(|&bits| TableWord::from_bits(bits)) {
             if word != TableWord::default() {
                 let first = (word.first_row() / UNIT_ROWS) as usize;

@@ -2,6 +2,7 @@
 //! backend, and finds slots that no pin holds any more. Goes in bounded steps; a cycle is one pass over all buckets.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,7 @@ pub struct Rules {
     /// How long connections are protected in states that pass.
     pub timeouts: Timeouts,
     /// By backend id: tables whose flows a pin may belong to. Of a backend that is not here: all of them.
-    pub tables: HashMap<u16, Vec<u16>>,
+    pub tables: HashMap<u16, Arc<[u16]>>,
 }
 
 impl Rules {
@@ -53,12 +54,12 @@ impl Rules {
                 Some((number, pools, wanted.protocol, wanted.idle))
             })
             .collect();
-        rules.longest = tables.iter().map(|(.., idle)| *idle).max().unwrap_or_default();
-        for (id, row) in (0u16..).zip(&image.backends) {
-            let Some(backend) = desired.backends.get(&row.identity).filter(|_| row.identity != 0) else {
-                continue;
-            };
-            let related = tables.iter().filter(|(_, pools, ..)| meet(*pools, backend.pool));
+        let longest = tables.iter().map(|(.., idle)| *idle).max().unwrap_or_default();
+        rules.longest = longest;
+        // Backends of a pool are all alike.
+        let mut alike: HashMap<[u64; 3], ((Duration, Duration), Arc<[u16]>)> = HashMap::new();
+        let of_pool = |pool: [u64; 3]| {
+            let related = tables.iter().filter(|(_, pools, ..)| meet(*pools, pool));
             let (mut tcp, mut udp, mut of) = (Duration::ZERO, Duration::ZERO, Vec::new());
             for (number, _, protocol, idle) in related {
                 let longest = if *protocol == PROTO_UDP { &mut udp } else { &mut tcp };
@@ -66,9 +67,15 @@ impl Rules {
                 of.push(*number);
             }
             // Of a protocol that no table has any more, pins may still be there.
-            let or_longest = |idle: Duration| if idle.is_zero() { rules.longest } else { idle };
-            rules.idle.insert(id, (or_longest(tcp), or_longest(udp)));
-            rules.tables.insert(id, of);
+            let or_longest = |idle: Duration| if idle.is_zero() { longest } else { idle };
+            ((or_longest(tcp), or_longest(udp)), Arc::from(of))
+        };
+        for (id, row) in (0u16..).zip(&image.backends).filter(|(_, row)| row.identity != 0) {
+            if let Some(backend) = desired.backends.get(&row.identity) {
+                let (idle, of) = alike.entry(backend.pool).or_insert_with(|| of_pool(backend.pool));
+                rules.idle.insert(id, *idle);
+                rules.tables.insert(id, Arc::clone(of));
+            }
         }
         rules
     }
@@ -384,7 +391,7 @@ impl Cycle {
         }
         match self.rules.tables.get(&pin.backend()) {
             Some(tables) => {
-                for table in tables {
+                for table in tables.iter() {
                     if let Some(candidates) = self.candidates.get_mut(table) {
                         candidates.mark(pin);
                     }

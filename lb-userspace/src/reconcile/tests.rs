@@ -22,6 +22,7 @@ mod turns;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{
@@ -40,12 +41,13 @@ use super::desired::{
     Desired, DesiredBackend, DesiredTable, Target, World, backend_identity, desired, features, forward_of,
 };
 use super::entries::{Counted, DesiredRule, DesiredVip, Lead, entries};
-use super::image::{Image, Traced};
+use super::image::{Ids, Image, Traced};
 use super::moves::{Course, Due, MOST_AT_ONCE, Moves, SLACK, finish, runs};
 use super::op::MapOp;
 use super::plan::{
     Leave, PlanError, Unpinned, VipEntry, counter_rows, plan, plan_at_once, ports, present_vips, sources,
 };
+use super::targets::Targets;
 use crate::capacity::Capacity;
 use crate::config::model::{
     Api, Backend, Check, CheckKind, Config, Flows, Forward, Fragments, Icmp, Limits, Metrics, OnEmpty,

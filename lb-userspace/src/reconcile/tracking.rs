@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
 use lb_common::slots::Slot;
+use rustc_hash::FxHashSet;
 use tracing::debug;
 
 use super::desired::{Desired, meet};
 use super::image::Image;
 use super::moves::{Course, Moves, finish, runs};
 use super::op::MapOp;
-use super::plan::{Leave, Plan, PlanError, Unpinned, plan};
+use super::plan::{AtRest, Leave, Plan, PlanError, Unpinned, plan};
 use super::repin::Spread;
 use super::sweep::{Found, Places, Rules, Sweeper};
 use crate::capacity::Capacity;
@@ -71,6 +72,14 @@ pub struct Tracking {
     recount: bool,
     /// Whether slots were written, or something else is desired, since `moves` looked at the tables.
     unseen: bool,
+    /// Tables whose slots were written since then.
+    written: HashSet<u16>,
+    /// Which table's slots begin there.
+    first_slots: BTreeMap<u32, u16>,
+    /// Tables that the next plan need not look at.
+    at_rest: AtRest,
+    /// Ids of backends that are in no configuration any more.
+    leaving: HashSet<u16>,
     /// Whether `est` followed with the last look.
     followed: bool,
     /// What the tables are on their way to.
@@ -101,6 +110,10 @@ impl Tracking {
             counted: Vec::new(),
             recount: true,
             unseen: true,
+            written: HashSet::new(),
+            first_slots: BTreeMap::new(),
+            at_rest: AtRest::default(),
+            leaving: HashSet::new(),
             followed: false,
             desired: Arc::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
@@ -115,6 +128,7 @@ impl Tracking {
     /// to wait anew.
     pub fn begin<H: Hands>(hands: &mut H) -> Result<Self, H::Error> {
         let mut tracking = Self::new(hands.now());
+        tracking.look_again(hands.image());
         let states = (0u16..).zip(&hands.image().table_states);
         let closing: Vec<u16> =
             states.filter(|(_, state)| state.closing != 0).map(|(table, _)| table).collect();
@@ -130,6 +144,16 @@ impl Tracking {
         Ok(tracking)
     }
 
+    /// The image is another, for a reason that is not known here: the next plan looks at everything.
+    pub fn look_again(&mut self, image: &Image) {
+        let words = (0u16..).zip(image.tables.iter().map(|&bits| TableWord::from_bits(bits)));
+        let words = words.filter(|(_, word)| *word != TableWord::default());
+        self.first_slots = words.map(|(table, word)| (first_slot(word), table)).collect();
+        self.at_rest = AtRest::default();
+        self.written.extend(self.first_slots.values());
+        self.leaving = leaving_ids(&self.desired, image);
+    }
+
     /// Whether slots that waited may move now.
     pub fn is_paced(&self, now: Instant) -> bool {
         self.waiting > 0 && now >= self.paced + PACE
@@ -142,13 +166,35 @@ impl Tracking {
         wanted: impl Into<Arc<Desired>>,
     ) -> Result<(), H::Error> {
         let wanted = wanted.into();
+        self.look_at_turned(hands.image(), &wanted);
         // What a plan changes may have to be live before the next can go on from there.
         loop {
             let plan = self.plan(hands, &wanted)?;
             self.desired = Arc::clone(&wanted);
+            self.at_rest.0.extend(plan.idle.iter().filter_map(|row| {
+                let identity = hands.image().table_states[usize::from(*row)].identity;
+                Some((*row, Arc::clone(wanted.tables.get(&identity)?)))
+            }));
             if !self.carry_out_plan(hands, plan)? {
                 return Ok(());
             }
+        }
+    }
+
+    /// Tables that may lead to backends whose flows have another fate now are no longer at rest.
+    fn look_at_turned(&mut self, image: &Image, wanted: &Desired) {
+        if !self.desired.backends.keys().eq(wanted.backends.keys()) {
+            self.at_rest = AtRest::default();
+            return;
+        }
+        let both = self.desired.backends.values().zip(wanted.backends.values());
+        let turned = both.filter(|(before, now)| before.old_flows != now.old_flows);
+        let sets: Vec<[u64; 3]> = turned.map(|(_, now)| now.pool).collect();
+        if !sets.is_empty() {
+            self.at_rest.0.retain(|row, table| {
+                let before = image.table_states[usize::from(*row)].pools;
+                !sets.iter().any(|set| meet(*set, before) || meet(*set, table.pool_set))
+            });
         }
     }
 
@@ -157,8 +203,11 @@ impl Tracking {
         // Good for one plan: an id that is free may be given away, and have pins.
         let unpinned = std::mem::take(&mut self.unpinned);
         self.pace(hands);
-        let leave = Leave { unpinned: Unpinned::Ids(unpinned), moves: self.moves_left };
-        Ok(plan(hands.image(), wanted, hands.capacity(), &leave)?)
+        let at_rest = std::mem::take(&mut self.at_rest);
+        let leave = Leave { unpinned: Unpinned::Ids(unpinned), moves: self.moves_left, at_rest };
+        let plan = plan(hands.image(), wanted, hands.capacity(), &leave);
+        self.at_rest = leave.at_rest;
+        Ok(plan?)
     }
 
     /// One plan. Returns whether another must follow at once.
@@ -167,11 +216,10 @@ impl Tracking {
         self.waiting = plan.waiting;
         self.moves_left -= plan.moves;
         // One that comes back may have pins that the sweep has passed.
-        if !self.resting.is_empty() {
-            let leaving = self.leaving_ids(hands.image());
-            self.resting.retain(|id| leaving.contains(id));
-        }
+        self.leaving = leaving_ids(&self.desired, hands.image());
+        self.resting.retain(|id| self.leaving.contains(id));
         self.carry_out(hands, &plan.ops)?;
+        self.leaving = leaving_ids(&self.desired, hands.image());
         for (id, slots) in plan.yielded {
             let identity = hands.image().backends[usize::from(id)].identity;
             *self.yielded.entry(identity).or_default() += slots;
@@ -184,7 +232,8 @@ impl Tracking {
     fn observe<H: Hands>(&mut self, hands: &H) {
         let now = hands.now();
         if std::mem::take(&mut self.unseen) {
-            self.moves.observe(hands.image(), now);
+            self.moves.observe_written(hands.image(), now, |table| self.written.contains(&table));
+            self.written.clear();
         } else {
             self.moves.observe_failures(hands.image(), now);
         }
@@ -214,13 +263,7 @@ impl Tracking {
             if failed {
                 continue;
             }
-            if let MapOp::WriteSlots { first, words } = op {
-                self.sweeper.written(*first, words.len());
-                self.name(words);
-            }
-            let written = matches!(op, MapOp::WriteSlots { .. } | MapOp::SetTableWord { .. });
-            self.recount |= written;
-            self.unseen |= written;
+            self.note(hands.image(), op);
             if !hands.apply(op)?
                 && let MapOp::ExpectFailed { table, .. } = op
             {
@@ -230,6 +273,64 @@ impl Tracking {
             }
         }
         Ok(())
+    }
+
+    /// What follows from an operation that is about to be carried out.
+    fn note(&mut self, image: &Image, op: &MapOp) {
+        let table = match op {
+            MapOp::WriteSlots { first, words } => {
+                self.sweeper.written(*first, words.len());
+                self.name(words);
+                // A place that no table has yet may count for the one before.
+                self.first_slots.range(..=first).next_back().map(|(_, table)| *table)
+            }
+            MapOp::SetTableWord { table, word } => {
+                let before = TableWord::from_bits(image.tables[usize::from(*table)]);
+                if self.first_slots.get(&first_slot(before)) == Some(table) {
+                    self.first_slots.remove(&first_slot(before));
+                }
+                if *word != TableWord::default() {
+                    self.first_slots.insert(first_slot(*word), *table);
+                }
+                Some(*table)
+            }
+            MapOp::WriteTableState { table, .. } | MapOp::SetPools { table, .. } => {
+                self.at_rest.0.remove(table);
+                return;
+            }
+            // Its identity may have another id from now on.
+            MapOp::WriteBackend { .. } => {
+                self.at_rest = AtRest::default();
+                return;
+            }
+            MapOp::WriteEgress { .. }
+            | MapOp::SetPath { .. }
+            | MapOp::ResetBackendTraffic { .. }
+            | MapOp::ResetVipTraffic { .. }
+            | MapOp::SetClosing { .. }
+            | MapOp::ExpectFailed { .. }
+            | MapOp::SetFlags { .. }
+            | MapOp::DropPins { .. }
+            | MapOp::DropConnections { .. }
+            | MapOp::WriteSource { .. }
+            | MapOp::SetLoadWeight { .. }
+            | MapOp::WriteVips4 { .. }
+            | MapOp::WriteVips6 { .. }
+            | MapOp::WriteRules { .. }
+            | MapOp::SetFilterWord { .. }
+            | MapOp::SetVipWord4 { .. }
+            | MapOp::SetVipWord6 { .. }
+            | MapOp::SetPrefixLengths4 { .. }
+            | MapOp::SetPrefixLengths6 { .. }
+            | MapOp::SetServer { .. }
+            | MapOp::RemoveServer { .. }
+            | MapOp::Grace => return,
+        };
+        (self.recount, self.unseen) = (true, true);
+        if let Some(table) = table {
+            self.at_rest.0.remove(&table);
+            self.written.insert(table);
+        }
     }
 
     /// From now on slots name these, and packets make pins to them.
@@ -284,26 +385,10 @@ impl Tracking {
     /// Pins come from slots on the move, and from tables that pin every flow; connections whenever addresses are
     /// translated.
     pub fn has_to_sweep(&self, image: &Image) -> bool {
-        let moving = |(number, word): (u16, TableWord)| {
-            let first = word.first_row() * SLOTS_PER_ROW;
-            word.bits() != 0
-                && (word.discipline().pins_all()
-                    || self.moves.is_moving(number)
-                    || (first..first + word.length()).any(|index| image.slot(index).pins()))
-        };
-        let words = image.tables.iter().map(|&bits| TableWord::from_bits(bits));
         self.found.pins > 0
             || !image.connections.is_empty()
-            || !self.leaving_ids(image).is_empty()
-            || (0u16..).zip(words).any(moving)
-    }
-
-    /// Ids of backends that are in no configuration any more.
-    fn leaving_ids(&self, image: &Image) -> HashSet<u16> {
-        let rows = (0u16..).zip(&image.backends);
-        let gone =
-            rows.filter(|(_, row)| row.identity != 0 && !self.desired.backends.contains_key(&row.identity));
-        gone.map(|(id, _)| id).collect()
+            || !self.leaving.is_empty()
+            || self.moves.has_pins()
     }
 
     fn begin_cycle<H: Hands>(&mut self, hands: &mut H, now: Instant) -> Result<(), H::Error> {
@@ -315,7 +400,7 @@ impl Tracking {
                 unnamed[usize::from(id)] = false;
             }
         }
-        self.resting = self.leaving_ids(image).into_iter().filter(|&id| unnamed[usize::from(id)]).collect();
+        self.resting = self.leaving.iter().copied().filter(|&id| unnamed[usize::from(id)]).collect();
         (self.unnamed, self.recount) = (unnamed, false);
         // No packet is at work with words from before.
         self.carry_out(hands, &[MapOp::Grace])?;
@@ -356,4 +441,16 @@ impl Tracking {
             }
         }
     }
+}
+
+/// Ids of backends that are in no configuration any more.
+fn leaving_ids(desired: &Desired, image: &Image) -> HashSet<u16> {
+    let wanted: FxHashSet<u64> = desired.backends.keys().copied().collect();
+    let rows = (0u16..).zip(&image.backends);
+    let gone = rows.filter(|(_, row)| row.identity != 0 && !wanted.contains(&row.identity));
+    gone.map(|(id, _)| id).collect()
+}
+
+fn first_slot(word: TableWord) -> u32 {
+    word.first_row() * SLOTS_PER_ROW
 }

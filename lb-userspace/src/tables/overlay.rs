@@ -23,31 +23,37 @@ const ROLLS: u32 = 64;
 /// say who is asked.
 const KEEPS: u32 = 1 << 16;
 
-/// The table with every slot that its backend does not take given to another. `shares` has a part of [`FULL`] for each
-/// member, and counts relative to the largest: where nobody is at full share, nobody is spared. With nobody left, or an
-/// empty base, every slot goes to `NOBODY`.
-pub fn apply(base: &[u16], length: usize, members: &[Member], shares: &[u16]) -> Vec<u16> {
-    let Some(takers) = Takers::new(members, shares).filter(|_| !base.is_empty()) else {
-        return vec![NOBODY; length];
+/// The table with every slot that its backend does not take given to another; nothing where each takes its own. `shares`
+/// has a part of [`FULL`] for each member, and counts relative to the largest: where nobody is at full share, nobody is
+/// spared. With nobody left every slot goes to `NOBODY`.
+pub fn apply(base: &[u16], members: &[Member], shares: &[u16]) -> Option<Vec<u16>> {
+    let Some(takers) = Takers::new(members, shares) else {
+        return Some(vec![NOBODY; base.len()]);
     };
-    let mut room: Vec<i64> = (0..members.len()).map(|index| takers.cap(length, index)).collect();
-    let keeps = |slot: usize, index: u16| takers.takes(index, dice(slot as u64, KEEPS));
+    if takers.all_take_all(members) {
+        return None;
+    }
+    let mut room: Vec<i64> = (0..members.len()).map(|index| takers.cap(base.len(), index)).collect();
+    let mut left = Vec::new();
     for (slot, &index) in base.iter().enumerate() {
-        room[usize::from(index)] -= i64::from(keeps(slot, index));
+        if takers.keeps(slot, index) {
+            room[usize::from(index)] -= 1;
+        } else {
+            left.push(slot);
+        }
     }
     // By key: the order of the configuration must not matter.
     let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
     ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
     let mut table = base.to_vec();
-    for (slot, index) in table.iter_mut().enumerate() {
-        if !keeps(slot, *index) {
-            *index = heir(base, slot, &ranks, &room, &takers);
-            if let Some(room) = room.get_mut(usize::from(*index)) {
-                *room -= 1;
-            }
+    for slot in left {
+        let heir = heir(base, slot, &ranks, &room, &takers);
+        table[slot] = heir;
+        if let Some(room) = room.get_mut(usize::from(heir)) {
+            *room -= 1;
         }
     }
-    table
+    Some(table)
 }
 
 /// Backends that take slots, and how many.
@@ -73,9 +79,23 @@ impl Takers {
         Some(Self { shares, weights, sum })
     }
 
-    /// Whether a backend takes a slot for which these dice fell.
-    fn takes(&self, index: u16, dice: u32) -> bool {
-        dice & 0xff < u32::from(self.shares[usize::from(index)])
+    /// Whether a backend takes a slot for which these dice fall.
+    fn takes(&self, index: u16, dice: impl FnOnce() -> u32) -> bool {
+        match self.shares[usize::from(index)] {
+            0 => false,
+            FULL.. => true,
+            share => dice() & 0xff < u32::from(share),
+        }
+    }
+
+    /// Whether a backend takes a slot that is its own.
+    fn keeps(&self, slot: usize, index: u16) -> bool {
+        self.takes(index, || dice(slot as u64, KEEPS))
+    }
+
+    /// Whether no slot changes hands.
+    fn all_take_all(&self, members: &[Member]) -> bool {
+        members.iter().zip(&self.shares).all(|(member, share)| member.weight == 0 || *share >= FULL)
     }
 
     fn lives(&self, index: u16) -> bool {
@@ -94,7 +114,7 @@ fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], takers: &Takers)
     for roll in 0..ROLLS {
         let candidate = base[dice(slot as u64, roll) as usize & (base.len() - 1)];
         let other = candidate != base[slot];
-        let takes = || takers.takes(candidate, dice(slot as u64, KEEPS + 1 + roll));
+        let takes = || takers.takes(candidate, || dice(slot as u64, KEEPS + 1 + roll));
         if other && has_room(candidate) && takes() {
             return candidate;
         }
@@ -124,6 +144,13 @@ mod tests {
     fn members(weights: &[u8]) -> Vec<Member> {
         let address = |i: usize| std::net::Ipv4Addr::from(0x0a00_0100 + i as u32).into();
         weights.iter().enumerate().map(|(i, &weight)| Member::new(7, address(i), weight)).collect()
+    }
+
+    /// With the table as it is where nothing changes hands, and one of that length where there is none.
+    fn apply(base: &[u16], length: usize, members: &[Member], shares: &[u16]) -> Vec<u16> {
+        let none = vec![0; length];
+        let base = if base.is_empty() { &none } else { base };
+        super::apply(base, members, shares).unwrap_or_else(|| base.to_vec())
     }
 
     fn base(members: &[Member]) -> Vec<u16> {
@@ -308,7 +335,7 @@ mod tests {
             // Beside those that it keeps, it may hold some that a crowd of others has no room for.
             if let Some(takers) = Takers::new(&members, &shares(less)) {
                 for (slot, owner) in base.iter().enumerate().filter(|(_, owner)| usize::from(**owner) == who) {
-                    if takers.takes(*owner, dice(slot as u64, KEEPS)) {
+                    if takers.keeps(slot, *owner) {
                         prop_assert_eq!(usize::from(before[slot]), who);
                         prop_assert_eq!(usize::from(after[slot]), who);
                     }

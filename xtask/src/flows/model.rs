@@ -116,7 +116,7 @@ impl Pool {
         let shares: Vec<u16> = places.iter().map(share).collect();
         let log2 = log2_length();
         let base = maglev::build(log2, &members);
-        let table = overlay::apply(&base, 1 << log2, &members, &shares);
+        let table = overlay::apply(&base, &members, &shares).unwrap_or(base);
         table.into_iter().map(|index| places[usize::from(index)] as u16).collect()
     }
 }

@@ -2,6 +2,7 @@
 //! agent's own engine changes, in the time of the simulation.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -84,12 +85,13 @@ fn desired(pool: &Pool) -> Desired {
         protocol: PROTO_TCP,
     };
     let table_identity = 1;
-    desired.tables.insert(table_identity, table);
+    desired.tables.insert(table_identity, table.into());
     // A table is there for a VIP.
     let (vip, ports) = (IpAddr::V4(Ipv4Addr::LOCALHOST), Ports::Port(80));
     let lead = Lead { table: table_identity, flags: 0, counted: (Vip::from(vip), ports, PROTO_TCP) };
-    desired.vips.insert(mark_key(Vip::from(vip)), DesiredVip::Address { flags: 0, rules: Vec::new() });
-    desired.vips.insert((vip, PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
+    Arc::make_mut(&mut desired.vips)
+        .insert(mark_key(Vip::from(vip)), DesiredVip::Address { flags: 0, rules: Vec::new() });
+    Arc::make_mut(&mut desired.vips).insert((vip, PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
     desired
 }
 

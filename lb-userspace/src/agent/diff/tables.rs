@@ -47,7 +47,7 @@ impl<'a> Tables<'a> {
         });
         let known: HashMap<u64, BackendKey> = known.collect();
         let mut slots: HashMap<&BackendKey, f64> = HashMap::new();
-        for target in before.1.tables.values().flat_map(|table| &table.cur) {
+        for target in before.1.tables.values().flat_map(|table| table.cur.iter()) {
             if let Target::Backend(identity) = target
                 && let Some(key) = known.get(identity)
             {
@@ -129,7 +129,7 @@ impl<'a> Tables<'a> {
     /// The part of each server in a table, and the packets that it stands for.
     fn parts(&self, table: &DesiredTable) -> HashMap<Result<IpAddr, Target>, (f64, f64)> {
         let mut parts: HashMap<_, (f64, f64)> = HashMap::new();
-        for &target in &table.cur {
+        for &target in table.cur.iter() {
             let (part, rate) = parts.entry(self.server(target)).or_default();
             *part += 1.0 / table.cur.len() as f64;
             *rate += self.rate(target);

@@ -6,6 +6,8 @@ use std::net::Ipv4Addr;
 use super::*;
 use crate::config::parse;
 use crate::reconcile::entries::Lead;
+use crate::reconcile::targets::Targets;
+use crate::tables::overlay;
 
 /// Pools `web` (two backends, of which one has half the weight), `near` (one) and `far` (41, which need a longer table).
 fn config(pool: &str, service: &str) -> Config {
@@ -30,7 +32,7 @@ fn world(config: &Config) -> World {
     world
 }
 
-fn the_table(config: &Config, world: &World) -> DesiredTable {
+fn the_table(config: &Config, world: &World) -> Arc<DesiredTable> {
     let tables = desired(config, world).tables;
     assert_eq!(tables.len(), 1);
     tables.into_values().next().expect("one table")
@@ -42,15 +44,15 @@ fn identity(config: &Config, pool: usize, backend: usize) -> Target {
 }
 
 /// Slots of each target, in parts of the table.
-fn parts(slots: &[Target]) -> BTreeMap<Target, f64> {
+fn parts(slots: &Targets) -> BTreeMap<Target, f64> {
     let mut parts = BTreeMap::new();
-    for slot in slots {
+    for slot in slots.iter() {
         *parts.entry(*slot).or_default() += 1.0 / slots.len() as f64;
     }
     parts
 }
 
-fn part(config: &Config, slots: &[Target], backend: usize) -> f64 {
+fn part(config: &Config, slots: &Targets, backend: usize) -> f64 {
     parts(slots).get(&identity(config, 0, backend)).copied().unwrap_or(0.0)
 }
 
@@ -67,7 +69,7 @@ fn each_scheduler_has_its_discipline_and_its_weights() {
     ] {
         let config = config("", &format!("scheduler: {scheduler}"));
         // The heavier one takes twice the time.
-        let world = World { response_weights: HashMap::from([((0, 0), 50)]), ..world(&config) };
+        let world = World { response_weights: [((0, 0), 50)].into_iter().collect(), ..world(&config) };
         let table = the_table(&config, &world);
         assert_eq!(
             (table.discipline, table.log2_length, &table.pools),
@@ -77,7 +79,7 @@ fn each_scheduler_has_its_discipline_and_its_weights() {
         let got = part(&config, &table.cur, 0);
         assert!((got - heavy).abs() < 0.01, "{scheduler}: {got}");
         // What nothing is known of goes by its hash, whatever takes the new ones.
-        let by_hash = the_table(&config_of_maglev(&config), &world).cur;
+        let by_hash = the_table(&config_of_maglev(&config), &world).cur.clone();
         let expected = (discipline != Discipline::Hash).then_some(by_hash);
         assert_eq!(table.est, expected, "{scheduler}");
     }
@@ -93,7 +95,7 @@ fn config_of_maglev(config: &Config) -> Config {
 fn a_table_has_the_backends_of_the_pool_in_use_and_always_the_length_of_the_longest() {
     let config = config("fallback: [near, far]", "");
     for (level, backends) in [(0, 2), (1, 1), (2, 41)] {
-        let world = World { levels: HashMap::from([(0, level)]), ..world(&config) };
+        let world = World { levels: [(0, level)].into_iter().collect(), ..world(&config) };
         let table = the_table(&config, &world);
         assert_eq!((table.log2_length, table.cur.len(), &table.pools), (14, 1 << 14, &vec![0, 1, 2]));
         let expected: std::collections::BTreeSet<Target> =
@@ -109,7 +111,7 @@ fn where_nobody_is_left_the_pools_own_word_counts() {
         for scheduler in ["maglev", "random"] {
             let config =
                 config(&format!("fallback: near, on_empty: {on_empty}"), &format!("scheduler: {scheduler}"));
-            let world = World { levels: HashMap::from([(0, 1)]), ..World::default() };
+            let world = World { levels: [(0, 1)].into_iter().collect(), ..World::default() };
             let table = the_table(&config, &world);
             assert!(table.cur.iter().all(|slot| *slot == expected), "{on_empty} {scheduler}");
         }
@@ -138,7 +140,7 @@ fn in_panic_packets_go_to_all_that_can_be_reached() {
             assert!((got - expected).abs() < 0.01, "{name}: {got}");
         }
     }
-    let drained = World { shares: HashMap::from([((0, 1), 0)]), ..down(&[(0, false), (1, true)]) };
+    let drained = World { shares: [((0, 1), 0)].into_iter().collect(), ..down(&[(0, false), (1, true)]) };
     assert_eq!(part(&config, &the_table(&config, &drained).cur, 0), 1.0, "panic brings no drained one back");
 }
 
@@ -147,7 +149,7 @@ fn a_share_is_that_part_of_what_a_backend_takes() {
     for (scheduler, full) in [("maglev", 2.0 / 3.0), ("weighted-round-robin", 2.0 / 3.0)] {
         let config = config("", &format!("scheduler: {scheduler}"));
         let with = |share| {
-            let world = World { shares: HashMap::from([((0, 0), share)]), ..world(&config) };
+            let world = World { shares: [((0, 0), share)].into_iter().collect(), ..world(&config) };
             part(&config, &the_table(&config, &world).cur, 0)
         };
         assert!((with(overlay::FULL) - full).abs() < 0.01, "{scheduler}");
@@ -161,12 +163,12 @@ fn a_share_is_that_part_of_what_a_backend_takes() {
 fn a_prefix_of_the_source_is_told_by_what_it_cuts_off() {
     let flags = |service: &str| -> Vec<u16> {
         let config = config("", service);
-        let vips = desired(&config, &world(&config)).vips.into_values();
-        let lead = |vip| match vip {
-            DesiredVip::Service(Lead { flags, .. }) => Some(flags),
+        let vips = desired(&config, &world(&config)).vips;
+        let lead = |vip: &DesiredVip| match vip {
+            DesiredVip::Service(Lead { flags, .. }) => Some(*flags),
             DesiredVip::Address { .. } | DesiredVip::Source => None,
         };
-        vips.filter_map(lead).collect()
+        vips.values().filter_map(lead).collect()
     };
     use lb_common::abi::VipTarget;
     let hashed = |cut| VipTarget::SOURCE_HASH | VipTarget::prefix_cut(cut);

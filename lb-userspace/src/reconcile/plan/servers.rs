@@ -1,10 +1,11 @@
 //! The part of a plan that says whom connection IDs of QUIC name.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use lb_common::quic::{MOST_SERVERS, ServerKey};
 
 use super::{Places, PlanError, Planner, Unpinned};
+use crate::reconcile::image::Ids;
 use crate::reconcile::op::MapOp;
 
 impl Planner<'_> {
@@ -13,11 +14,7 @@ impl Planner<'_> {
     ///
     /// The kernel gives the memory of an element away again at once, and a packet may be about to read it. So a grace
     /// stands between what frees an element and what may take it, here and at the end of the plan.
-    pub(super) fn servers(
-        &mut self,
-        ids: &HashMap<u64, u16>,
-        places: &Places,
-    ) -> Result<Vec<MapOp>, PlanError> {
+    pub(super) fn servers(&mut self, ids: &Ids, places: &Places) -> Result<Vec<MapOp>, PlanError> {
         let needed = self.desired.servers.len();
         if needed > MOST_SERVERS as usize {
             return Err(PlanError::Servers { needed, limit: MOST_SERVERS });
@@ -53,7 +50,7 @@ impl Planner<'_> {
     }
 
     /// Backends that are in no configuration any more, and that flows may live on.
-    fn held(&self, ids: &HashMap<u64, u16>) -> HashSet<u16> {
+    fn held(&self, ids: &Ids) -> HashSet<u16> {
         let known: HashSet<u16> = ids.values().copied().collect();
         let rows = (0u16..).zip(&self.image.backends).filter(|(_, row)| row.identity != 0);
         let leaving = rows.map(|(id, _)| id).filter(|id| !known.contains(id));

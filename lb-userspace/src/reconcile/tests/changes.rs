@@ -80,12 +80,7 @@ impl Run {
         Ok(())
     }
 
-    pub fn ids_stay(
-        &self,
-        before: &HashMap<u64, u16>,
-        next: &Desired,
-        ops: &[MapOp],
-    ) -> Result<(), TestCaseError> {
+    pub fn ids_stay(&self, before: &Ids, next: &Desired, ops: &[MapOp]) -> Result<(), TestCaseError> {
         let now = self.image.ids();
         for (identity, id) in before {
             if next.backends.contains_key(identity) {

@@ -93,7 +93,7 @@ fn backend(identity: u64) -> (u64, DesiredBackend) {
 fn leading_to(identity: u64, tables: u32, log2_length: u32) -> Desired {
     let table = DesiredTable {
         log2_length,
-        cur: vec![Target::Backend(identity); 1 << log2_length],
+        cur: vec![Target::Backend(identity); 1 << log2_length].into(),
         est: None,
         discipline: Discipline::Hash,
         pools: Vec::new(),
@@ -109,8 +109,8 @@ fn leading_to(identity: u64, tables: u32, log2_length: u32) -> Desired {
     };
     Desired {
         backends: [backend(A), backend(B)].into(),
-        vips: (1..=tables).map(entry).collect(),
-        tables: (1..=u64::from(tables)).map(|identity| (identity, table.clone())).collect(),
+        vips: Arc::new((1..=tables).map(entry).collect()),
+        tables: (1..=u64::from(tables)).map(|identity| (identity, Arc::new(table.clone()))).collect(),
         ..Desired::default()
     }
 }

@@ -47,7 +47,9 @@ fn write(image: &mut Image, first: u32, slots: &[Slot]) {
 }
 
 /// By identities that are the ids.
-const TO_C_AND_B: [Target; 2] = [Target::Backend(C as u64), Target::Backend(B as u64)];
+fn leading_to(ids: [u16; 2]) -> Targets {
+    ids.into_iter().map(|id| Target::Backend(u64::from(id))).collect()
+}
 
 fn course(_: u16) -> Option<Course<'static>> {
     Some(Course { idle: T1, est: None })
@@ -175,7 +177,8 @@ fn where_every_flow_is_pinned_est_follows_after_a_quiet_t1() {
     let mut image = image_of(&slots, Discipline::RoundRobin);
     let mut moves = Moves::new(begin);
     moves.observe(&image, begin);
-    let course = |_| Some(Course { idle: T1, est: Some((1, &TO_C_AND_B)) });
+    let to_c_and_b = leading_to([C, B]);
+    let course = |_| Some(Course { idle: T1, est: Some((1, &to_c_and_b)) });
     let late = begin + T1;
     assert_eq!(written(&moves.due(&image, late, course)), []);
     image.table_states[0].failed += 1;
@@ -192,9 +195,10 @@ fn a_table_that_is_no_hash_is_looked_at_no_more_once_it_is_as_it_should_until_so
     let mut moves = Moves::new(begin);
     moves.observe(&image, begin);
     let over = begin + T1 + SLACK;
-    let now = |_| Some(Course { idle: T1, est: Some((1, &TO_C_AND_B)) });
+    let to_c_and_b = leading_to([C, B]);
+    let now = |_| Some(Course { idle: T1, est: Some((1, &to_c_and_b)) });
     assert_eq!(moves.due(&image, over, now), []);
-    let turned = [TO_C_AND_B[1]; 2];
+    let turned = leading_to([B, B]);
     let next = |_| Some(Course { idle: T1, est: Some((1, &turned)) });
     assert_eq!(moves.due(&image, over, next), []);
     moves.observe(&image, over);
@@ -353,7 +357,8 @@ fn where_a_table_was_left_for_another_the_other_has_no_quiet_behind_it() {
     let late = begin + T1;
     image.apply(&MapOp::SetTableWord { table: 1, word: TableWord::default() });
     moves.observe(&image, late);
-    let course = |_| Some(Course { idle: T1, est: Some((1, &TO_C_AND_B)) });
+    let to_c_and_b = leading_to([C, B]);
+    let course = |_| Some(Course { idle: T1, est: Some((1, &to_c_and_b)) });
     assert_eq!(moves.due(&image, begin + T1 + SLACK, course), []);
     assert_eq!(moves.due(&image, late + T1 + SLACK, course).len(), 1);
 }
@@ -365,7 +370,7 @@ fn flows_that_are_left_in_another_tunnel_follow_the_next_hop_of_their_backend() 
     let before = id_of(&image, &state, 2);
     state.pools.get_mut(&0).unwrap().forward = Forward::Gue { port: 6080 };
     let ops = |image: &Image, state: &State| {
-        let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+        let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), ..Leave::all() };
         plan(image, &state.desired(), &capacity(), &leave).expect("within the limits").ops
     };
     ops(&image, &state).iter().for_each(|op| image.apply(op));
@@ -397,7 +402,7 @@ fn a_backend_whose_flows_are_moved_is_left_even_for_nobody() {
 fn slots_that_move_for_a_better_spread_alone_wait_for_their_turn_and_others_do_not() {
     let (mut image, mut state) = (fresh(), simple(3));
     applied(&mut image, &state);
-    let leave = |moves| Leave { unpinned: Unpinned::Ids(HashSet::new()), moves };
+    let leave = |moves| Leave { unpinned: Unpinned::Ids(HashSet::new()), moves, ..Leave::all() };
     let planned = |image: &Image, state: &State, moves| {
         plan(image, &state.desired(), &capacity(), &leave(moves)).expect("within the limits")
     };

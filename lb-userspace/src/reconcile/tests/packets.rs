@@ -93,8 +93,9 @@ pub struct Ends<'d> {
 
 impl<'d> Ends<'d> {
     pub fn of(desired: &'d Desired) -> Self {
-        let targets =
-            |table: &DesiredTable| table.cur.iter().chain(table.est.iter().flatten()).copied().collect();
+        let targets = |table: &DesiredTable| {
+            table.cur.used().chain(table.est.iter().flat_map(Targets::used)).copied().collect()
+        };
         Self {
             vips: desired.vips.iter().map(|(key, vip)| (*key, vip)).collect(),
             targets: desired.tables.iter().map(|(identity, table)| (*identity, targets(table))).collect(),

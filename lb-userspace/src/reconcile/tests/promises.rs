@@ -113,7 +113,7 @@ pub fn the_id_of_a_backend_that_left_rests_until_nothing_names_it() {
     let wanted = state.desired();
     finishing(&image, &wanted).iter().for_each(|op| image.apply(op));
     assert!(words(&image).iter().all(|slot| !ids_of(*slot).contains(&gone)));
-    let pinned = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+    let pinned = Leave { unpinned: Unpinned::Ids(HashSet::new()), ..Leave::all() };
     let ops = plan(&image, &wanted, &capacity(), &pinned).expect("within the limits").ops;
     assert_eq!(ops, [], "a pin may name it");
     let unpinned = Leave { unpinned: Unpinned::Ids(HashSet::from([gone])), ..pinned };

@@ -51,7 +51,7 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
         let pool_set = wanted.map_or(state.pools, |table| table.pool_set);
         assert!(pool_set.iter().zip(state.pools).all(|(wanted, pools)| pools & wanted == *wanted), "pools");
         let table = DesiredTable { pool_set, ..table };
-        assert!(read.tables.insert(state.identity, table).is_none(), "two tables of one identity");
+        assert!(read.tables.insert(state.identity, table.into()).is_none(), "two tables of one identity");
     }
     let present = present_vips(image);
     let counted: HashMap<u32, Counted> =
@@ -75,7 +75,7 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
             counted,
         }
     };
-    read.vips = present
+    let vips = present
         .iter()
         .map(|(key, entry)| {
             let entry = match entry {
@@ -93,6 +93,7 @@ pub fn read_back(image: &Image, desired: &Desired) -> Desired {
             (*key, entry)
         })
         .collect();
+    read.vips = Arc::new(vips);
     read
 }
 
@@ -192,9 +193,10 @@ pub fn difference(image: &Image, desired: &Desired) -> String {
     }
     for identity in read.tables.keys().chain(desired.tables.keys()).collect::<BTreeSet<_>>() {
         let (read, wanted) = (read.tables.get(identity), desired.tables.get(identity));
-        let cur = |table: Option<&DesiredTable>| table.map(|table| table.cur.clone()).unwrap_or_default();
+        let cur =
+            |table: Option<&Arc<DesiredTable>>| table.map(|table| table.cur.clone()).unwrap_or_default();
         let (read_cur, wanted_cur) = (cur(read), cur(wanted));
-        let differ = read_cur.iter().zip(&wanted_cur).filter(|(read, wanted)| read != wanted).count();
+        let differ = read_cur.iter().zip(wanted_cur.iter()).filter(|(read, wanted)| read != wanted).count();
         if read != wanted {
             text += &format!(
                 "table {identity:x}: {} slots instead of {}, {differ} differ\n",

@@ -12,7 +12,7 @@ fn without_room_for_pins_a_dead_backend_keeps_its_pins_and_nothing_else() {
     let identity = identity_in_first_pool(&state, backend_address(2));
     let dead = image.ids()[&identity];
     state.pools.get_mut(&0).unwrap().backends.get_mut(&2).unwrap().1 = false;
-    let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+    let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), ..Leave::all() };
     let mut planned = |old_flows| {
         let mut desired = state.desired();
         desired.backends.get_mut(&identity).expect("it is configured").old_flows = old_flows;

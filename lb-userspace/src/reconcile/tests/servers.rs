@@ -98,7 +98,7 @@ fn a_backend_that_left_is_named_until_no_flow_lives_on_it() {
     let mut image = fresh();
     apply(&mut image, &config("ipip", 0, &[(11, "01"), (12, "02")]), &Leave::all());
     let left = config("ipip", 0, &[(12, "02")]);
-    let busy = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: usize::MAX };
+    let busy = Leave { unpinned: Unpinned::Ids(HashSet::new()), ..Leave::all() };
     apply(&mut image, &left, &busy);
     assert_eq!(named(&image), [("01".to_owned(), 11), ("02".to_owned(), 12)]);
     // Its ID may be given to another meanwhile.
@@ -107,7 +107,7 @@ fn a_backend_that_left_is_named_until_no_flow_lives_on_it() {
     assert_eq!(named(&reused), [("01".to_owned(), 13), ("02".to_owned(), 12)]);
     let id =
         image.servers.values().copied().find(|id| image.backends[usize::from(*id)].address4() >> 24 == 11);
-    let quiet = Leave { unpinned: Unpinned::Ids(id.into_iter().collect()), moves: usize::MAX };
+    let quiet = Leave { unpinned: Unpinned::Ids(id.into_iter().collect()), ..Leave::all() };
     apply(&mut image, &left, &quiet);
     assert_eq!(named(&image), [("02".to_owned(), 12)]);
 }

@@ -132,6 +132,7 @@ impl State {
         let mut desired = desired(&self.config(), &self.world());
         // No matter of the maps.
         for table in desired.tables.values_mut() {
+            let table = Arc::make_mut(table);
             table.pools.clear();
             (table.idle, table.protocol) = (Duration::ZERO, 0);
         }
@@ -142,8 +143,9 @@ impl State {
 
 /// Every sixteenth slot: nothing in a plan goes by how many there are, but for the time that it takes.
 pub fn thinned(mut desired: Desired) -> Desired {
-    let thin = |targets: &mut Vec<Target>| *targets = targets.iter().copied().step_by(16).collect();
+    let thin = |targets: &mut Targets| *targets = targets.iter().copied().step_by(16).collect();
     for table in desired.tables.values_mut() {
+        let table = Arc::make_mut(table);
         table.log2_length -= 4;
         thin(&mut table.cur);
         table.est.iter_mut().for_each(thin);

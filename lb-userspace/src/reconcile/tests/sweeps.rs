@@ -136,7 +136,7 @@ fn pins_of_backends_that_a_table_never_had_do_not_hold_its_slots() {
     let image = image_of([Slot::new(B, B, false, true); 2]);
     let pins = words_of(&[Pin::new(tag(false, 0), A, PinState::Established, NOW)]);
     for (tables, expected) in [(vec![0], [1].as_slice()), (vec![7], &[0, 1])] {
-        let rules = Rules { tables: HashMap::from([(A, tables)]), ..rules(T1, T1) };
+        let rules = Rules { tables: HashMap::from([(A, tables.into())]), ..rules(T1, T1) };
         assert_eq!(cleared(&swept(&image, rules, &pins)), expected);
     }
 }
@@ -209,7 +209,7 @@ fn wanted(backends: &[u64], taker: u64) -> Desired {
     }
     let table = DesiredTable {
         log2_length: 1,
-        cur: vec![Target::Backend(taker); 2],
+        cur: vec![Target::Backend(taker); 2].into(),
         est: None,
         discipline: Discipline::Hash,
         pools: Vec::new(),
@@ -217,11 +217,12 @@ fn wanted(backends: &[u64], taker: u64) -> Desired {
         idle: T1,
         protocol: PROTO_TCP,
     };
-    desired.tables.insert(1, table);
+    desired.tables.insert(1, table.into());
     let vip = Ipv4Addr::new(203, 0, 113, 10);
     let counted = (IpAddr::from(vip).into(), Ports::Port(80), PROTO_TCP);
     let lead = Lead { table: 1, flags: 0, counted };
-    desired.vips.insert((vip.into(), PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
+    Arc::make_mut(&mut desired.vips)
+        .insert((vip.into(), PortKey::new(80, PROTO_TCP).0), DesiredVip::Service(lead));
     desired
 }
 

@@ -254,11 +254,12 @@ impl Setup {
         }
         let many = self.members.range(10..).next().is_some();
         let log2_length = if many { 6 } else { 4 };
-        let hashed = |level| (0..1 << log2_length).map(|slot| self.taker(slot, level)).collect();
-        let by_hash: Vec<Target> = hashed(self.fallback);
+        let hashed =
+            |level| -> Targets { (0..1 << log2_length).map(|slot| self.taker(slot, level)).collect() };
+        let by_hash = hashed(self.fallback);
         let takers: Vec<Target> =
             self.takers(self.fallback).map(|(backend, _)| Target::Backend(self.identity(backend))).collect();
-        let turns: Vec<Target> = (0..1 << log2_length)
+        let turns: Targets = (0..1 << log2_length)
             .map(|slot: usize| *takers.get(slot % takers.len().max(1)).unwrap_or(&Target::Nobody))
             .collect();
         let disciplines = [Discipline::Hash, Discipline::Hash, Discipline::RoundRobin, Discipline::Least];
@@ -280,8 +281,8 @@ impl Setup {
                 idle: T1,
                 protocol: service.protocol(),
             };
-            desired.tables.insert(identity, table);
-            desired.vips.insert(service.key(), service.entry(identity));
+            desired.tables.insert(identity, table.into());
+            Arc::make_mut(&mut desired.vips).insert(service.key(), service.entry(identity));
         }
         desired
     }

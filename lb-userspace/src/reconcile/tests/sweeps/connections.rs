@@ -127,8 +127,8 @@ fn a_backend_of_least_connections_is_as_busy_as_its_connections_that_have_not_en
     let mut tracked = Tracked::new();
     let states = [PinState::Syn, PinState::Established, PinState::Finishing, PinState::Datagram];
     let mut desired = wanted(&[10], 10);
-    let table = desired.tables.get_mut(&1).expect("its table");
-    (table.discipline, table.est) = (Discipline::Least, Some(vec![Target::Backend(10); 2]));
+    let table = Arc::make_mut(desired.tables.get_mut(&1).expect("its table"));
+    (table.discipline, table.est) = (Discipline::Least, Some(vec![Target::Backend(10); 2].into()));
     tracked.tracking.reconcile(&mut tracked.held, desired).expect("within the limits");
     let id = tracked.held.image.ids()[&10];
     let pin = |(tag, state)| (Pin::new(tag, id, state, tracked.held.age()), 0);

@@ -1,0 +1,358 @@
+//! What should lie in the kernel, as far as it follows from the configuration alone, worked out once; what the world makes
+//! of it is worked out anew where the world has changed. The same as `desired` all at once, and no other.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use lb_common::abi::{Backend, Discipline};
+use lb_common::wire::Mac;
+
+use super::desired::{
+    BackendRef, Desired, DesiredBackend, DesiredSources, DesiredTable, OldFlows, Target, World, backend_row,
+    egress, identity_of, pool_set, protocol_number, table_identity,
+};
+use super::entries::{DesiredVip, VipKey, entries};
+use super::servers::{ServerName, servers};
+use super::targets::Targets;
+use crate::config::model::{Config, OnEmpty, Pool, Protocol, Scheduler};
+use crate::policy::response;
+use crate::tables::maglev::{self, Member};
+use crate::tables::overlay;
+use crate::tables::sequence::{self, Turns};
+
+/// A configuration, as far as it decides what lies in the kernel. Every call must be given the same one.
+#[derive(Debug)]
+pub struct Draft {
+    /// In the order of identities.
+    backends: Vec<Fixed>,
+    /// By place in the configuration.
+    pools: Vec<Arc<Members>>,
+    tables: Vec<TableDraft>,
+    vips: Arc<BTreeMap<VipKey, DesiredVip>>,
+    servers: Arc<BTreeMap<ServerName, u64>>,
+    sources: DesiredSources,
+}
+
+/// A backend, but for what the world says of it.
+#[derive(Debug)]
+struct Fixed {
+    at: BackendRef,
+    address: IpAddr,
+    wanted: DesiredBackend,
+}
+
+/// The backends of a pool, as tables see them, and tables of them when all are well.
+#[derive(Debug)]
+struct Members {
+    members: Vec<Member>,
+    identities: Vec<u64>,
+    /// By the logarithm of the length, once somebody has asked.
+    bases: [OnceLock<Arc<[u16]>>; 32],
+}
+
+impl Members {
+    fn of(config: &Config, pool: &Pool) -> Self {
+        let member = |backend: &crate::config::model::Backend| {
+            Member::new(config.seed, backend.address, backend.weight)
+        };
+        Self {
+            members: pool.backends.iter().map(member).collect(),
+            identities: pool.backends.iter().map(|backend| identity_of(pool, backend)).collect(),
+            bases: [const { OnceLock::new() }; 32],
+        }
+    }
+
+    fn base(&self, log2_length: u32) -> &Arc<[u16]> {
+        self.bases[log2_length as usize].get_or_init(|| maglev::build(log2_length, &self.members).into())
+    }
+}
+
+impl PartialEq for Members {
+    fn eq(&self, other: &Self) -> bool {
+        self.members == other.members && self.identities == other.identities
+    }
+}
+
+/// A table, but for what the world makes of it.
+#[derive(Debug)]
+struct TableDraft {
+    identity: u64,
+    plot: Plot,
+    /// The last that was asked for, and what it was made of.
+    last: Option<(Asked, Arc<DesiredTable>)>,
+}
+
+/// What the configuration says of a table.
+#[derive(Debug, PartialEq)]
+struct Plot {
+    own: usize,
+    scheduler: Scheduler,
+    log2_length: u32,
+    /// Its own pool, then its fallbacks.
+    pools: Vec<usize>,
+    members: Vec<Arc<Members>>,
+    pool_set: [u64; 3],
+    nobody: Target,
+    idle: Duration,
+    protocol: u8,
+}
+
+/// What the world says of a table.
+#[derive(Debug, Clone, PartialEq)]
+struct Asked {
+    /// Which of its pools is in use.
+    level: usize,
+    /// What each backend of that takes of its share.
+    shares: Vec<u16>,
+    /// Weights of those that take turns.
+    turns: Vec<u32>,
+}
+
+impl Draft {
+    pub fn of(config: &Config) -> Self {
+        Self::after(config, None)
+    }
+
+    /// Of a configuration that takes the place of another: what has not changed is not made again.
+    pub fn after(config: &Config, before: Option<&Self>) -> Self {
+        let known: HashMap<&[u64], &Arc<Members>> = before
+            .iter()
+            .flat_map(|before| &before.pools)
+            .map(|members| (members.identities.as_slice(), members))
+            .collect();
+        let members = |pool: &Pool| {
+            let members = Members::of(config, pool);
+            match known.get(members.identities.as_slice()) {
+                Some(known) if ***known == members => Arc::clone(known),
+                _ => Arc::new(members),
+            }
+        };
+        let pools: Vec<_> = config.pools.iter().map(members).collect();
+        let both = config.pools.iter().zip(&pools).enumerate();
+        let mut backends: Vec<Fixed> =
+            both.flat_map(|(index, (pool, members))| fixed(index, pool, members)).collect();
+        // Stable: of two alike, the last counts.
+        backends.sort_by_key(|fixed| fixed.wanted.row.identity);
+        let mut tables = tables(config, &pools);
+        let mut last: HashMap<u64, &TableDraft> =
+            before.iter().flat_map(|before| &before.tables).map(|table| (table.identity, table)).collect();
+        for table in &mut tables {
+            let same = last.remove(&table.identity).filter(|before| before.plot == table.plot);
+            table.last = same.and_then(|before| before.last.clone());
+        }
+        Self {
+            backends,
+            pools,
+            tables,
+            vips: Arc::new(entries(config)),
+            servers: Arc::new(servers(config)),
+            sources: DesiredSources::of(config),
+        }
+    }
+
+    /// The maps as they should be.
+    pub fn desired(&mut self, config: &Config, world: &World) -> Desired {
+        let backend = |fixed: &Fixed| {
+            let mut wanted = fixed.wanted.clone();
+            let up = world.up.get(&fixed.at).copied();
+            // Another pool may reach the same address in a way that this one cannot use.
+            let hop = up.and_then(|_| world.next_hops.get(&fixed.address));
+            wanted.next_hop = hop.map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
+            wanted.old_flows = world.old_flows.get(&fixed.at).copied().unwrap_or_default();
+            if up == Some(true) && wanted.old_flows == OldFlows::Stay {
+                wanted.row.flags |= Backend::ACCEPTING;
+            }
+            (wanted.row.identity, wanted)
+        };
+        Desired {
+            backends: self.backends.iter().map(backend).collect(),
+            tables: self.tables.iter_mut().map(|table| (table.identity, table.made(config, world))).collect(),
+            vips: Arc::clone(&self.vips),
+            servers: Arc::clone(&self.servers),
+            sources: self.sources.clone(),
+            timeouts: config.timeouts,
+        }
+    }
+}
+
+fn fixed<'p>(index: usize, pool: &'p Pool, members: &'p Members) -> impl Iterator<Item = Fixed> + 'p {
+    let set = pool_set([pool.name.as_str()]);
+    let backends = pool.backends.iter().zip(&members.identities).enumerate();
+    backends.map(move |(place, (backend, &identity))| {
+        let row = backend_row(pool.forward_to(backend), backend.address, identity);
+        let wanted = DesiredBackend {
+            row,
+            next_hop: None,
+            pool: set,
+            old_flows: OldFlows::Stay,
+            weight: backend.weight,
+        };
+        Fixed { at: (index, place), address: backend.address, wanted }
+    })
+}
+
+/// One for each pool, protocol and scheduler that services use.
+fn tables(config: &Config, pools: &[Arc<Members>]) -> Vec<TableDraft> {
+    let mut tables = BTreeMap::new();
+    for service in &config.services {
+        let pool = config.pool_of(service);
+        for &protocol in &service.protocols {
+            let identity = table_identity(pool, protocol, service.scheduler);
+            tables.entry(identity).or_insert_with(|| TableDraft {
+                identity,
+                plot: Plot::of(config, pools, service.pool, protocol, service.scheduler),
+                last: None,
+            });
+        }
+    }
+    tables.into_values().collect()
+}
+
+impl Plot {
+    fn of(
+        config: &Config,
+        members: &[Arc<Members>],
+        own: usize,
+        protocol: Protocol,
+        scheduler: Scheduler,
+    ) -> Self {
+        let pools: Vec<usize> = config.levels_of(own).collect();
+        // By those of the file, so that balancers agree whatever is still leaving. A fallback changes no lengths.
+        let named =
+            |pool: usize| config.pools[pool].backends.iter().filter(|backend| !backend.leaving).count();
+        let longest = pools.iter().map(|&pool| named(pool)).max().unwrap_or(0);
+        Self {
+            own,
+            scheduler,
+            log2_length: maglev::log2_length(longest),
+            members: pools.iter().map(|&pool| Arc::clone(&members[pool])).collect(),
+            pool_set: pool_set(pools.iter().map(|&pool| config.pools[pool].name.as_str())),
+            pools,
+            nobody: match config.pools[own].on_empty {
+                OnEmpty::Drop | OnEmpty::All => Target::Nobody,
+                OnEmpty::Pass => Target::Pass,
+            },
+            idle: config.pools[own].flows.idle_timeout.of(protocol),
+            protocol: protocol_number(protocol),
+        }
+    }
+
+    /// The table, with the backends of the pool in use: a Maglev table over what is configured, with what takes flows
+    /// laid over it; or turns by weight, with such a table below.
+    fn table(&self, asked: &Asked) -> DesiredTable {
+        let members = &self.members[asked.level];
+        let known = members.identities.iter().map(|&identity| Target::Backend(identity));
+        let known: Arc<[Target]> = known.chain([self.nobody]).collect();
+        let length = 1usize << self.log2_length;
+        let nowhere = || -> Arc<[u16]> { vec![known.len() as u16 - 1; length].into() };
+        let takes = |(member, &share): (&Member, &u16)| member.weight > 0 && share > 0;
+        let by_hash = if members.members.iter().zip(&asked.shares).any(takes) {
+            let base = members.base(self.log2_length);
+            overlay::apply(base, &members.members, &asked.shares).map_or_else(|| Arc::clone(base), Arc::from)
+        } else {
+            nowhere()
+        };
+        let by_hash = Targets::new(Arc::clone(&known), by_hash);
+        let discipline = discipline(self.scheduler);
+        let (cur, est) = if discipline == Discipline::Hash {
+            (by_hash, None)
+        } else {
+            let turn = |(member, &weight): (&Member, &u32)| Turns { key: member.key, weight };
+            let turns: Vec<_> = members.members.iter().zip(&asked.turns).map(turn).collect();
+            let turns = sequence::build(length, &turns);
+            let turns = if turns.is_empty() { nowhere() } else { turns.into() };
+            (Targets::new(known, turns), Some(by_hash))
+        };
+        DesiredTable {
+            log2_length: self.log2_length,
+            cur,
+            est,
+            discipline,
+            pools: self.pools.clone(),
+            pool_set: self.pool_set,
+            idle: self.idle,
+            protocol: self.protocol,
+        }
+    }
+
+    fn asked(&self, config: &Config, world: &World) -> Asked {
+        let in_use = world.levels.get(&self.own).copied().unwrap_or(self.own);
+        // A pool that is no fallback is in use nowhere.
+        let level = self.pools.iter().position(|pool| *pool == in_use).unwrap_or_default();
+        let pool = self.pools[level];
+        let shares = shares(config, world, self.own, pool);
+        let turns = if discipline(self.scheduler) == Discipline::Hash {
+            Vec::new()
+        } else {
+            let members = self.members[level].members.iter().zip(&shares).enumerate();
+            let turn = |(index, (member, &share)): (usize, (&Member, &u16))| {
+                let weight = turn_weight(self.scheduler, member.weight, || {
+                    world.response_weights.get(&(pool, index)).copied().unwrap_or(response::MOST)
+                });
+                weight * u32::from(share)
+            };
+            members.map(turn).collect()
+        };
+        Asked { level, shares, turns }
+    }
+}
+
+impl TableDraft {
+    fn made(&mut self, config: &Config, world: &World) -> Arc<DesiredTable> {
+        let asked = self.plot.asked(config, world);
+        match &self.last {
+            Some((last, table)) if *last == asked => Arc::clone(table),
+            _ => {
+                let table = Arc::new(self.plot.table(&asked));
+                self.last = Some((asked, Arc::clone(&table)));
+                table
+            }
+        }
+    }
+}
+
+/// What each backend of the pool in use takes of its share.
+fn shares(config: &Config, world: &World, own: usize, level: usize) -> Vec<u16> {
+    let backends = &config.pools[level].backends;
+    let healthy = |backend| world.up.get(&(level, backend)) == Some(&true);
+    // Where health is not believed, packets still need a way.
+    let reachable = |backend| world.up.contains_key(&(level, backend));
+    let shares_of = |takes: &dyn Fn(usize) -> bool| -> Vec<u16> {
+        let share = |backend| world.shares.get(&(level, backend)).copied().unwrap_or(overlay::FULL);
+        (0..backends.len()).map(|backend| if takes(backend) { share(backend) } else { 0 }).collect()
+    };
+    let anyone =
+        |shares: &[u16]| shares.iter().zip(backends).any(|(&share, backend)| share > 0 && backend.weight > 0);
+    let panic = world.panic.contains(&own);
+    let shares = if panic { shares_of(&reachable) } else { shares_of(&healthy) };
+    if anyone(&shares) || !(panic || config.pools[own].on_empty == OnEmpty::All) {
+        return shares;
+    }
+    shares_of(&|_| true)
+}
+
+const fn discipline(scheduler: Scheduler) -> Discipline {
+    match scheduler {
+        Scheduler::Maglev | Scheduler::SourceHash => Discipline::Hash,
+        Scheduler::RoundRobin | Scheduler::WeightedRoundRobin | Scheduler::LeastResponseTime => {
+            Discipline::RoundRobin
+        }
+        Scheduler::Random => Discipline::Random,
+        Scheduler::LeastConnections => Discipline::Least,
+    }
+}
+
+/// A backend's weight among those that take turns.
+fn turn_weight(scheduler: Scheduler, weight: u8, by_response: impl Fn() -> u8) -> u32 {
+    match scheduler {
+        Scheduler::RoundRobin => u32::from(weight.min(1)),
+        Scheduler::LeastResponseTime => u32::from(weight) * u32::from(by_response()),
+        Scheduler::Maglev
+        | Scheduler::SourceHash
+        | Scheduler::WeightedRoundRobin
+        | Scheduler::Random
+        | Scheduler::LeastConnections => u32::from(weight),
+    }
+}
