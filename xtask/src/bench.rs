@@ -14,7 +14,7 @@ pub mod table;
 use anyhow::Result;
 use clap::Subcommand;
 
-use crate::{capacity, flows, lab, pps};
+use crate::{capacity, flows, lab, pps, scale};
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -28,6 +28,8 @@ pub enum Bench {
     Capacity(capacity::Arguments),
     /// What changes of a pool break, over ways to choose a backend, with and without memory (simulated)
     Flows(flows::Flows),
+    /// What the control plane costs, from ten backends to ten thousand (needs root)
+    Scale(scale::Arguments),
 }
 
 pub fn run(bench: Bench) -> Result<()> {
@@ -37,5 +39,6 @@ pub fn run(bench: Bench) -> Result<()> {
         Bench::Pps(arguments) => pps::run(&arguments),
         Bench::Capacity(arguments) => capacity::run(&arguments),
         Bench::Flows(arguments) => flows::run(&arguments),
+        Bench::Scale(arguments) => scale::run(&arguments),
     }
 }

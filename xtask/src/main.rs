@@ -12,6 +12,7 @@ mod lint;
 mod plot;
 mod pps;
 mod program;
+mod scale;
 mod test;
 
 use std::io::{IsTerminal, Write};

@@ -11,8 +11,8 @@ use aya::Ebpf;
 use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
-    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Record, Replies, RuleRow, SlotRow, Source, TableState, Traffic,
-    VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
+    PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Record, Replies, RuleRow, SLOTS_PER_ROW, SlotRow, Source,
+    TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
 };
 
 use lb_common::quic::{SERVER_ROWS, ServerKey};
@@ -357,6 +357,14 @@ impl Maps {
         } else {
             Connections::default()
         }
+    }
+
+    /// A slot as it is now, counted over the whole map.
+    pub fn slot_word(&self, index: u32) -> u32 {
+        let per_row = SLOTS_PER_ROW;
+        let pair = self.slots.load_word((index / per_row) as usize, (index % per_row / 2) as usize);
+        let halves: [u32; 2] = [pair as u32, (pair >> 32) as u32];
+        halves[(index % 2) as usize ^ usize::from(cfg!(target_endian = "big"))]
     }
 
     /// What packets write into the state of a table: pins that failed, turns taken.

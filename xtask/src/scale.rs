@@ -1,0 +1,184 @@
+//! What the control plane costs, from ten backends to ten thousand: tables in this process, then the agent in a lab.
+
+mod agent;
+mod shape;
+mod tables;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use self::agent::Agent;
+use self::shape::Shape;
+use self::tables::Tables;
+use crate::bench::report::{Machine, Report, command_line};
+use crate::plot::{self, Axis, Line};
+use crate::{cargo, root};
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Services and the backends of each, as 1000x10; may be given several times
+    #[arg(long, value_name = "SERVICESxBACKENDS")]
+    shape: Vec<Shape>,
+    /// Leave out the agent in a lab
+    #[arg(long)]
+    no_agent: bool,
+    /// Seconds that an agent with nothing to do is watched
+    #[arg(long, default_value_t = 30)]
+    idle: u64,
+    /// Between two checks of a backend, in the run with checks
+    #[arg(long, default_value_t = 30)]
+    check_interval: u64,
+    /// Write the result as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a plot of the times as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+const SHAPES: [(u32, u32); 9] =
+    [(1, 10), (1, 100), (1, 655), (1, 2_000), (1, 10_000), (10, 10), (100, 10), (100, 100), (1_000, 10)];
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    pub services: u32,
+    pub backends_each: u32,
+    pub tables: Tables,
+    pub agent: Option<Agent>,
+}
+
+/// Times are worth something of optimised code only.
+const OPTIMISED: bool = !cfg!(debug_assertions);
+
+pub fn run(arguments: &Arguments) -> Result<()> {
+    if !OPTIMISED {
+        let mut command = cargo();
+        command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
+        command.args(std::env::args().skip(1));
+        return crate::run(command);
+    }
+    if !arguments.no_agent {
+        let mut command = cargo();
+        command.args(["build", "--quiet", "--release", "--package", "lb-userspace"]);
+        crate::run(command)?;
+    }
+    let standard = || SHAPES.iter().map(|&(services, backends)| Shape { services, backends }).collect();
+    let shapes: Vec<Shape> = if arguments.shape.is_empty() { standard() } else { arguments.shape.clone() };
+    let mut rows = Vec::new();
+    for (number, shape) in (1..).zip(&shapes) {
+        eprintln!("{number} of {}: {shape}", shapes.len());
+        rows.push(measure(shape, arguments).with_context(|| shape.to_string())?);
+    }
+    println!("{}", Machine::here()?);
+    show(&rows);
+    if let Some(path) = &arguments.plot {
+        std::fs::write(path, picture(&rows)?).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &arguments.json {
+        Report::new("scale", rows)?.write(path)?;
+    }
+    println!("\n{}", command_line());
+    Ok(())
+}
+
+fn measure(shape: &Shape, arguments: &Arguments) -> Result<Row> {
+    let tables = tables::measure(shape)?;
+    let agent = if arguments.no_agent {
+        None
+    } else {
+        let binary = root().join("target/release/xlb");
+        ensure!(binary.is_file(), "{} is not there", binary.display());
+        let agent =
+            agent::Measured { shape, binary, idle: arguments.idle, interval: arguments.check_interval };
+        Some(agent.run()?)
+    };
+    Ok(Row { services: shape.services, backends_each: shape.backends, tables, agent })
+}
+
+fn show(rows: &[Row]) {
+    println!(
+        "\n{:>12} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8} {:>6}",
+        "services x",
+        "slots",
+        "maglev",
+        "build",
+        "plan",
+        "write",
+        "change",
+        "words",
+        "maps",
+        "down",
+        "removed",
+        "worst"
+    );
+    println!(
+        "{:>12} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8} {:>6}",
+        "backends", "", "ms", "ms", "ms", "ms", "ms", "", "MiB", "%", "%", ""
+    );
+    for Row { services, backends_each, tables: of, .. } in rows {
+        println!(
+            "{:>12} {:>9} {:8.2} {:8.2} {:8.2} {:8.2} {:8.2} {:>7} {:9.1} {:8.3} {:8.3} {:6.3}",
+            format!("{services} x {backends_each}"),
+            of.slots,
+            of.maglev_ms,
+            of.build_ms,
+            of.plan_ms,
+            of.write_ms,
+            of.change_ms,
+            of.change_words,
+            of.map_bytes as f64 / f64::from(1 << 20),
+            100.0 * of.disruption_down,
+            100.0 * of.disruption_removed,
+            of.imbalance
+        );
+    }
+    if rows.iter().all(|row| row.agent.is_none()) {
+        return;
+    }
+    println!(
+        "\n{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
+        "services x", "start", "change", "most", "reload", "RssAnon", "idle", "checks"
+    );
+    println!(
+        "{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
+        "backends", "ms", "ms", "ms", "ms", "MiB", "%", "%"
+    );
+    for Row { services, backends_each, agent, .. } in rows {
+        let Some(agent) = agent else { continue };
+        println!(
+            "{:>12} {:9.0} {:9.2} {:9.2} {:9.0} {:9.1} {:8.2} {:8.2}",
+            format!("{services} x {backends_each}"),
+            agent.start_ms,
+            agent.change_ms,
+            agent.change_most_ms,
+            agent.reload_ms,
+            agent.rss_anon_bytes as f64 / f64::from(1 << 20),
+            agent.idle_percent,
+            agent.checks_percent
+        );
+    }
+}
+
+/// Times over the number of backends of one service.
+fn picture(rows: &[Row]) -> Result<String> {
+    let single: Vec<&Row> = rows.iter().filter(|row| row.services == 1).collect();
+    let line = |name: &str, value: &dyn Fn(&Row) -> Option<f64>| Line {
+        name: name.to_owned(),
+        points: single
+            .iter()
+            .filter_map(|row| Some((f64::from(row.backends_each), value(row).filter(|ms| *ms > 0.0)?)))
+            .collect(),
+    };
+    let lines = [
+        line("Maglev table", &|row| Some(row.tables.maglev_ms)),
+        line("first plan", &|row| Some(row.tables.plan_ms)),
+        line("first writes", &|row| Some(row.tables.write_ms)),
+        line("one backend down, to the maps (agent)", &|row| Some(row.agent.as_ref()?.change_ms)),
+        line("reload with one change (agent)", &|row| Some(row.agent.as_ref()?.reload_ms)),
+        line("start to the first packet (agent)", &|row| Some(row.agent.as_ref()?.start_ms)),
+    ];
+    let shown: Vec<Line> = lines.into_iter().filter(|line| !line.points.is_empty()).collect();
+    plot::lines("Control plane, one service", &Axis::log("backends"), &Axis::log("milliseconds"), &shown)
+}

@@ -1,0 +1,305 @@
+//! The agent itself in a lab: one host that is its gateway, all its backends and its client, and a balancer.
+
+use std::net::{TcpListener, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use ::tests::lab::{Host, Lab, Process, Signal};
+use anyhow::{Context, Result, ensure};
+use lb_userspace::bpf::{BpfFs, Maps};
+use lb_userspace::config::model::Forward;
+use lb_userspace::reconcile::desired::backend_identity;
+use lb_userspace::reconcile::image::Image;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketType, ipproto, recv, socket};
+use serde::{Deserialize, Serialize};
+
+use super::shape::{CHECKED_PORT, Shape};
+use super::tables::milliseconds;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Agent {
+    /// From the start of the process to the first packet that it forwards; no checks.
+    pub start_ms: f64,
+    /// From the verdict that a backend is down until no slot leads new flows to it: the median, and the longest.
+    pub change_ms: f64,
+    pub change_most_ms: f64,
+    /// From the signal to the last slot of a backend that another takes the place of.
+    pub reload_ms: f64,
+    /// Without checks, after start and after the reload: the larger.
+    pub rss_anon_bytes: u64,
+    /// Of a core, with nothing to do and no checks.
+    pub idle_percent: f64,
+    /// The same with a TCP check of every backend in an interval.
+    pub checks_percent: f64,
+    pub check_interval_seconds: u64,
+}
+
+pub struct Measured<'s> {
+    pub shape: &'s Shape,
+    pub binary: PathBuf,
+    /// Seconds.
+    pub idle: u64,
+    pub interval: u64,
+}
+
+const GATEWAY: &str = "10.200.0.1";
+const BALANCER: &str = "10.200.0.2";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Backends that go down, one after the other.
+const CHANGES: u32 = 5;
+
+impl Measured<'_> {
+    pub fn run(&self) -> Result<Agent> {
+        let lab = Lab::new("scale")?;
+        let gateway = lab.host("gateway", &[&format!("{GATEWAY}/24")])?;
+        let balancer = lab.host("balancer", &[&format!("{BALANCER}/24")])?;
+        balancer.route(&format!("{} via {GATEWAY}", Shape::BACKENDS))?;
+        gateway.route(&format!("{} via {BALANCER}", Shape::VIPS))?;
+        // It answers for every backend.
+        gateway.ip(&format!("route add local {} dev lo", Shape::BACKENDS))?;
+        // Which the neighbour needs to be known for.
+        balancer.ip(&format!("neigh replace {GATEWAY} lladdr {} dev eth0", mac_text(&gateway)))?;
+        let scene = Scene { of: self, lab: &lab, gateway: &gateway, balancer: &balancer };
+        let (start_ms, reload_ms, rss_anon_bytes, idle_percent) = scene.without_checks()?;
+        let (mut changes, checks_percent) = scene.with_checks()?;
+        changes.sort_by(f64::total_cmp);
+        Ok(Agent {
+            start_ms,
+            change_ms: changes[changes.len() / 2],
+            change_most_ms: changes[changes.len() - 1],
+            reload_ms,
+            rss_anon_bytes,
+            idle_percent,
+            checks_percent,
+            check_interval_seconds: self.interval,
+        })
+    }
+}
+
+fn mac_text(host: &Host) -> String {
+    host.mac().map(|byte| format!("{byte:02x}")).join(":")
+}
+
+struct Scene<'s> {
+    of: &'s Measured<'s>,
+    lab: &'s Lab,
+    gateway: &'s Host,
+    balancer: &'s Host,
+}
+
+impl Scene<'_> {
+    fn run_dir(&self, name: &str) -> PathBuf {
+        self.lab.dir().join(name)
+    }
+
+    fn start(&self, name: &str, text: &str) -> Result<(Process, PathBuf)> {
+        let (config, run_dir) = (self.balancer.new_file("xlb.yaml"), self.run_dir(name));
+        std::fs::write(&config, text)?;
+        let words = [
+            self.of.binary.as_os_str(),
+            "run".as_ref(),
+            "-c".as_ref(),
+            config.as_os_str(),
+            "--run-dir".as_ref(),
+            run_dir.as_os_str(),
+        ];
+        Ok((self.balancer.spawn_command(&mut self.balancer.exec(words))?, config))
+    }
+
+    fn end(&self, process: &Process, name: &str) -> Result<()> {
+        process.signal(Signal::TERM)?;
+        process.wait_exit(PATIENCE)?;
+        let run_dir = self.run_dir(name);
+        let words =
+            [self.of.binary.as_os_str(), "detach".as_ref(), "--run-dir".as_ref(), run_dir.as_os_str()];
+        self.balancer.run(words).map(drop)
+    }
+
+    /// Milliseconds to the first packet, and of a reload; memory in bytes, and the part of a core that idling takes.
+    fn without_checks(&self) -> Result<(f64, f64, u64, f64)> {
+        let shape = self.of.shape;
+        let forwarded =
+            self.gateway.inside(|| socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::IPIP)))??;
+        set_socket_timeout(&forwarded, Timeout::Recv, Some(PATIENCE))?;
+        let client = self.gateway.inside(|| UdpSocket::bind((GATEWAY, 7001)))??;
+        let waits = Arc::new(AtomicBool::new(true));
+        let asks = Arc::clone(&waits);
+        // All services, so that the first packet may be of any: the last that was written counts.
+        let last = Shape::vip(shape.services - 1);
+        let sender = std::thread::spawn(move || {
+            while asks.load(Ordering::Relaxed) {
+                // Refused until there is a way.
+                _ = client.send_to(b"?", (last, 7000));
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        });
+        let begin = Instant::now();
+        let started = self.start("plain", &shape.text("{type: none}", false));
+        let first = started.as_ref().ok().map(|_| recv(&forwarded, &mut [0; 256][..], RecvFlags::empty()));
+        let start_ms = milliseconds(begin);
+        waits.store(false, Ordering::Relaxed);
+        _ = sender.join();
+        let (process, config) = started?;
+        first.context("nothing was forwarded")??;
+        process.wait_for_log("running", PATIENCE)?;
+        std::thread::sleep(Duration::from_secs(3));
+        let before = rss_anon(process.pid())?;
+        let idle_percent = self.busy(&process)?;
+        let reload_ms = self.reload(&process, &config)?;
+        std::thread::sleep(Duration::from_secs(2));
+        let after = rss_anon(process.pid())?;
+        self.end(&process, "plain")?;
+        Ok((start_ms, reload_ms, before.max(after), idle_percent))
+    }
+
+    /// Milliseconds until the maps have another backend in the place of the last.
+    fn reload(&self, process: &Process, config: &std::path::Path) -> Result<f64> {
+        let shape = self.of.shape;
+        let maps = self.maps("plain")?;
+        let image = maps.image()?;
+        let number = shape.services * shape.backends - 1;
+        let slot =
+            last_slot(&image, id_of(&image, shape, number)?).context("the last backend has no slot")?;
+        std::fs::write(config, shape.text("{type: none}", true))?;
+        let word = maps.slot_word(slot);
+        let begin = Instant::now();
+        process.signal(Signal::HUP)?;
+        while maps.slot_word(slot) == word {
+            ensure!(begin.elapsed() < PATIENCE, "the reload ends never:\n{}", process.log());
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let took = milliseconds(begin);
+        process.wait_for_log("reloaded", PATIENCE)?;
+        Ok(took)
+    }
+
+    /// Milliseconds of changes of health, and the part of a core that checks take.
+    fn with_checks(&self) -> Result<(Vec<f64>, f64)> {
+        let shape = self.of.shape;
+        let listener = self.gateway.inside(|| TcpListener::bind(("0.0.0.0", CHECKED_PORT)))??;
+        // It ends with the process.
+        std::thread::spawn(move || listener.incoming().for_each(drop));
+        let all = shape.services * shape.backends;
+        // Every change is found by a check, so they come soon here, and late while the agent is watched.
+        let health = |interval: u64| {
+            format!(
+                "{{type: tcp, port: {CHECKED_PORT}, interval: {interval}s, timeout: 1s, rise: 1, fall: 1}}"
+            )
+        };
+        let (process, config) = self.start("checked", &shape.text(&health(self.of.interval), false))?;
+        process.wait_for_log("running", PATIENCE)?;
+        std::thread::sleep(Duration::from_secs(self.of.interval.min(5) + 2));
+        let checks_percent = self.busy(&process)?;
+        let reloads = process.log().matches("reloaded").count();
+        std::fs::write(&config, shape.text(&health(2), false))?;
+        process.signal(Signal::HUP)?;
+        process.wait_until("reload", PATIENCE, || process.log().matches("reloaded").count() > reloads)?;
+        let maps = self.maps("checked")?;
+        let mut changes = Vec::new();
+        for change in 0..CHANGES.min(all) {
+            let number = change * all / CHANGES.max(1);
+            changes.push(self.down(&process, &maps, number)?);
+        }
+        self.end(&process, "checked")?;
+        Ok((changes, checks_percent))
+    }
+
+    /// Milliseconds from the verdict on a backend to the last slot that leaves it.
+    fn down(&self, process: &Process, maps: &Maps, number: u32) -> Result<f64> {
+        let address = Shape::backend(number);
+        let image = maps.image()?;
+        let slot = last_slot(&image, id_of(&image, self.of.shape, number)?);
+        let slot = slot.with_context(|| format!("{address} has no slot; is it up?"))?;
+        let word = maps.slot_word(slot);
+        self.gateway.ip(&format!("route add unreachable {address}/32 table local"))?;
+        let begin = Instant::now();
+        while maps.slot_word(slot) == word {
+            ensure!(begin.elapsed() < PATIENCE, "{address} is not found to be down");
+            std::hint::spin_loop();
+        }
+        let seen = since_midnight(SystemTime::now())?;
+        let verdict = format!("address={address} ");
+        process.wait_until("the verdict", PATIENCE, || {
+            process.log().lines().any(|line| line.contains("backend down") && line.contains(&verdict))
+        })?;
+        let log = process.log();
+        let line = log.lines().find(|line| line.contains("backend down") && line.contains(&verdict));
+        let said = line.and_then(time_of).context("no time in the verdict's line")?;
+        Ok((seen - said).as_secs_f64() * 1000.0)
+    }
+
+    fn maps(&self, name: &str) -> Result<Maps> {
+        let fs = BpfFs::existing(&self.run_dir(name))?.context("nothing is pinned")?;
+        Ok(Maps::from_pins(&fs)?)
+    }
+
+    /// Percent of a core that the agent takes while it is watched.
+    fn busy(&self, process: &Process) -> Result<f64> {
+        let (begin, before) = (Instant::now(), cpu_time(process.pid())?);
+        std::thread::sleep(Duration::from_secs(self.of.idle));
+        let took = cpu_time(process.pid())? - before;
+        Ok(100.0 * took.as_secs_f64() / begin.elapsed().as_secs_f64())
+    }
+}
+
+fn id_of(image: &Image, shape: &Shape, number: u32) -> Result<u16> {
+    let pool = format!("p{}", number / shape.backends);
+    let identity = backend_identity(&pool, Forward::Ipip, Shape::backend(number).into());
+    image.ids().get(&identity).copied().with_context(|| format!("{pool} has no such backend"))
+}
+
+/// The last slot that leads new flows to a backend: slots are written in their order.
+fn last_slot(image: &Image, id: u16) -> Option<u32> {
+    let slots = lb_common::abi::SLOTS_PER_ROW * image.slots.len() as u32;
+    (0..slots).rev().find(|&index| image.slot(index).cur() == id)
+}
+
+fn rss_anon(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib: u64 = line.and_then(|line| line.trim().strip_suffix(" kB")).context("no RssAnon")?.parse()?;
+    Ok(kib * 1024)
+}
+
+/// Of all its threads, on behalf of itself and in the kernel.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    // Nanoseconds on a CPU come first; times in `stat` are rounded to hundredths of a second.
+    let mut all = Duration::ZERO;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        let ran = text.split(' ').next().context("no schedstat")?;
+        all += Duration::from_nanos(ran.parse()?);
+    }
+    Ok(all)
+}
+
+fn since_midnight(at: SystemTime) -> Result<Duration> {
+    const DAY: u64 = 86_400;
+    let since = at.duration_since(UNIX_EPOCH)?;
+    Ok(since - Duration::from_secs(since.as_secs() / DAY * DAY))
+}
+
+/// The time of day at which a line was logged: `2026-11-23T07:15:19.719869Z`.
+fn time_of(line: &str) -> Option<Duration> {
+    let time = line.split('T').nth(1)?.split('Z').next()?;
+    let mut parts = time.split(':');
+    let (hours, minutes): (u64, u64) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    let seconds: f64 = parts.next()?.parse().ok()?;
+    Some(Duration::from_secs(hours * 3600 + minutes * 60) + Duration::from_secs_f64(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_line_is_read_to_the_microsecond() {
+        let line = "2026-11-23T07:15:19.719869Z  WARN backend down pool=p0 address=10.100.0.1 check=\"x\"";
+        assert_eq!(time_of(line), Some(Duration::from_micros(26_119_719_869)));
+        assert_eq!(time_of("backend down"), None);
+    }
+}
