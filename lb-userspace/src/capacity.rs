@@ -85,30 +85,39 @@ impl Capacity {
 
     /// Rows of each map by name, with the bytes of a value and whether every CPU has its own.
     pub fn rows(&self) -> Vec<MapRows> {
-        let row = |name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu };
+        let row =
+            |limit, name, rows, value_bytes, per_cpu| MapRows { name, rows, value_bytes, per_cpu, limit };
+        let (fixed, vips, slots) = (None, Some("vips"), Some("slots"));
+        let (pins, connections) = (Some("pins"), Some("connections"));
         vec![
-            row(map::META, 1, 64, false),
-            row(map::VIP_WORDS, VIP_WORDS, 8, false),
-            row(map::VIP_FILTER, FILTER_WORDS, 8, false),
-            row(map::PORT_RULES, self.rule_rows(), 64, false),
-            row(map::VIPS4, self.vip4_rows(), 64, false),
-            row(map::VIPS6, self.vip6_rows(), 64, false),
-            row(map::TABLES, self.tables, 8, false),
-            row(map::TABLE_STATES, self.tables, 64, false),
-            row(map::SLOTS, self.slot_rows, 64, false),
-            row(map::BACKENDS, self.backend_rows, 64, false),
-            row(map::EGRESS, self.way_rows(), 64, false),
-            row(map::PINS, self.pin_buckets, 64, false),
-            row(map::LOADS, self.backend_rows, 16, false),
+            row(fixed, map::META, 1, 64, false),
+            row(fixed, map::VIP_WORDS, VIP_WORDS, 8, false),
+            row(fixed, map::VIP_FILTER, FILTER_WORDS, 8, false),
+            row(vips, map::PORT_RULES, self.rule_rows(), 64, false),
+            row(vips, map::VIPS4, self.vip4_rows(), 64, false),
+            row(vips, map::VIPS6, self.vip6_rows(), 64, false),
+            row(slots, map::TABLES, self.tables, 8, false),
+            row(slots, map::TABLE_STATES, self.tables, 64, false),
+            row(slots, map::SLOTS, self.slot_rows, 64, false),
+            row(fixed, map::BACKENDS, self.backend_rows, 64, false),
+            row(fixed, map::EGRESS, self.way_rows(), 64, false),
+            row(pins, map::PINS, self.pin_buckets, 64, false),
+            row(fixed, map::LOADS, self.backend_rows, 16, false),
             // A map has one row at the least.
-            row(map::CONNECTIONS, self.connection_buckets.max(1), 64, false),
-            row(map::RECORDS, self.connections().max(1), 64, false),
-            row(map::SOURCES, MOST_SOURCES, 24, false),
-            row(map::REPLIES, if self.connection_buckets == 0 { 1 } else { self.backend_rows }, 40, true),
-            row(map::PIN_EVENTS, PIN_EVENT_ROWS, 8, true),
-            row(map::OUTCOMES, OUTCOME_ROWS, 8, true),
-            row(map::VIP_TRAFFIC, self.vip_rows(), 16, true),
-            row(map::BACKEND_TRAFFIC, self.backend_rows, 16, true),
+            row(connections, map::CONNECTIONS, self.connection_buckets.max(1), 64, false),
+            row(connections, map::RECORDS, self.connections().max(1), 64, false),
+            row(fixed, map::SOURCES, MOST_SOURCES, 24, false),
+            row(
+                connections,
+                map::REPLIES,
+                if self.connection_buckets == 0 { 1 } else { self.backend_rows },
+                40,
+                true,
+            ),
+            row(fixed, map::PIN_EVENTS, PIN_EVENT_ROWS, 8, true),
+            row(fixed, map::OUTCOMES, OUTCOME_ROWS, 8, true),
+            row(vips, map::VIP_TRAFFIC, self.vip_rows(), 16, true),
+            row(fixed, map::BACKEND_TRAFFIC, self.backend_rows, 16, true),
         ]
     }
 
@@ -144,6 +153,8 @@ pub struct MapRows {
     pub rows: u32,
     pub value_bytes: u32,
     pub per_cpu: bool,
+    /// The key of `limits` that decides how many rows; the others are as they are.
+    pub limit: Option<&'static str>,
 }
 
 impl MapRows {
@@ -155,7 +166,53 @@ impl MapRows {
     }
 }
 
+/// Bytes in the unit that keeps them short (IEC).
+pub fn bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
 /// CPUs that the kernel keeps counters for.
 pub fn possible_cpus() -> u64 {
     aya::util::nr_cpus().map_or(1, |cpus| cpus as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_decides_the_rows_of_its_maps_and_of_no_others() {
+        let least = Limits { vips: 1, backends: 1, slots: 8192, pins: 4096, connections: 4096 };
+        // Most that each may be in a file.
+        for (key, limits) in [
+            ("vips", Limits { vips: 1 << 15, ..least }),
+            ("slots", Limits { slots: 1 << 27, ..least }),
+            ("pins", Limits { pins: 1 << 27, ..least }),
+            ("connections", Limits { connections: 1 << 26, ..least }),
+        ] {
+            for (less, more) in Capacity::new(&least).rows().iter().zip(Capacity::new(&limits).rows()) {
+                let grows = more.rows > less.rows;
+                // There are replies of every id, or none.
+                let may = more.limit == Some(key) || !grows;
+                assert!(may, "{}: {} rows with {key}", more.name, more.rows);
+            }
+            assert!(Capacity::new(&limits).bytes(1) > Capacity::new(&least).bytes(1), "{key}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_told_in_the_unit_that_fits() {
+        for (size, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (9 << 29, "4.5 GiB")]
+        {
+            assert_eq!(bytes(size), text);
+        }
+    }
 }

@@ -24,5 +24,6 @@ pub mod nexthop;
 mod owned;
 pub mod policy;
 pub mod reconcile;
+mod room;
 pub mod tables;
 pub mod ways;

@@ -38,13 +38,15 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::api::{self, EndpointError, Endpoints};
-use crate::bpf::{self, BpfFs, Trace};
+use crate::bpf::{self, BpfFs, Datapath, Trace};
 use crate::capabilities;
+use crate::capacity::{Capacity, possible_cpus};
 use crate::config;
 use crate::config::model::{Check, CheckKind};
 use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::Explanation;
 use crate::nexthop::{Event, Follower, Resolver};
+use crate::room::Available;
 
 pub use self::commands::{Action, Command, CommandError, Done, Timeout};
 use self::connections::Filter;
@@ -129,6 +131,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let store = Store::new(&options.run_dir);
     let fs = BpfFs::open(&options.run_dir)?;
     let fresh = !fs.is_used()?;
+    let capacity = Capacity::new(&loaded.config.limits);
+    if !Datapath::has_maps(&fs, &capacity) {
+        has_room(&capacity, &loaded.places)?;
+    }
     let started = Core::start(&options.config, loaded.config, store, fs.clone(), &resolver, checker).await;
     let (mut core, wanted) = match started {
         Ok(started) => started,
@@ -239,6 +245,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     lock.set_len(0)?;
     info!("stopping; forwarding goes on with the tables as they are (`xlb detach` ends it)");
     Ok(())
+}
+
+/// Refuses maps that this host has no memory for, before any is made.
+fn has_room(capacity: &Capacity, places: &config::Places) -> Result<(), config::Problems> {
+    let available = Available::here();
+    let fits = available.map_or(Ok(()), |available| available.check(capacity, possible_cpus(), places));
+    fits.map_err(|problem| config::Problems(vec![problem]))
 }
 
 /// The first tables. Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before.

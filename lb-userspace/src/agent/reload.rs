@@ -11,8 +11,9 @@ use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
 use super::core::{BackendKey, Core, NextHops};
-use super::{FIRST_RESOLVE, first_probes};
+use super::{FIRST_RESOLVE, first_probes, has_room};
 use crate::api::{EndpointError, Endpoints};
+use crate::capacity::Capacity;
 use crate::config::model::Config;
 use crate::config::{self, Loaded, Problem, Problems};
 use crate::health::Probe;
@@ -110,6 +111,14 @@ impl Reloader {
         };
         for warning in &loaded.warnings {
             warn!("{warning}");
+        }
+        // Other limits take new maps, beside those in use.
+        let capacity = Capacity::new(&loaded.config.limits);
+        if capacity != Capacity::new(&core.config().limits)
+            && let Err(problems) = has_room(&capacity, &loaded.places)
+        {
+            refuse(core, problems.into(), reply);
+            return false;
         }
         let (unknown, missing) = (core.unknown(&loaded.config), core.to_resolve(&loaded.config, false));
         let (resolver, to) = (Arc::clone(&self.resolver), self.read.clone());

@@ -118,6 +118,12 @@ impl Datapath {
         Ok(Self { fs, generation, capacity, ebpf, maps, meta, complete, adopted, predecessor })
     }
 
+    /// Whether maps of this size are pinned, which [`Self::open`] takes over.
+    pub fn has_maps(fs: &BpfFs, capacity: &Capacity) -> bool {
+        let newest = Maps::newest(fs).ok().flatten();
+        newest.is_some_and(|(generation, meta)| Maps::compare(&generation, &meta, capacity).is_ok())
+    }
+
     /// The program over new, empty maps beside those in use: for other limits.
     pub fn renewed(&self, capacity: Capacity, load_time: LoadTime) -> Result<Self, DatapathError> {
         // Those of maps before these are one change too old.

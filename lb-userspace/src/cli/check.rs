@@ -1,19 +1,21 @@
 //! `xlb check`: is this file valid, does it fit its limits, can it work on this host, and what will it take?
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::{Format, exit, output};
-use crate::agent::preflight;
+use crate::agent::{DEFAULT_RUN_DIR, preflight};
 use crate::api;
+use crate::bpf::{BpfFs, Datapath};
 use crate::capacity::{Capacity, possible_cpus};
 use crate::config::model::{Config, Forward};
 use crate::config::{self, Loaded, Problem};
 use crate::host::{self, Findings};
 use crate::nexthop::Resolver;
+use crate::room::Available;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -61,10 +63,19 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(exit::CONFIG));
         }
     }
+    let cpus = possible_cpus();
+    let memory = Memory { available: Available::here(), cpus };
+    if let (Some(available), false) = (&memory.available, arguments.no_host)
+        && let Err(problem) = available.check(&capacity, cpus, &places)
+        && !is_in_use(&capacity)
+    {
+        refuse(arguments, &warnings, &[problem], &sight);
+        return Ok(ExitCode::from(exit::CONFIG));
+    }
     match arguments.output {
-        Format::Table => show(arguments, &config, &capacity, &warnings, &sight),
+        Format::Table => show(arguments, &config, &capacity, &memory, &warnings, &sight),
         Format::Json => {
-            let value = as_json(&config, &capacity, &warnings, &sight);
+            let value = as_json(&config, &capacity, &memory, &warnings, &sight);
             say!("{}", serde_json::to_string_pretty(&value).context("the answer is no JSON")?);
         }
     }
@@ -127,21 +138,47 @@ fn refuse(arguments: &Arguments, warnings: &[Problem], errors: &[Problem], sight
     eprintln!("valid, but it cannot work on this host; --no-host leaves out what this host says");
 }
 
-fn as_json(config: &Config, capacity: &Capacity, warnings: &[Problem], sight: &Sight) -> Value {
-    let cpus = possible_cpus();
+/// What maps are measured by.
+struct Memory {
+    available: Option<Available>,
+    cpus: u64,
+}
+
+/// Whether maps of this size are there: an agent goes on with them.
+fn is_in_use(capacity: &Capacity) -> bool {
+    let fs = BpfFs::existing(Path::new(DEFAULT_RUN_DIR)).ok().flatten();
+    fs.is_some_and(|fs| Datapath::has_maps(&fs, capacity))
+}
+
+fn as_json(
+    config: &Config,
+    capacity: &Capacity,
+    memory: &Memory,
+    warnings: &[Problem],
+    sight: &Sight,
+) -> Value {
+    let cpus = memory.cpus;
     let maps: Vec<_> = capacity
         .rows()
         .iter()
-        .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus)}))
+        .map(|map| json!({"name": map.name, "rows": map.rows, "bytes": map.bytes(cpus), "limit": map.limit}))
         .collect();
     json!({
         "valid": true, "warnings": warnings, "host": sight.as_json(), "services": config.services.len(),
         "vips": vips(config), "connections": config.limits.connections, "pools": config.pools.len(), "backends": backends(config), "cpus": cpus,
         "maps": maps, "map_bytes": capacity.bytes(cpus),
+        "most_map_bytes": memory.available.as_ref().map(Available::for_maps),
     })
 }
 
-fn show(arguments: &Arguments, config: &Config, capacity: &Capacity, warnings: &[Problem], sight: &Sight) {
+fn show(
+    arguments: &Arguments,
+    config: &Config,
+    capacity: &Capacity,
+    memory: &Memory,
+    warnings: &[Problem],
+    sight: &Sight,
+) {
     for warning in warnings {
         eprintln!("warning: {warning}");
     }
@@ -159,14 +196,18 @@ fn show(arguments: &Arguments, config: &Config, capacity: &Capacity, warnings: &
         say!("{words}");
     }
     say!("This host was {}", sight.words());
-    let cpus = possible_cpus();
+    let cpus = memory.cpus;
     let total = capacity.bytes(cpus);
-    say!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs):\n", output::bytes(total));
+    let most = memory.available.as_ref().map_or_else(String::new, |available| {
+        format!("; up to {} may be taken here ({})", output::bytes(available.for_maps()), available.by)
+    });
+    say!("\nThe maps take {} of kernel memory on this host ({cpus} CPUs){most}:\n", output::bytes(total));
     let rows = capacity.rows();
-    let rows = rows
-        .iter()
-        .map(|map| vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus))]);
-    say!("{}", output::table(&["MAP", "ROWS", "MEMORY"], &[1, 2], rows.collect()));
+    let rows = rows.iter().map(|map| {
+        let limit = map.limit.map_or_else(String::new, |key| format!("limits.{key}"));
+        vec![map.name.to_owned(), map.rows.to_string(), output::bytes(map.bytes(cpus)), limit]
+    });
+    say!("{}", output::table(&["MAP", "ROWS", "MEMORY", "SIZED BY"], &[1, 2], rows.collect()));
 }
 
 /// How many connections there may be, and what decides it.

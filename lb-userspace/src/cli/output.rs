@@ -1,5 +1,6 @@
 //! How things look on a terminal.
 
+pub use crate::capacity::bytes;
 use std::io::{self, BufWriter, StdoutLock, Write, stdout};
 use std::time::{Duration, Instant};
 
@@ -192,18 +193,6 @@ impl Screen {
             eprintln!("{text}");
         }
     }
-}
-
-/// Bytes in the unit that keeps them short (IEC).
-pub fn bytes(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
 }
 
 /// A duration to its two leading units.

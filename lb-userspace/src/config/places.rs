@@ -14,6 +14,8 @@ pub enum Subject {
     Vip(usize, usize),
     /// `fullnat.sources`.
     Sources,
+    /// `limits`.
+    Limits,
 }
 
 /// Of a valid configuration; beside the model, so that two files that mean the same have equal models.
@@ -24,12 +26,13 @@ pub struct Places {
     backends: Vec<Vec<Spot>>,
     vips: Vec<Vec<Spot>>,
     sources: Option<Spot>,
+    limits: Option<Spot>,
 }
 
 impl Places {
     pub(super) fn new(
         file: &str,
-        (interfaces, sources): (Vec<Spot>, Option<Spot>),
+        (interfaces, sources, limits): (Vec<Spot>, Option<Spot>, Option<Spot>),
         pools: &[PoolDraft],
         services: &[ServiceDraft],
     ) -> Self {
@@ -41,6 +44,7 @@ impl Places {
             backends: pools.iter().map(backends).collect(),
             vips: services.iter().map(vips).collect(),
             sources,
+            limits,
         }
     }
 
@@ -50,6 +54,7 @@ impl Places {
             Subject::Interface(index) => self.interfaces.get(index),
             Subject::Backend(pool, index) => self.backends.get(pool).and_then(|spots| spots.get(index)),
             Subject::Sources => self.sources.as_ref(),
+            Subject::Limits => self.limits.as_ref(),
             Subject::Vip(service, index) => self.vips.get(service).and_then(|spots| spots.get(index)),
         };
         Problem {

@@ -73,7 +73,10 @@ pub(super) fn config(root: &Node, report: &mut Report) -> Option<(Config, Places
     nat::check(&pools, &services, (&sources, tags.as_ref()), report);
     cross::check(&pools, &services, (&outer_source, &sources), &limits, report);
     limits.model.connections = connections(limits.model.connections, &pools, &sources.model);
-    let places = Places::new(report.file(), (spots, sources.spot.clone()), &pools, &services);
+    let places = {
+        let limits = fields.get("limits").map(|at| at.spot());
+        Places::new(report.file(), (spots, sources.spot.clone(), limits), &pools, &services)
+    };
     if vip_arp {
         services::warn_of_answered_prefixes(&services, report);
     }

@@ -49,7 +49,14 @@ struct Members {
     members: Vec<Member>,
     identities: Vec<u64>,
     /// By the logarithm of the length, once somebody has asked.
-    bases: [OnceLock<Arc<[u16]>>; 32],
+    bases: [OnceLock<Base>; 32],
+}
+
+/// A table when all are well, and how many slots of it each has.
+#[derive(Debug)]
+struct Base {
+    table: Arc<[u16]>,
+    counts: Vec<u32>,
 }
 
 impl Members {
@@ -64,8 +71,12 @@ impl Members {
         }
     }
 
-    fn base(&self, log2_length: u32) -> &Arc<[u16]> {
-        self.bases[log2_length as usize].get_or_init(|| maglev::build(log2_length, &self.members).into())
+    fn base(&self, log2_length: u32) -> &Base {
+        self.bases[log2_length as usize].get_or_init(|| {
+            let table = maglev::build(log2_length, &self.members);
+            let counts = overlay::counts(&table, self.members.len());
+            Base { table: table.into(), counts }
+        })
     }
 }
 
@@ -250,7 +261,9 @@ impl Plot {
         let takes = |(member, &share): (&Member, &u16)| member.weight > 0 && share > 0;
         let by_hash = if members.members.iter().zip(&asked.shares).any(takes) {
             let base = members.base(self.log2_length);
-            overlay::apply(base, &members.members, &asked.shares).map_or_else(|| Arc::clone(base), Arc::from)
+            let laid_over =
+                overlay::apply_counted(&base.table, &base.counts, &members.members, &asked.shares);
+            laid_over.map_or_else(|| Arc::clone(&base.table), Arc::from)
         } else {
             nowhere()
         };

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, TableState, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, SlotRow, TableState, TableWord};
 use lb_common::slots::Slot;
 
 use super::desired::Desired;
@@ -239,9 +239,22 @@ impl Table {
         }
         self.word = word;
         let waits = !word.discipline().pins_all();
-        let first = word.first_row() * SLOTS_PER_ROW;
         (self.dirty, self.pinned, self.earliest) = (0, 0, 0);
-        for (index, slot) in (first..first + word.length()).map(|slot| image.slot(slot)).enumerate() {
+        let rows = &image.slots[word.first_row() as usize..][..length.div_ceil(SLOTS_PER_ROW as usize)];
+        for (row, words) in rows.iter().enumerate() {
+            // Of most rows no slot is on the move, nor was.
+            let at_rest = words.0.iter().all(|&word| Slot::from_bits(word).is_clean());
+            if !at_rest || !self.starts.is_empty() {
+                self.look_at_row(row * SLOTS_PER_ROW as usize, words, waits, length, tick);
+            }
+        }
+        if self.dirty == 0 {
+            self.starts = Vec::new();
+        }
+    }
+
+    fn look_at_row(&mut self, first: usize, words: &SlotRow, waits: bool, length: usize, tick: u32) {
+        for (index, slot) in (first..length).zip(words.0.map(Slot::from_bits)) {
             self.pinned += u32::from(slot.pins());
             if waits && slot.dirty() {
                 self.dirty += 1;
@@ -254,9 +267,6 @@ impl Table {
             } else if let Some(start) = self.starts.get_mut(index) {
                 *start = 0;
             }
-        }
-        if self.dirty == 0 {
-            self.starts = Vec::new();
         }
     }
 

@@ -216,8 +216,10 @@ impl Tracking {
         self.waiting = plan.waiting;
         self.moves_left -= plan.moves;
         // One that comes back may have pins that the sweep has passed.
-        self.leaving = leaving_ids(&self.desired, hands.image());
-        self.resting.retain(|id| self.leaving.contains(id));
+        if !self.resting.is_empty() {
+            let leaving = leaving_ids(&self.desired, hands.image());
+            self.resting.retain(|id| leaving.contains(id));
+        }
         self.carry_out(hands, &plan.ops)?;
         self.leaving = leaving_ids(&self.desired, hands.image());
         for (id, slots) in plan.yielded {

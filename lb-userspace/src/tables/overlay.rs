@@ -27,15 +27,35 @@ const KEEPS: u32 = 1 << 16;
 /// has a part of [`FULL`] for each member, and counts relative to the largest: where nobody is at full share, nobody is
 /// spared. With nobody left every slot goes to `NOBODY`.
 pub fn apply(base: &[u16], members: &[Member], shares: &[u16]) -> Option<Vec<u16>> {
+    apply_counted(base, &counts(base, members.len()), members, shares)
+}
+
+/// How many slots of a table each member has.
+pub fn counts(base: &[u16], members: usize) -> Vec<u32> {
+    let mut counts = vec![0; members];
+    base.iter().for_each(|&index| counts[usize::from(index)] += 1);
+    counts
+}
+
+/// The same, with what [`counts`] says of the base.
+pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Vec<u16>> {
     let Some(takers) = Takers::new(members, shares) else {
         return Some(vec![NOBODY; base.len()]);
     };
     if takers.all_take_all(members) {
         return None;
     }
-    let mut room: Vec<i64> = (0..members.len()).map(|index| takers.cap(base.len(), index)).collect();
+    // Who takes all takes what is its own; of the others, the slots are looked at.
+    let room = |(index, &count): (usize, &u32)| {
+        let own = if takers.shares[index] >= FULL { i64::from(count) } else { 0 };
+        takers.cap(base.len(), index) - own
+    };
+    let mut room: Vec<i64> = counts.iter().enumerate().map(room).collect();
     let mut left = Vec::new();
     for (slot, &index) in base.iter().enumerate() {
+        if takers.shares[usize::from(index)] >= FULL {
+            continue;
+        }
         if takers.keeps(slot, index) {
             room[usize::from(index)] -= 1;
         } else {

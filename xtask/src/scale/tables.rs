@@ -70,12 +70,12 @@ pub fn measure(shape: &Shape) -> Result<Tables> {
     tracking.reconcile(&mut held, up.clone())?;
     // A second look finds all tables at rest, as an agent has them.
     tracking.reconcile(&mut held, up.clone())?;
-    let before = words(&held.image);
     let mut times = Vec::new();
     let mut change_words = 0;
     for round in 0..ROUNDS {
         let down = round % shape.backends.max(2) as usize;
         world.up.insert((0, down), false);
+        let before = words(&held.image);
         let begin = Instant::now();
         let wanted = draft.desired(&config, &world);
         tracking.reconcile(&mut held, wanted)?;

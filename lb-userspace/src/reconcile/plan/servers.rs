@@ -35,6 +35,9 @@ impl Planner<'_> {
             }
             self.add.push(set(*other));
         }
+        if present.is_empty() {
+            return Ok(Vec::new());
+        }
         let held = self.held(ids);
         let live: HashSet<u16> = places.rows.iter().map(|(row, _)| *row).collect();
         let gone: Vec<_> = present

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, SlotRow, TableWord};
 use lb_common::slots::Slot;
 
 use super::{PlanError, Planner, Regions, units};
@@ -141,7 +141,7 @@ impl Planner<'_> {
     ) -> (Vec<(u32, u32)>, bool) {
         let (mut words, mut rests) = (Vec::new(), true);
         let mut taking: Option<HashSet<u16>> = None;
-        for offset in 0..length {
+        for offset in self.unlike(now, length, shift, wanted) {
             let (slot, content) = (now.at(offset), (offset >> shift) as usize);
             rests &= slot.bits() == wanted.clean[usize::from(wanted.cur.places[content])];
             if slot.bits() == wanted.fresh(content) {
@@ -169,6 +169,21 @@ impl Planner<'_> {
             }
         }
         (words, rests)
+    }
+
+    /// Slots that have to be looked at, by offset: all but the rows that rest as they should.
+    fn unlike(&self, now: &Lying<'_>, length: u32, shift: u32, wanted: &Wanted<'_>) -> Vec<u32> {
+        // Whoever asks for names asks all.
+        if shift != 0 || now.grown != 0 || self.names || wanted.est.is_some() {
+            return (0..length).collect();
+        }
+        let first = (now.first / SLOTS_PER_ROW) as usize;
+        let rows = self.image.slots[first..].iter().zip(wanted.cur.places.chunks(SLOTS_PER_ROW as usize));
+        let differs = |(row, places): &(&SlotRow, &[u16])| {
+            row.0.iter().zip(*places).any(|(word, place)| *word != wanted.clean[usize::from(*place)])
+        };
+        let differing = (0..).step_by(SLOTS_PER_ROW as usize).zip(rows).filter(|(_, row)| differs(row));
+        differing.flat_map(|(offset, (_, places))| offset..offset + places.len() as u32).collect()
     }
 
     /// Slots that there are once the plan is carried out.
