@@ -6,9 +6,6 @@ use std::path::{Path, PathBuf};
 use crate::capacity::{Capacity, MapRows, bytes};
 use crate::config::{Places, Problem, Subject};
 
-/// Maps may take so much of what is available: the agent's own copies of tables, and everybody else, need some.
-const PART: (u64, u64) = (3, 4);
-
 /// What memory there is, and who says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Available {
@@ -34,9 +31,9 @@ impl Available {
         Some(Self { bytes, by: group.join("memory.max").display().to_string() })
     }
 
-    /// Bytes that maps may take.
+    /// Bytes that maps may take: the agent's own copies of tables, and everybody else, need some.
     pub fn for_maps(&self) -> u64 {
-        self.bytes / PART.1 * PART.0
+        self.bytes / 4 * 3
     }
 
     /// Refuses maps that need more, before any is made.
@@ -47,10 +44,9 @@ impl Available {
         }
         let (key, share) = largest(&capacity.rows(), cpus);
         let message = format!(
-            "the maps take {}, and no more than {} may be taken: {} of 4 parts of the {} that are available ({})",
+            "the maps take {}, and no more than {} may be taken: three quarters of the {} that are available ({})",
             bytes(wanted),
             bytes(limit),
-            PART.0,
             bytes(self.bytes),
             self.by
         );

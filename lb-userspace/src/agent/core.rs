@@ -66,6 +66,8 @@ pub struct Core {
     pub(super) down: Vec<usize>,
     /// Backends that take flows, and all that do not leave: as of then.
     up: (usize, usize),
+    /// Of looks after slots.
+    pub(super) ticks: u32,
     pub(super) overrides: Overrides,
     pub(super) store: Store,
     /// Backends whose drain is complete: said once.
@@ -130,6 +132,7 @@ impl Core {
             config,
             down: Vec::new(),
             up: (0, 0),
+            ticks: 0,
             overrides,
             store,
             drained: HashSet::new(),

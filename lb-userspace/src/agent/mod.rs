@@ -45,6 +45,7 @@ use crate::config;
 use crate::config::model::{Check, CheckKind};
 use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::Explanation;
+use crate::memory;
 use crate::nexthop::{Event, Follower, Resolver};
 use crate::room::Available;
 
@@ -162,6 +163,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         "running"
     );
     notify.ready(core.summary());
+    memory::return_free_blocks();
 
     let (mut reloader, mut reloads) = Reloader::new(Arc::clone(&resolver));
     let mut look_after = every(LOOK_AFTER);
@@ -210,6 +212,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             Some(read) = reloads.recv() => {
                 reloader.finish(&mut core, read, &mut endpoints).await;
                 notify.ready(core.summary());
+                memory::return_free_blocks();
                 follower.watch(core.known_next_hops());
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);

@@ -27,6 +27,9 @@ pub use crate::reconcile::tracking::Tracking;
 /// The agent looks after slots this often.
 pub const TICK: Duration = Duration::from_millis(50);
 
+/// Where no slot is on the move and nobody is down, only every so many times.
+const IDLE_TICKS: u32 = 10;
+
 /// The maps, and what goes by them.
 struct CoreHands<'c> {
     datapath: &'c mut Datapath,
@@ -108,6 +111,15 @@ impl Core {
 
     /// Looks after slots on the move. Called every `TICK`.
     pub fn look_after_slots(&mut self) -> Result<(), ReconcileError> {
+        self.ticks = self.ticks.wrapping_add(1);
+        let busy = self.changed
+            || !self.down.is_empty()
+            || self.overrides.has_exits()
+            || self.tracking.is_busy()
+            || self.tracking.has_to_sweep(&self.image);
+        if !busy && !self.ticks.is_multiple_of(IDLE_TICKS) {
+            return Ok(());
+        }
         self.changed |= self.flows_are_due(Instant::now());
         let (tracking, mut hands) = self.hands();
         let changed = tracking.look_after(&mut hands)?;

@@ -14,6 +14,7 @@ mod promises;
 mod read_back;
 mod repin;
 mod room;
+mod scale;
 mod servers;
 mod state;
 mod sweeps;

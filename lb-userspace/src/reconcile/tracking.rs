@@ -159,6 +159,17 @@ impl Tracking {
         self.waiting > 0 && now >= self.paced + PACE
     }
 
+    /// Whether something is under way that the next look at slots goes on with.
+    pub fn is_busy(&self) -> bool {
+        self.unseen
+            || self.followed
+            || self.waiting > 0
+            || self.recount
+            || self.spread.is_some()
+            || self.sweeper.is_busy()
+            || !self.unpinned.is_empty()
+    }
+
     /// Brings the tables in line with what is desired, or on their way there. What cannot be planned is not desired.
     pub fn reconcile<H: Hands>(
         &mut self,

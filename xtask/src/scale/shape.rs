@@ -57,12 +57,13 @@ impl Shape {
         self.services << maglev::log2_length(self.backends as usize)
     }
 
-    /// The configuration as a file, with tables twice as long as they need to be, so that a change has room. `swapped`: the last
-    /// backend is another.
+    /// The configuration as a file, with room for an eighth more slots. `swapped`: the last backend is another.
     pub fn text(&self, health: &str, swapped: bool) -> String {
         let mut text =
             String::from("interfaces: [eth0]\nseed: 5f1d0c3a9be24771\nouter_source: 10.255.0.0/24\n");
-        let (slots, all) = ((2 * self.slots()).max(1 << 20), self.services * self.backends);
+        let all = self.services * self.backends;
+        // Steps of the shortest table.
+        let slots = (self.slots() + (self.slots() / 8).next_multiple_of(4096)).max(1 << 20);
         // Nothing fails to be written to a string.
         let mut line = |line: fmt::Arguments<'_>| _ = writeln!(text, "{line}");
         line(format_args!("limits: {{slots: {slots}, backends: {}}}\npools:", all + 1));

@@ -26,6 +26,8 @@ const TICK: Duration = Duration::from_secs(1);
 const LINK_TICKS: u32 = 5;
 /// Ticks between looks at everything: path MTUs that are learnt and forgotten are never told.
 const FULL_TICKS: u32 = 30;
+/// Of many addresses, as if so many were looked at in a tick.
+const PATHS_A_TICK: usize = 100;
 /// Reading all interfaces takes at most one part in this many of the time.
 const LINK_SHARE: u32 = 50;
 /// Between two readings of everything because of lost messages.
@@ -163,7 +165,8 @@ impl Task {
         self.ticks = self.ticks.wrapping_add(1);
         let now = Instant::now();
         self.links_wanted |= self.ticks.is_multiple_of(LINK_TICKS) && now >= self.links_rested;
-        if self.ticks.is_multiple_of(FULL_TICKS) {
+        let full = FULL_TICKS.max((self.table.addresses().count() / PATHS_A_TICK) as u32);
+        if self.ticks.is_multiple_of(full) {
             self.agenda.mark_all(now);
             self.table.forget_readings();
         }

@@ -14,9 +14,9 @@ const A: u64 = 1001;
 const B: u64 = 1002;
 
 /// An agent's hold that writes down what it carries out.
-struct Witness {
-    held: Held,
-    ops: Vec<MapOp>,
+pub struct Witness {
+    pub held: Held,
+    pub ops: Vec<MapOp>,
     /// Tables in which a pin fails during the next grace.
     failing: Vec<u16>,
 }
@@ -56,7 +56,12 @@ impl Witness {
         let slots = (tables << log2_length.max(12)) + (16 << 12);
         let capacity =
             Capacity::new(&Limits { vips: tables + 16, backends: 512, slots, pins: 256, connections: 0 });
-        Self { held: Held::new(capacity, 16), ops: Vec::new(), failing: Vec::new() }
+        Self::of(capacity, 16)
+    }
+
+    /// With so many ids of backends.
+    pub fn of(capacity: Capacity, ids: u16) -> Self {
+        Self { held: Held::new(capacity, ids), ops: Vec::new(), failing: Vec::new() }
     }
 
     /// Until the last table was open again: a sweep has one of its own.

@@ -1,0 +1,121 @@
+//! With many pools, a change costs what it changes: tables that it does not concern are neither looked at nor written, and
+//! what is worked out once says the same as all at once.
+
+use super::many::Witness;
+use super::*;
+use crate::reconcile::desired::OldFlows;
+use crate::reconcile::draft::Draft;
+use crate::reconcile::tracking::Tracking;
+
+const POOLS: usize = 40;
+const BACKENDS: usize = 5;
+
+/// Pools with a service each; those from `edited` on have another last backend.
+fn config(edited: usize, scheduler: &str) -> Config {
+    let pool = |pool: usize| {
+        let hosts = (0..BACKENDS).map(|backend| {
+            let last = usize::from(pool >= edited && backend + 1 == BACKENDS);
+            format!("10.{pool}.0.{}", 1 + backend + last)
+        });
+        let hosts: Vec<_> = hosts.collect();
+        format!("  p{pool}: {{forward: ipip, health: {{type: none}}, backends: [{}]}}\n", hosts.join(", "))
+    };
+    let service = |pool: usize| {
+        format!(
+            "- {{name: s{pool}, vip: 203.0.113.{pool}, ports: 80, protocol: tcp, pool: p{pool}, scheduler: {scheduler}}}\n"
+        )
+    };
+    let text = format!(
+        "interfaces: [eth0]\nseed: 7\nlimits: {{vips: 256, backends: 512, slots: {}, pins: 4096}}\npools:\n{}services:\n{}",
+        (2 * POOLS) << 12,
+        (0..POOLS).map(pool).collect::<String>(),
+        (0..POOLS).map(service).collect::<String>()
+    );
+    crate::config::parse("test", &text).unwrap_or_else(|problems| panic!("{problems}")).config
+}
+
+/// Everybody is up but these.
+fn world(config: &Config, down: &[(usize, usize)]) -> World {
+    let mut world = World::default();
+    for (index, pool) in config.pools.iter().enumerate() {
+        for (place, backend) in pool.backends.iter().enumerate() {
+            world.up.insert((index, place), !down.contains(&(index, place)));
+            world.next_hops.insert(backend.address, next_hop((INGRESS, 1500, 1)));
+        }
+    }
+    world
+}
+
+/// Tables as they are when all are up and nobody has anything left to do.
+fn settled(config: &Config) -> (Witness, Tracking, Draft) {
+    let mut hands = Witness::of(Capacity::new(&config.limits), 512);
+    let mut tracking = Tracking::begin(&mut hands).expect("nothing to plan");
+    let mut draft = Draft::of(config);
+    for _ in 0..2 {
+        let wanted = draft.desired(config, &world(config, &[]));
+        tracking.reconcile(&mut hands, wanted).expect("within the limits");
+    }
+    hands.ops.clear();
+    (hands, tracking, draft)
+}
+
+fn words_written(ops: &[MapOp]) -> usize {
+    ops.iter().map(|op| if let MapOp::WriteSlots { words, .. } = op { words.len() } else { 0 }).sum()
+}
+
+#[test]
+fn one_backend_that_goes_down_has_its_own_slots_and_its_row_written_and_nothing_else() {
+    let config = config(POOLS, "maglev");
+    for fails in [false, true] {
+        let (mut hands, mut tracking, mut draft) = settled(&config);
+        let identity = backend_identity("p3", Forward::Ipip, config.pools[3].backends[2].address);
+        let id = hands.held.image.ids()[&identity];
+        let own = hands.held.image.live_slots().filter(|(_, slot)| slot.cur() == id).count();
+        let mut world = world(&config, &[(3, 2)]);
+        if fails {
+            world.old_flows.insert((3, 2), OldFlows::Fail);
+        }
+        let wanted = draft.desired(&config, &world);
+        tracking.reconcile(&mut hands, wanted).expect("within the limits");
+        assert_eq!(words_written(&hands.ops), own, "fails: {fails}");
+        assert!(hands.held.image.live_slots().all(|(_, slot)| slot.cur() != id));
+        let others = hands.ops.iter().filter(|op| !matches!(op, MapOp::WriteSlots { .. } | MapOp::Grace));
+        for op in others {
+            let of_it =
+                matches!(op, MapOp::SetFlags { id: of, .. } | MapOp::DropPins { id: of } if *of == id);
+            assert!(of_it, "fails: {fails}: {op:?}");
+        }
+    }
+}
+
+#[test]
+fn what_somebody_else_wrote_into_a_table_at_rest_is_undone_once_the_image_is_read_again() {
+    let config = config(POOLS, "maglev");
+    let (mut hands, mut tracking, mut draft) = settled(&config);
+    let (table, _) = hands.held.image.live_slots().next().expect("a table");
+    let first = TableWord::from_bits(hands.held.image.tables[usize::from(table)]).first_row() * SLOTS_PER_ROW;
+    let before = hands.held.image.clone();
+    hands.held.image.apply(&MapOp::WriteSlots { first, words: vec![Slot::clean(BACKEND_PASS).bits(); 3] });
+    tracking.look_again(&hands.held.image);
+    tracking.reconcile(&mut hands, draft.desired(&config, &world(&config, &[]))).expect("within the limits");
+    let cur = |image: &Image| -> Vec<u16> { image.live_slots().map(|(_, slot)| slot.cur()).collect() };
+    assert!(cur(&hands.held.image) == cur(&before));
+}
+
+#[test]
+fn a_draft_says_the_same_as_all_at_once_whatever_came_before_it() {
+    let configs = [config(POOLS, "maglev"), config(POOLS - 2, "maglev"), config(POOLS, "round-robin")];
+    let mut draft: Option<Draft> = None;
+    for (one, other) in (0..configs.len()).flat_map(|one| (0..configs.len()).map(move |other| (one, other))) {
+        for config in [&configs[one], &configs[other]] {
+            let mut next = Draft::after(config, draft.as_ref());
+            for down in
+                [&[][..], &[(3, 2)], &[(3, 2), (POOLS - 1, 4)], &[(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]]
+            {
+                let world = world(config, down);
+                assert!(next.desired(config, &world) == desired(config, &world), "{one}, {other}: {down:?}");
+            }
+            draft = Some(next);
+        }
+    }
+}
