@@ -168,8 +168,9 @@ mod tests {
 
     /// With the table as it is where nothing changes hands, and one of that length where there is none.
     fn apply(base: &[u16], length: usize, members: &[Member], shares: &[u16]) -> Vec<u16> {
-        let none = vec![0; length];
-        let base = if base.is_empty() { &none } else { base };
+        if base.is_empty() {
+            return vec![NOBODY; length];
+        }
         super::apply(base, members, shares).unwrap_or_else(|| base.to_vec())
     }
 
