@@ -29,11 +29,14 @@ const LEFTOVER: Duration = Duration::from_secs(5);
 /// A unit of a pin's age.
 pub const UNIT: Duration = Duration::from_nanos(1 << 31);
 
+/// How long flows of TCP and of UDP are protected.
+type Idle = (Duration, Duration);
+
 /// What a sweep must know of tables and backends.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
     /// By backend id: how long TCP and UDP flows are protected.
-    pub idle: HashMap<u16, (Duration, Duration)>,
+    pub idle: HashMap<u16, Idle>,
     /// Of a backend that is in no configuration.
     pub longest: Duration,
     /// How long connections are protected in states that pass.
@@ -57,7 +60,7 @@ impl Rules {
         let longest = tables.iter().map(|(.., idle)| *idle).max().unwrap_or_default();
         rules.longest = longest;
         // Backends of a pool are all alike.
-        let mut alike: HashMap<[u64; 3], ((Duration, Duration), Arc<[u16]>)> = HashMap::new();
+        let mut alike: HashMap<[u64; 3], (Idle, Arc<[u16]>)> = HashMap::new();
         let of_pool = |pool: [u64; 3]| {
             let related = tables.iter().filter(|(_, pools, ..)| meet(*pools, pool));
             let (mut tcp, mut udp, mut of) = (Duration::ZERO, Duration::ZERO, Vec::new());
