@@ -13,13 +13,14 @@ use serde::{Deserialize, Serialize};
 
 use super::changeover::fit;
 use super::core::{BackendKey, keys, preflight};
+use super::has_room;
 use super::overrides::{End, Exit, Overrides, Uptime};
 use super::snapshot::Snapshot;
 use super::status::BackendStatus;
 use crate::bpf::MapsError;
 use crate::capacity::Capacity;
 use crate::config::model::Config;
-use crate::config::show_duration;
+use crate::config::{Loaded, show_duration};
 use crate::reconcile::desired::{BackendRef, Desired, World, desired};
 use crate::reconcile::image::Image;
 use crate::reconcile::plan::plan_at_once;
@@ -123,8 +124,9 @@ impl Comparison {
         self.snapshot.backends()
     }
 
-    /// What `file` would change, taken over now.
-    pub fn with(&self, file: &Config, rates: &Rates) -> Diff {
+    /// What a file would change, taken over now.
+    pub fn with(&self, loaded: &Loaded, rates: &Rates) -> Diff {
+        let file = &loaded.config;
         let (now, before) = (self.snapshot.at, &*self.snapshot.config);
         let (overrides, ended) = self.overrides.with_file(before, file, now);
         let after = overrides.effective(before, file);
@@ -136,7 +138,7 @@ impl Comparison {
             tables: Tables::new((before, &old), (&after, &new), rates).changes(),
             leaving: self.leaving(&overrides, rates, now),
             ended: named.map(|ended| format!("{}/{}", ended.key.pool, ended.name)).collect(),
-            warnings: self.warnings(file, &after, &new),
+            warnings: self.warnings(loaded, &after, &new),
         }
     }
 
@@ -154,8 +156,8 @@ impl Comparison {
         .collect()
     }
 
-    fn warnings(&self, file: &Config, after: &Config, new: &Desired) -> Vec<String> {
-        let mut warnings = Vec::new();
+    fn warnings(&self, loaded: &Loaded, after: &Config, new: &Desired) -> Vec<String> {
+        let (mut warnings, file) = (Vec::new(), &loaded.config);
         let capacity = Capacity::new(&file.limits);
         let fits = preflight(file, &capacity).and_then(|()| {
             if capacity != self.capacity {
@@ -166,6 +168,12 @@ impl Comparison {
             plan_at_once(&self.image, new, &capacity).map(drop)
         });
         warnings.extend(fits.err().map(|error| format!("it would be refused: {error}")));
+        // As a reload does: maps that are there go on.
+        if capacity != self.capacity
+            && let Err(problems) = has_room(&capacity, &loaded.places)
+        {
+            warnings.push(format!("it would be refused: {problems}"));
+        }
         if self.file.seed != file.seed {
             warnings.push("seed: it must be the same on every balancer; flows move".to_owned());
         }

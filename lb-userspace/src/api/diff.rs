@@ -34,7 +34,7 @@ pub async fn diff(State(core): State<Core>, body: Bytes) -> Response {
         );
     };
     let file = match aside(move || Ok(config::parse(NAMELESS, &text))).await {
-        Ok(Ok(loaded)) => loaded.config,
+        Ok(Ok(loaded)) => loaded,
         Ok(Err(problems)) => {
             return (StatusCode::UNPROCESSABLE_ENTITY, Json(Refused::from(problems))).into_response();
         }
