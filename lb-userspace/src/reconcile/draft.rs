@@ -263,7 +263,7 @@ impl Plot {
             let base = members.base(self.log2_length);
             let laid_over =
                 overlay::apply_counted(&base.table, &base.counts, &members.members, &asked.shares);
-            laid_over.map_or_else(|| Arc::clone(&base.table), Arc::from)
+            laid_over.unwrap_or_else(|| Arc::clone(&base.table))
         } else {
             nowhere()
         };

@@ -11,7 +11,7 @@ mod slots;
 pub mod sources;
 mod vips;
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::RangeInclusive;
@@ -238,9 +238,8 @@ impl<'a> Planner<'a> {
     fn backends(&mut self) -> Result<Ids, PlanError> {
         let egress_rows = self.egress_rows()?;
         let path_of = |next_hop: &Option<(_, Egress)>| {
-            next_hop
-                .as_ref()
-                .map_or(Path::default(), |(mac, egress)| Path::new(*mac, egress_rows.row(egress)))
+            let Some((mac, egress)) = next_hop else { return Path::default() };
+            Path::new(*mac, egress_rows.row(egress))
         };
         let desired = self.desired;
         let wanted: FxHashMap<u64, &DesiredBackend> =
@@ -408,15 +407,15 @@ impl<'a> Planner<'a> {
             let row = row as u16;
             if *egress == Egress::default() {
                 free.push(row);
-            } else if wanted.contains_key(&key(egress)) && !rows.0.contains_key(&key(egress)) {
-                rows.0.insert(key(egress), row);
+            } else if wanted.contains_key(&key(egress)) && !rows.rows.contains_key(&key(egress)) {
+                rows.rows.insert(key(egress), row);
             } else {
                 self.remove.push(MapOp::WriteEgress { row, egress: Egress::default() });
             }
         }
         let mut free = free.into_iter();
         for (key, egress) in wanted {
-            if let Entry::Vacant(entry) = rows.0.entry(key) {
+            if let Entry::Vacant(entry) = rows.rows.entry(key) {
                 let row = free.next().ok_or(PlanError::Egress { limit: self.capacity.egress_rows })?;
                 self.add.push(MapOp::WriteEgress { row, egress });
                 entry.insert(row);
@@ -464,11 +463,22 @@ fn tunnel_to(row: &Backend) -> Option<(bool, [u64; 2])> {
 
 /// Rows of ways out.
 #[derive(Default)]
-struct EgressRows(FxHashMap<EgressKey, u16>);
+struct EgressRows {
+    rows: FxHashMap<EgressKey, u16>,
+    /// Who was asked for last: of many backends, most go the same way.
+    last: Cell<Option<(Egress, u16)>>,
+}
 
 impl EgressRows {
     fn row(&self, egress: &Egress) -> u16 {
-        self.0[&key(egress)]
+        if let Some((last, row)) = self.last.get()
+            && last == *egress
+        {
+            return row;
+        }
+        let row = self.rows[&key(egress)];
+        self.last.set(Some((*egress, row)));
+        row
     }
 }
 

@@ -4,6 +4,8 @@
 //! it brings exactly those back. A share that grows brings slots back, one that shrinks gives slots away, and while nobody
 //! has taken over as much as it may, nothing else moves. A pure function of (base, weights, shares): balancers that see the same agree.
 
+use std::sync::Arc;
+
 use super::maglev::Member;
 
 /// Where a slot goes that has nobody.
@@ -26,7 +28,7 @@ const KEEPS: u32 = 1 << 16;
 /// The table with every slot that its backend does not take given to another; nothing where each takes its own. `shares`
 /// has a part of [`FULL`] for each member, and counts relative to the largest: where nobody is at full share, nobody is
 /// spared. With nobody left every slot goes to `NOBODY`.
-pub fn apply(base: &[u16], members: &[Member], shares: &[u16]) -> Option<Vec<u16>> {
+pub fn apply(base: &[u16], members: &[Member], shares: &[u16]) -> Option<Arc<[u16]>> {
     apply_counted(base, &counts(base, members.len()), members, shares)
 }
 
@@ -38,9 +40,9 @@ pub fn counts(base: &[u16], members: usize) -> Vec<u32> {
 }
 
 /// The same, with what [`counts`] says of the base.
-pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Vec<u16>> {
+pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Arc<[u16]>> {
     let Some(takers) = Takers::new(members, shares) else {
-        return Some(vec![NOBODY; base.len()]);
+        return Some(vec![NOBODY; base.len()].into());
     };
     if takers.all_take_all(members) {
         return None;
@@ -65,10 +67,11 @@ pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &
     // By key: the order of the configuration must not matter.
     let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
     ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
-    let mut table = base.to_vec();
+    let mut table: Arc<[u16]> = base.into();
+    let slots = Arc::make_mut(&mut table);
     for slot in left {
         let heir = heir(base, slot, &ranks, &room, &takers);
-        table[slot] = heir;
+        slots[slot] = heir;
         if let Some(room) = room.get_mut(usize::from(heir)) {
             *room -= 1;
         }
@@ -171,7 +174,7 @@ mod tests {
         if base.is_empty() {
             return vec![NOBODY; length];
         }
-        super::apply(base, members, shares).unwrap_or_else(|| base.to_vec())
+        super::apply(base, members, shares).map_or_else(|| base.to_vec(), |table| table.to_vec())
     }
 
     fn base(members: &[Member]) -> Vec<u16> {

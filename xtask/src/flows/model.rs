@@ -116,8 +116,8 @@ impl Pool {
         let shares: Vec<u16> = places.iter().map(share).collect();
         let log2 = log2_length();
         let base = maglev::build(log2, &members);
-        let table = overlay::apply(&base, &members, &shares).unwrap_or(base);
-        table.into_iter().map(|index| places[usize::from(index)] as u16).collect()
+        let table = overlay::apply(&base, &members, &shares).unwrap_or_else(|| base.into());
+        table.iter().map(|&index| places[usize::from(index)] as u16).collect()
     }
 }
 

@@ -37,11 +37,15 @@ impl<'t> Leads<'t> {
         self.ids[usize::from(self.places[slot])]
     }
 
-    /// All that some slot leads to.
-    fn used(&self) -> HashSet<u16> {
-        let mut used = vec![false; self.ids.len()];
-        self.places.iter().for_each(|&place| used[usize::from(place)] = true);
-        self.ids.iter().zip(used).filter(|(_, used)| *used).map(|(&id, _)| id).collect()
+    /// For each id, whether some slot leads to it. Ids beyond the last have none.
+    fn used(&self) -> Vec<bool> {
+        let mut places = vec![false; self.ids.len()];
+        self.places.iter().for_each(|&place| places[usize::from(place)] = true);
+        let last = self.ids.iter().copied().max().map_or(0, usize::from);
+        let mut used = vec![false; last + 1];
+        let ids = self.ids.iter().zip(places).filter(|(_, used)| *used);
+        ids.for_each(|(&id, _)| used[usize::from(id)] = true);
+        used
     }
 }
 
@@ -140,7 +144,7 @@ impl Planner<'_> {
         wanted: &Wanted<'_>,
     ) -> (Vec<(u32, u32)>, bool) {
         let (mut words, mut rests) = (Vec::new(), true);
-        let mut taking: Option<HashSet<u16>> = None;
+        let mut taking: Option<Vec<bool>> = None;
         for offset in self.unlike(now, length, shift, wanted) {
             let (slot, content) = (now.at(offset), (offset >> shift) as usize);
             rests &= slot.bits() == wanted.clean[usize::from(wanted.cur.places[content])];
@@ -180,7 +184,8 @@ impl Planner<'_> {
         let first = (now.first / SLOTS_PER_ROW) as usize;
         let rows = self.image.slots[first..].iter().zip(wanted.cur.places.chunks(SLOTS_PER_ROW as usize));
         let differs = |(row, places): &(&SlotRow, &[u16])| {
-            row.0.iter().zip(*places).any(|(word, place)| *word != wanted.clean[usize::from(*place)])
+            let unlike = |(word, place): (&u32, &u16)| word ^ wanted.clean[usize::from(*place)];
+            row.0.iter().zip(*places).map(unlike).fold(0, |all, one| all | one) != 0
         };
         let differing = (0..).step_by(SLOTS_PER_ROW as usize).zip(rows).filter(|(_, row)| differs(row));
         differing.flat_map(|(offset, (_, places))| offset..offset + places.len() as u32).collect()
@@ -194,13 +199,14 @@ impl Planner<'_> {
     }
 
     /// A slot whose new flows go to `cur` from now on; its old flows stay where they are.
-    fn turned(&mut self, slot: Slot, cur: u16, taking: &HashSet<u16>) -> Slot {
+    fn turned(&mut self, slot: Slot, cur: u16, taking: &[bool]) -> Slot {
         if slot.cur() == cur {
             return slot;
         }
         let nobody = slot.cur() == BACKEND_NOBODY;
         // Who takes no new flows any more is left at once; a better spread has time.
-        if taking.contains(&slot.cur()) && !nobody {
+        let takes = taking.get(usize::from(slot.cur())).is_some_and(|takes| *takes);
+        if takes && !nobody {
             if self.moves_left == 0 {
                 self.waiting += 1;
                 return slot;
