@@ -8,7 +8,6 @@ mod flows;
 mod fuzz;
 mod lab;
 mod lint;
-#[allow(dead_code, reason = "benches take from it what they show")]
 mod plot;
 mod pps;
 mod program;
