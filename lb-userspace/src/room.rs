@@ -14,20 +14,25 @@ pub struct Available {
     pub by: String,
 }
 
+/// Who says what the whole host has.
+const HOST: &str = "MemAvailable";
+
 impl Available {
     /// Of this host, or of the control groups that this process is in, if that is less. Nothing where the kernel does not say.
     pub fn here() -> Option<Self> {
         let host = available_of(&fs::read_to_string("/proc/meminfo").ok()?)?;
-        let host = Self { bytes: host, by: "MemAvailable".to_owned() };
+        let host = Self { bytes: host, by: HOST.to_owned() };
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let groups = groups_of(&own, Path::new("/sys/fs/cgroup"));
         groups.iter().filter_map(|group| Self::of_group(group)).chain([host]).min_by_key(|found| found.bytes)
     }
 
-    /// Nothing where the group has no limit.
+    /// Nothing where the group has no limit. What the kernel gives back when it is asked for (files' pages, caches) is available.
     fn of_group(group: &Path) -> Option<Self> {
         let number = |name: &str| fs::read_to_string(group.join(name)).ok()?.trim().parse::<u64>().ok();
-        let bytes = number("memory.max")?.saturating_sub(number("memory.current")?);
+        let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+        let taken = number("memory.current")?.saturating_sub(reclaimable_of(&stat));
+        let bytes = number("memory.max")?.saturating_sub(taken);
         Some(Self { bytes, by: group.join("memory.max").display().to_string() })
     }
 
@@ -50,8 +55,13 @@ impl Available {
             bytes(self.bytes),
             self.by
         );
-        let hint =
-            format!("lower limits.{key}, which makes {} of it, or give the host more memory", bytes(share));
+        let more =
+            if self.by == HOST { "give the host more memory" } else { "raise the limit of that group" };
+        let hint = if wanted - share < limit {
+            format!("lower limits.{key}, which makes {} of it, or {more}", bytes(share))
+        } else {
+            format!("{more}: lower limits do not suffice")
+        };
         Err(places.problem(Subject::Limits, message, hint))
     }
 }
@@ -71,6 +81,13 @@ fn available_of(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
+}
+
+/// Bytes that `memory.stat` of a control group says can be had back.
+fn reclaimable_of(stat: &str) -> u64 {
+    let values = stat.lines().filter_map(|line| line.split_once(' '));
+    let back = values.filter(|(name, _)| ["active_file", "inactive_file", "slab_reclaimable"].contains(name));
+    back.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok()).sum()
 }
 
 /// Directories of the control group of version 2 that `/proc/self/cgroup` names, and of those that it is in.
@@ -122,6 +139,21 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_says_what_helps() {
+        let loaded = loaded("slots: 1048576");
+        let capacity = Capacity::new(&loaded.config.limits);
+        let refused = |bytes, cpus, by: &str| {
+            let available = Available { bytes, by: by.to_owned() };
+            available.check(&capacity, cpus, &loaded.places).expect_err("too little").to_string()
+        };
+        // Counters of each CPU alone are more than that, and no limit decides them.
+        let none = refused(64 << 20, 256, "MemAvailable");
+        assert!(none.contains("give the host more memory: lower limits do not suffice"), "{none}");
+        let group = refused(24 << 20, 1, "/sys/fs/cgroup/xlb/memory.max");
+        assert!(group.contains("raise the limit of that group"), "{group}");
+    }
+
+    #[test]
     fn what_the_kernel_says_of_memory_is_read() {
         let meminfo = "MemTotal:       24682808 kB\nMemFree:  1 kB\nMemAvailable:   23583012 kB\n";
         assert_eq!(available_of(meminfo), Some(23_583_012 * 1024));
@@ -143,6 +175,10 @@ mod tests {
         assert_eq!(Available::of_group(&dir), None);
         fs::write(dir.join("memory.max"), "1052672\n").unwrap();
         assert_eq!(Available::of_group(&dir).map(|found| found.bytes), Some(1 << 20));
+        // Pages of files come back when somebody needs memory.
+        let stat = "anon 1024\nfile 3072\ninactive_file 2048\nactive_file 512\nslab_reclaimable 512\n";
+        fs::write(dir.join("memory.stat"), stat).unwrap();
+        assert_eq!(Available::of_group(&dir).map(|found| found.bytes), Some((1 << 20) + 3072));
         fs::remove_dir_all(&dir).unwrap();
     }
 }

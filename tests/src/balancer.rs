@@ -190,12 +190,13 @@ impl Balancer {
         Ok(Maps::from_pins(&fs)?.image()?)
     }
 
-    /// Which backends take 200 flows of both families to the stage's VIPs, by name.
+    /// Which backends take 200 flows of both families to the stage's VIPs, by name. No client's own connections have these
+    /// ports, and pins.
     pub fn places(&self) -> Result<BTreeMap<String, String>> {
         let names: HashMap<IpAddr, String> =
             self.backends()?.into_iter().map(|backend| (backend.address, backend.name)).collect();
         let tables = self.tables()?;
-        let flows = (40000..40100).flat_map(|port| {
+        let flows = (2000..2100).flat_map(|port| {
             [
                 (format!("10.111.0.2:{port}"), format!("{VIP4}:80")),
                 (format!("[fd00:111::2]:{port}"), format!("[{VIP6}]:80")),

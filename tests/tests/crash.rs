@@ -94,7 +94,7 @@ impl Crash {
         let tables = self.balancer.tables()?;
         let flow = |vip: SocketAddr, number: u16| {
             let source = if vip.is_ipv4() { "10.111.0.2".parse() } else { "fd00:111::2".parse() };
-            let source = SocketAddr::new(source?, 40000 + number);
+            let source = SocketAddr::new(source?, 2000 + number);
             let query = Query { source, vip, protocol: Protocol::Tcp };
             Ok(((source, vip), place(&tables, &query)?))
         };

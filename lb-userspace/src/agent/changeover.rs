@@ -30,6 +30,20 @@ use crate::reconcile::plan::sources;
 use crate::reconcile::plan::{PlanError, carried, check_room, counter_rows, image_of, present_vips};
 use crate::reconcile::repin::{Spread, copy, renew};
 
+/// What the maps are for another configuration than this one, whose connections lie in the image.
+pub fn capacity_for(config: &Config, before: &Config, image: &Image) -> Capacity {
+    let mut limits = config.limits;
+    if limits.connections == 0 && has_connections(image) {
+        limits.connections = before.limits.connections;
+    }
+    Capacity::new(&limits)
+}
+
+fn has_connections(image: &Image) -> bool {
+    let free = |word: &AtomicU64| Pin::from_bits(word.load(Ordering::Relaxed)).is_free();
+    !image.connections.words().iter().all(free)
+}
+
 impl Core {
     /// Takes over another configuration, or leaves everything as it is. `first` is what backends said
     /// whose health was not known.
@@ -114,11 +128,15 @@ impl Core {
 
     /// A configuration that translates nothing any more still has what its connections need, as long as there are any.
     fn keep_connections(&self, config: &mut Config) {
-        let free = |word: &AtomicU64| Pin::from_bits(word.load(Ordering::Relaxed)).is_free();
-        if config.limits.connections == 0 && !self.image.connections.words().iter().all(free) {
+        if config.limits.connections == 0 && has_connections(&self.image) {
             config.limits.connections = self.config.limits.connections;
             config.sources = self.config.sources.clone();
         }
+    }
+
+    /// What the maps are for another configuration.
+    pub fn capacity_for(&self, config: &Config) -> Capacity {
+        capacity_for(config, &self.config, &self.image)
     }
 
     /// The program that can do what the old tables and the new ones need, on every interface.

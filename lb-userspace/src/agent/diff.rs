@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::changeover::fit;
+use super::changeover::{capacity_for, fit};
 use super::core::{BackendKey, keys, preflight};
 use super::has_room;
 use super::overrides::{End, Exit, Overrides, Uptime};
@@ -158,7 +158,7 @@ impl Comparison {
 
     fn warnings(&self, loaded: &Loaded, after: &Config, new: &Desired) -> Vec<String> {
         let (mut warnings, file) = (Vec::new(), &loaded.config);
-        let capacity = Capacity::new(&file.limits);
+        let capacity = capacity_for(file, &self.snapshot.config, &self.image);
         let fits = preflight(file, &capacity).and_then(|()| {
             if capacity != self.capacity {
                 warnings
@@ -170,9 +170,9 @@ impl Comparison {
         warnings.extend(fits.err().map(|error| format!("it would be refused: {error}")));
         // As a reload does: maps that are there go on.
         if capacity != self.capacity
-            && let Err(problems) = has_room(&capacity, &loaded.places)
+            && let Err(no_room) = has_room(&capacity, &loaded.places)
         {
-            warnings.push(format!("it would be refused: {problems}"));
+            warnings.push(format!("it would be refused: {no_room}"));
         }
         if self.file.seed != file.seed {
             warnings.push("seed: it must be the same on every balancer; flows move".to_owned());

@@ -251,11 +251,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// Refuses maps that this host has no memory for, before any is made.
-fn has_room(capacity: &Capacity, places: &config::Places) -> Result<(), config::Problems> {
+fn has_room(capacity: &Capacity, places: &config::Places) -> Result<(), NoRoom> {
     let available = Available::here();
     let fits = available.map_or(Ok(()), |available| available.check(capacity, possible_cpus(), places));
-    fits.map_err(|problem| config::Problems(vec![problem]))
+    fits.map_err(NoRoom)
 }
+
+/// There is nothing wrong with the file: with more memory, or at another time, it works.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct NoRoom(config::Problem);
 
 /// The first tables. Nothing is forwarded yet, or by the tables of an earlier agent: time to ask before.
 async fn begin(core: &mut Core, wanted: &Wanted, resolver: &Resolver) -> anyhow::Result<()> {

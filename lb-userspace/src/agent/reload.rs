@@ -113,11 +113,11 @@ impl Reloader {
             warn!("{warning}");
         }
         // Other limits take new maps, beside those in use.
-        let capacity = Capacity::new(&loaded.config.limits);
+        let capacity = core.capacity_for(&loaded.config);
         if capacity != Capacity::new(&core.config().limits)
-            && let Err(problems) = has_room(&capacity, &loaded.places)
+            && let Err(no_room) = has_room(&capacity, &loaded.places)
         {
-            refuse(core, problems.into(), reply);
+            refuse(core, Refused::by_the_host(&no_room.into()), reply);
             return false;
         }
         let (unknown, missing) = (core.unknown(&loaded.config), core.to_resolve(&loaded.config, false));

@@ -3,6 +3,7 @@
 //! time.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -290,12 +291,11 @@ impl Tracking {
 
     /// What follows from an operation that is about to be carried out.
     fn note(&mut self, image: &Image, op: &MapOp) {
-        let table = match op {
+        let tables = match op {
             MapOp::WriteSlots { first, words } => {
                 self.sweeper.written(*first, words.len());
                 self.name(words);
-                // A place that no table has yet may count for the one before.
-                self.first_slots.range(..=first).next_back().map(|(_, table)| *table)
+                self.tables_at(*first, words.len())
             }
             MapOp::SetTableWord { table, word } => {
                 let before = TableWord::from_bits(image.tables[usize::from(*table)]);
@@ -305,7 +305,7 @@ impl Tracking {
                 if *word != TableWord::default() {
                     self.first_slots.insert(first_slot(*word), *table);
                 }
-                Some(*table)
+                vec![*table]
             }
             MapOp::WriteTableState { table, .. } | MapOp::SetPools { table, .. } => {
                 self.at_rest.0.remove(table);
@@ -340,10 +340,18 @@ impl Tracking {
             | MapOp::Grace => return,
         };
         (self.recount, self.unseen) = (true, true);
-        if let Some(table) = table {
-            self.at_rest.0.remove(&table);
-            self.written.insert(table);
+        for table in &tables {
+            self.at_rest.0.remove(table);
         }
+        self.written.extend(tables);
+    }
+
+    /// The tables that so many slots are of: tables lie side by side. A place that no table has yet may count for the one before.
+    fn tables_at(&self, first: u32, slots: usize) -> Vec<u16> {
+        let end = first.saturating_add(slots as u32);
+        let begun = self.first_slots.range(..=first).next_back();
+        let within = self.first_slots.range((Bound::Excluded(first), Bound::Excluded(end.max(first + 1))));
+        begun.into_iter().chain(within).map(|(_, table)| *table).collect()
     }
 
     /// From now on slots name these, and packets make pins to them.

@@ -149,7 +149,7 @@ impl Demo {
             let backend = self.balancer.lookup(&format!("10.111.0.2:{port}"), &format!("{VIP4}:80"))?;
             Ok((port, backend))
         };
-        (40000..40060).map(place).collect()
+        (2000..2060).map(place).collect()
     }
 
     fn say_how_to_play(&self) -> Result<()> {

@@ -119,3 +119,31 @@ fn a_draft_says_the_same_as_all_at_once_whatever_came_before_it() {
         }
     }
 }
+
+#[test]
+fn tables_side_by_side_that_lose_their_pins_together_are_all_at_rest() {
+    let config = config(POOLS, "maglev");
+    let (mut hands, mut tracking, mut draft) = settled(&config);
+    let down: Vec<_> =
+        (0..POOLS).flat_map(|pool| (0..BACKENDS - 1).map(move |backend| (pool, backend))).collect();
+    for down in [&down[..], &[]] {
+        let wanted = draft.desired(&config, &world(&config, down));
+        tracking.reconcile(&mut hands, wanted).expect("within the limits");
+    }
+    assert!(tracking.has_to_sweep(&hands.held.image), "nothing has moved");
+    for _ in 0..10_000 {
+        hands.held.memory.pass(SLACK);
+        if tracking.look_after(&mut hands).expect("a look") {
+            let wanted = draft.desired(&config, &world(&config, &[]));
+            tracking.reconcile(&mut hands, wanted).expect("within the limits");
+        }
+        if !tracking.has_to_sweep(&hands.held.image) {
+            break;
+        }
+    }
+    assert!(hands.held.image.live_slots().all(|(_, slot)| slot.is_clean()), "a slot is still on the move");
+    assert!(
+        !tracking.has_to_sweep(&hands.held.image),
+        "every slot is at rest, and pins are swept all the same"
+    );
+}
