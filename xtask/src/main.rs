@@ -50,7 +50,7 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Nanoseconds a packet takes, flows that a change breaks
+    /// What packets, changes and the control plane cost, alone and beside other balancers
     Bench {
         #[command(subcommand)]
         bench: bench::Bench,
@@ -96,11 +96,25 @@ fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
+const OPTIMISED: bool = !cfg!(debug_assertions);
+
+/// Runs this command in an optimised build, to its end; `false` if this is one.
+fn rerun_optimised() -> Result<bool> {
+    if OPTIMISED {
+        return Ok(false);
+    }
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
+    command.args(std::env::args().skip(1));
+    run(command)?;
+    Ok(true)
+}
+
 /// What makes the `xlb` beside this program: labs start it.
 fn agent_build() -> Command {
     let mut command = cargo();
     command.args(["build", "--quiet", "--package", "lb-userspace", "--package", "tests"]);
-    if !cfg!(debug_assertions) {
+    if OPTIMISED {
         command.arg("--release");
     }
     command

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lb_userspace::capacity::Capacity;
 use lb_userspace::config::model::Limits;
 use lb_userspace::tables::maglev;
@@ -215,7 +215,7 @@ fn memory(steps: &mut Steps, w: &Wanted, balancers: f64) -> Result<()> {
     );
     steps.add(
         "limits.pins",
-        "every connection pinned at once, a power of two".to_owned(),
+        "twice the connections, were all pinned at once: buckets fill unevenly; a power of two".to_owned(),
         f64::from(limits.pins),
         "",
     );
@@ -254,8 +254,13 @@ fn limits(w: &Wanted, backends: u32, connections: f64) -> Result<Limits> {
         "{} pools: a balancer has room for 32768 VIPs and ports, {VIPS_PER_POOL} a pool",
         w.pools
     );
-    let pins = (connections as u64).max(4096).next_power_of_two();
-    ensure!(pins <= 134_217_728, "{connections} connections of a balancer: limits.pins ends at 134217728");
+    // A pin has the eight places of one bucket: where half of all places are taken, one flow in a hundred finds none.
+    let pins = (connections as u64).saturating_mul(2).max(4096).checked_next_power_of_two();
+    let pins = pins.filter(|pins| *pins <= 134_217_728).with_context(|| {
+        format!(
+            "{connections} connections of a balancer: limits.pins ends at 134217728, and half of it is of use"
+        )
+    })?;
     let table_of_connections = if w.way.answers.is_some() { connections / 0.7 } else { 0.0 };
     ensure!(
         table_of_connections <= 67_108_864.0,
@@ -374,7 +379,7 @@ mod tests {
         let steps = steps(&wanted(), &COSTS).unwrap();
         // 10 million / 4 / 2 balancers; 200 backends a pool.
         assert_eq!(value(&steps, "connections of a balancer"), 1_250_000.0);
-        let limits = Limits { vips: 40, backends: 2000, slots: 20 * 65_536, pins: 1 << 21, connections: 0 };
+        let limits = Limits { vips: 40, backends: 2000, slots: 20 * 65_536, pins: 1 << 22, connections: 0 };
         let bytes = Capacity::new(&limits).bytes(2);
         assert_eq!(value(&steps, "memory of a balancer's maps"), bytes as f64 / f64::from(1 << 20));
     }
@@ -384,10 +389,11 @@ mod tests {
         let nat = Wanted { way: Way { header_bytes: 0.0, answers: Some(ANSWERS) }, ..wanted() };
         let (with, without) = (steps(&nat, &COSTS).unwrap(), steps(&wanted(), &COSTS).unwrap());
         let memory = |steps: &[Step]| value(steps, "memory of a balancer's maps");
-        // 72 bytes each. With answers to carry, there are more balancers, and fewer pins on each.
-        let connections = value(&with, "limits.connections") * 72.0 / f64::from(1 << 20);
-        assert!(memory(&with) > connections);
-        assert!(memory(&without) < connections);
+        // 72 bytes each, and 8 of a pin: with answers to carry, there are more balancers, and fewer pins on each.
+        let mib = |steps: &[Step], limit: &str, bytes: f64| value(steps, limit) * bytes / f64::from(1 << 20);
+        let connections = mib(&with, "limits.connections", 72.0);
+        assert!(memory(&with) - mib(&with, "limits.pins", 8.0) > connections);
+        assert!(memory(&without) - mib(&without, "limits.pins", 8.0) < connections);
         assert!(value(&without, "limits.connections").is_nan());
     }
 
@@ -415,6 +421,7 @@ mod tests {
             (Wanted { backends: 200_000, ..wanted() }, "at most 32766"),
             (Wanted { pools: 9000, ..wanted() }, "32768"),
             (Wanted { connections: 1e12, ..wanted() }, "limits.pins"),
+            (Wanted { connections: 1e30, ..wanted() }, "limits.pins"),
             (Wanted { load: 0.0, ..wanted() }, "load"),
         ] {
             let error = steps(&wanted, &COSTS).unwrap_err().to_string();
