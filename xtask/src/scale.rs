@@ -6,13 +6,14 @@ mod tables;
 
 use std::path::PathBuf;
 
+use ::tests::lab;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use self::agent::Agent;
 use self::shape::Shape;
 use self::tables::Tables;
-use crate::bench::report::{Machine, Report, command_line};
+use crate::bench::report::Report;
 use crate::plot::{self, Axis, Line};
 use crate::{cargo, root};
 
@@ -25,10 +26,10 @@ pub struct Arguments {
     #[arg(long)]
     no_agent: bool,
     /// Seconds that an agent with nothing to do is watched
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     idle: u64,
-    /// Between two checks of a backend, in the run with checks
-    #[arg(long, default_value_t = 30)]
+    /// Seconds between two checks of a backend, in the run with checks, which is watched for whole intervals
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     check_interval: u64,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
@@ -49,15 +50,12 @@ pub struct Row {
     pub agent: Option<Agent>,
 }
 
-/// Times are worth something of optimised code only.
-const OPTIMISED: bool = !cfg!(debug_assertions);
-
 pub fn run(arguments: &Arguments) -> Result<()> {
-    if !OPTIMISED {
-        let mut command = cargo();
-        command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
-        command.args(std::env::args().skip(1));
-        return crate::run(command);
+    // Tables are written into maps of the kernel: root is needed without an agent, too.
+    ensure!(lab::available()?, "labs are to be skipped; unset {}", lab::SKIP_ROOT);
+    // Times are worth something of optimised code only.
+    if crate::rerun_optimised()? {
+        return Ok(());
     }
     if !arguments.no_agent {
         let mut command = cargo();
@@ -66,20 +64,23 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     let standard = || SHAPES.iter().map(|&(services, backends)| Shape { services, backends }).collect();
     let shapes: Vec<Shape> = if arguments.shape.is_empty() { standard() } else { arguments.shape.clone() };
+    lab::clean_up_on_signals()?;
     let mut rows = Vec::new();
     for (number, shape) in (1..).zip(&shapes) {
         eprintln!("{number} of {}: {shape}", shapes.len());
         rows.push(measure(shape, arguments).with_context(|| shape.to_string())?);
     }
-    println!("{}", Machine::here()?);
     show(&rows);
-    if let Some(path) = &arguments.plot {
-        std::fs::write(path, picture(&rows)?).with_context(|| path.display().to_string())?;
-    }
+    // First: what is written makes the tree another than the commit's.
+    let report = Report::new("scale", rows)?;
     if let Some(path) = &arguments.json {
-        Report::new("scale", rows)?.write(path)?;
+        report.write(path)?;
     }
-    println!("\n{}", command_line());
+    if let Some(path) = &arguments.plot {
+        std::fs::write(path, picture(&report.rows)?).with_context(|| path.display().to_string())?;
+    }
+    println!("\n{}, {} ({})", report.machine, report.date, report.commit);
+    println!("Again: {}", report.command);
     Ok(())
 }
 
@@ -138,17 +139,17 @@ fn show(rows: &[Row]) {
         return;
     }
     println!(
-        "\n{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
-        "services x", "start", "change", "most", "reload", "RssAnon", "idle", "checks"
+        "\n{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
+        "services x", "start", "change", "most", "reload", "RssAnon", "idle", "checks", "checks"
     );
     println!(
-        "{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
-        "backends", "ms", "ms", "ms", "ms", "MiB", "%", "%"
+        "{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
+        "backends", "ms", "ms", "ms", "ms", "MiB", "%", "%", "/s"
     );
     for Row { services, backends_each, agent, .. } in rows {
         let Some(agent) = agent else { continue };
         println!(
-            "{:>12} {:9.0} {:9.2} {:9.2} {:9.0} {:9.1} {:8.2} {:8.2}",
+            "{:>12} {:9.0} {:9.2} {:9.2} {:9.0} {:9.1} {:8.2} {:8.2} {:9.1}",
             format!("{services} x {backends_each}"),
             agent.start_ms,
             agent.change_ms,
@@ -156,7 +157,8 @@ fn show(rows: &[Row]) {
             agent.reload_ms,
             agent.rss_anon_bytes as f64 / f64::from(1 << 20),
             agent.idle_percent,
-            agent.checks_percent
+            agent.checks_percent,
+            agent.checks_per_second
         );
     }
 }

@@ -20,6 +20,9 @@ pub struct Report<R> {
     /// As `git describe` has it; `-dirty` where the tree held something else.
     pub commit: String,
     pub machine: Machine,
+    /// What else it depends on: versions of other programs, how often something was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     pub rows: Vec<R>,
 }
 
@@ -42,6 +45,7 @@ impl<R> Report<R> {
             date: output("date", &["-u", "+%F"])?,
             commit: output("git", &["describe", "--always", "--tags", "--dirty"])?,
             machine: Machine::here()?,
+            notes: Vec::new(),
             rows,
         })
     }
@@ -120,7 +124,7 @@ impl std::fmt::Display for Machine {
 }
 
 /// What was typed, fit for a shell.
-pub fn command_line() -> String {
+fn command_line() -> String {
     let arguments = std::env::args().skip(1).map(|argument| quoted(&argument));
     ["cargo".to_owned(), "xtask".to_owned()].into_iter().chain(arguments).collect::<Vec<_>>().join(" ")
 }
@@ -154,6 +158,7 @@ mod tests {
             date: "2026-11-23".into(),
             commit: "abc".into(),
             machine,
+            notes: Vec::new(),
             rows: vec![1.5, 2.5],
         };
         let path = std::env::temp_dir().join(format!("xlb-report-{}.json", std::process::id()));

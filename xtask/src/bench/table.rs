@@ -81,6 +81,7 @@ mod tests {
             date: "2026-11-23".into(),
             commit: "abc".into(),
             machine,
+            notes: Vec::new(),
             rows,
         };
         let text = markdown(&report).unwrap();

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::shape::{CHECKED_PORT, Shape};
 use super::tables::milliseconds;
+use crate::capacity::checks::connections;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Agent {
@@ -32,8 +33,10 @@ pub struct Agent {
     pub rss_anon_bytes: u64,
     /// Of a core, with nothing to do and no checks.
     pub idle_percent: f64,
-    /// The same with a TCP check of every backend in an interval.
+    /// The same with a TCP check of every backend in an interval, over whole intervals.
     pub checks_percent: f64,
+    /// That were made meanwhile.
+    pub checks_per_second: f64,
     pub check_interval_seconds: u64,
 }
 
@@ -65,7 +68,7 @@ impl Measured<'_> {
         balancer.ip(&format!("neigh replace {GATEWAY} lladdr {} dev eth0", mac_text(&gateway)))?;
         let scene = Scene { of: self, lab: &lab, gateway: &gateway, balancer: &balancer };
         let (start_ms, reload_ms, rss_anon_bytes, idle_percent) = scene.without_checks()?;
-        let (mut changes, checks_percent) = scene.with_checks()?;
+        let (mut changes, checks) = scene.with_checks()?;
         changes.sort_by(f64::total_cmp);
         Ok(Agent {
             start_ms,
@@ -74,7 +77,8 @@ impl Measured<'_> {
             reload_ms,
             rss_anon_bytes,
             idle_percent,
-            checks_percent,
+            checks_percent: checks.percent,
+            checks_per_second: checks.per_second,
             check_interval_seconds: self.interval,
         })
     }
@@ -148,7 +152,7 @@ impl Scene<'_> {
         process.wait_for_log("running", PATIENCE)?;
         std::thread::sleep(Duration::from_secs(3));
         let before = rss_anon(process.pid())?;
-        let idle_percent = self.busy(&process)?;
+        let idle_percent = busy(&process, Duration::from_secs(self.of.idle))?;
         let reload_ms = self.reload(&process, &config)?;
         std::thread::sleep(Duration::from_secs(2));
         let after = rss_anon(process.pid())?;
@@ -177,8 +181,8 @@ impl Scene<'_> {
         Ok(took)
     }
 
-    /// Milliseconds of changes of health, and the part of a core that checks take.
-    fn with_checks(&self) -> Result<(Vec<f64>, f64)> {
+    /// Milliseconds of changes of health, and what checks take.
+    fn with_checks(&self) -> Result<(Vec<f64>, Checks)> {
         let shape = self.of.shape;
         let listener = self.gateway.inside(|| TcpListener::bind(("0.0.0.0", CHECKED_PORT)))??;
         // It ends with the process.
@@ -193,7 +197,7 @@ impl Scene<'_> {
         let (process, config) = self.start("checked", &shape.text(&health(self.of.interval), false))?;
         process.wait_for_log("running", PATIENCE)?;
         std::thread::sleep(Duration::from_secs(self.of.interval.min(5) + 2));
-        let checks_percent = self.busy(&process)?;
+        let checks = self.checks(&process)?;
         let reloads = process.log().matches("reloaded").count();
         // As many as a busy machine can make in time.
         std::fs::write(&config, shape.text(&health((u64::from(all) / 1000).max(1)), false))?;
@@ -203,12 +207,29 @@ impl Scene<'_> {
         std::thread::sleep(Duration::from_secs(3));
         let maps = self.maps("checked")?;
         let mut changes = Vec::new();
-        for change in 0..CHANGES.min(all) {
-            let number = change * all / CHANGES.max(1);
+        let count = CHANGES.min(all);
+        for change in 0..count {
+            let number = change * all / count;
             changes.push(self.down(&process, &maps, number)?);
         }
         self.end(&process, "checked")?;
-        Ok((changes, checks_percent))
+        Ok((changes, checks))
+    }
+
+    /// What an agent takes that does nothing but check.
+    fn checks(&self, process: &Process) -> Result<Checks> {
+        let length = whole_intervals(self.of.idle, self.of.interval);
+        let due = u64::from(self.of.shape.services * self.of.shape.backends) * length / self.of.interval;
+        let before = connections(self.gateway)?;
+        let percent = busy(process, Duration::from_secs(length))?;
+        let made = connections(self.gateway)? - before;
+        // Some of the first or the last may lie outside of the window.
+        ensure!(
+            made * 2 >= due.max(1),
+            "{made} checks were made in {length} s where {due} were due: what they cost cannot be told; run it on a \
+             quieter machine, or with a longer --check-interval"
+        );
+        Ok(Checks { percent, per_second: made as f64 / length as f64 })
     }
 
     /// Milliseconds from the verdict on a backend to the last slot that leaves it.
@@ -233,21 +254,38 @@ impl Scene<'_> {
         // It may have been down before, on a machine that is busy.
         let line = log.lines().rfind(|line| line.contains("backend down") && line.contains(&verdict));
         let said = line.and_then(time_of).context("no time in the verdict's line")?;
-        Ok((seen - said).as_secs_f64() * 1000.0)
+        let took = seen.checked_sub(said).with_context(|| {
+            format!(
+                "{address}: its slots were changed before the verdict, or midnight lay between; run it again"
+            )
+        })?;
+        Ok(took.as_secs_f64() * 1000.0)
     }
 
     fn maps(&self, name: &str) -> Result<Maps> {
         let fs = BpfFs::existing(&self.run_dir(name))?.context("nothing is pinned")?;
         Ok(Maps::from_pins(&fs)?)
     }
+}
 
-    /// Percent of a core that the agent takes while it is watched.
-    fn busy(&self, process: &Process) -> Result<f64> {
-        let (begin, before) = (Instant::now(), cpu_time(process.pid())?);
-        std::thread::sleep(Duration::from_secs(self.of.idle));
-        let took = cpu_time(process.pid())? - before;
-        Ok(100.0 * took.as_secs_f64() / begin.elapsed().as_secs_f64())
-    }
+/// What checks take of a core, and how many were made.
+struct Checks {
+    percent: f64,
+    per_second: f64,
+}
+
+/// Seconds: at least so many, and every backend is checked equally often in them.
+fn whole_intervals(least: u64, interval: u64) -> u64 {
+    least.max(interval).next_multiple_of(interval)
+}
+
+/// Percent of a core that a process takes while it is watched.
+fn busy(process: &Process, length: Duration) -> Result<f64> {
+    let (begin, before) = (Instant::now(), cpu_time(process.pid())?);
+    std::thread::sleep(length);
+    // Threads may have ended, and took their time with them.
+    let took = cpu_time(process.pid())?.saturating_sub(before);
+    Ok(100.0 * took.as_secs_f64() / begin.elapsed().as_secs_f64())
 }
 
 fn id_of(image: &Image, shape: &Shape, number: u32) -> Result<u16> {
@@ -299,6 +337,13 @@ fn time_of(line: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn checks_are_watched_for_whole_intervals() {
+        for (least, interval, length) in [(10, 30, 30), (30, 30, 30), (31, 30, 60), (30, 7, 35)] {
+            assert_eq!(whole_intervals(least, interval), length, "{least} s, {interval} s");
+        }
+    }
 
     #[test]
     fn the_time_of_a_line_is_read_to_the_microsecond() {

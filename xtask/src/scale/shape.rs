@@ -29,8 +29,11 @@ impl FromStr for Shape {
     fn from_str(text: &str) -> Result<Self> {
         let (services, backends) = text.split_once('x').context("write it as 1000x10")?;
         let this = Self { services: services.parse()?, backends: backends.parse()? };
-        ensure!((1..=2000).contains(&this.services), "1 to 2000 services");
-        ensure!((1..=10_000).contains(&(this.services * this.backends)), "1 to 10000 backends in all");
+        ensure!((1..=2000).contains(&this.services), "{text}: 1 to 2000 services");
+        // One of them goes down.
+        ensure!(this.backends >= 2, "{text}: a service needs 2 backends");
+        let all = this.services.checked_mul(this.backends);
+        ensure!(all.is_some_and(|all| all <= 10_000), "{text}: at most 10000 backends in all");
         Ok(this)
     }
 }
@@ -106,7 +109,8 @@ mod tests {
             assert_eq!(differing.count(), 1);
         }
         assert_eq!("100x10".parse::<Shape>().unwrap(), Shape { services: 100, backends: 10 });
-        assert!("3000x10".parse::<Shape>().is_err());
-        assert!("x".parse::<Shape>().is_err());
+        for wrong in ["3000x10", "x", "1x1", "0x10", "2000x6", "2000x2147484"] {
+            assert!(wrong.parse::<Shape>().is_err(), "{wrong}");
+        }
     }
 }

@@ -3,9 +3,10 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
+use ::tests::lab::Lab;
 use anyhow::{Context, Result};
 use lb_common::abi::TableWord;
-use lb_userspace::bpf::{BpfFs, Datapath, detach};
+use lb_userspace::bpf::{BpfFs, Datapath};
 use lb_userspace::capacity::{Capacity, possible_cpus};
 use lb_userspace::config::model::Config;
 use lb_userspace::nexthop::NextHop;
@@ -73,7 +74,7 @@ pub fn measure(shape: &Shape) -> Result<Tables> {
     let mut times = Vec::new();
     let mut change_words = 0;
     for round in 0..ROUNDS {
-        let down = round % shape.backends.max(2) as usize;
+        let down = round % shape.backends as usize;
         world.up.insert((0, down), false);
         let before = words(&held.image);
         let begin = Instant::now();
@@ -137,22 +138,15 @@ fn hop() -> NextHop {
 
 /// Milliseconds that the writes take into fresh maps that no packet meets.
 fn written(config: &Config, capacity: Capacity, ops: &[MapOp]) -> Result<f64> {
-    let run_dir = std::env::temp_dir().join(format!("xlb-scale-{}", std::process::id()));
-    std::fs::create_dir_all(&run_dir)?;
-    let fs = BpfFs::open(&run_dir)?;
-    let timed = || {
-        let mut datapath = Datapath::open(fs.clone(), capacity, LoadTime::of(config))?;
-        let begin = Instant::now();
-        for op in ops {
-            datapath.maps.apply(op)?;
-        }
-        Ok(milliseconds(begin))
-    };
-    let took = timed();
-    let left = detach(fs, &[]);
-    std::fs::remove_dir_all(&run_dir).ok();
-    left?;
-    took
+    // Pins and their bpffs go with it, whatever happens.
+    let lab = Lab::new("tables")?;
+    let fs = BpfFs::open(&lab.dir().join("xlb"))?;
+    let mut datapath = Datapath::open(fs, capacity, LoadTime::of(config))?;
+    let begin = Instant::now();
+    for op in ops {
+        datapath.maps.apply(op)?;
+    }
+    Ok(milliseconds(begin))
 }
 
 /// Slots of all tables, word by word.
