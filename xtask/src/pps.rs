@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use ::tests::lab;
 use anyhow::{Context, Result, ensure};
-use lb_userspace::bpf::Generator;
+use lb_userspace::bpf::{End, FRAME_BYTES, Generator};
 use serde::Serialize;
 
 use self::wire::{CASES, Case, FLOWS, Scene, To, packets};
@@ -44,7 +44,7 @@ struct Row {
     cores: u32,
     flows: u32,
     packets_per_second: Spread,
-    /// Of one core.
+    /// Of one core; of several, the mean.
     ns_per_packet: Spread,
     /// Beyond an empty program that also drops or also sends back, in the same round.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,6 +72,8 @@ struct Counts {
 
 /// One measurement.
 struct Taken {
+    /// Of all cores.
+    packets_per_second: f64,
     ns_per_packet: f64,
     counts: Counts,
     /// The share of the machine that something else had.
@@ -85,7 +87,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let most = arguments.cores.iter().copied().max().context("--cores names none")?;
     ensure!(
         arguments.cores.iter().all(|cores| (1..=there).contains(cores)),
-        "--cores: there are {there} here"
+        "--cores: each is 1 to {there} here; leave it out, or name fewer"
     );
     crate::run(crate::agent_build())?;
     lab::clean_up_on_signals()?;
@@ -95,7 +97,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     drop(scene);
 
     println!("{}", table(&rows));
-    println!("{LEGEND}\nXDP of xlb: {}.", mode.unwrap_or_default());
+    println!("Frames of {FRAME_BYTES} bytes. {LEGEND}\nXDP of xlb: {}.", mode.unwrap_or_default());
     if !PathBuf::from("/proc/net/pktgen").exists() {
         println!("The kernel has no pktgen; frames are sent by BPF_PROG_TEST_RUN with live frames.");
     }
@@ -139,7 +141,7 @@ impl Row {
             case: case.name.to_owned(),
             cores,
             flows: FLOWS,
-            packets_per_second: Spread::of(ns(taken).map(|ns| f64::from(cores) * 1e9 / ns)),
+            packets_per_second: Spread::of(taken.iter().map(|taken| taken.packets_per_second)),
             ns_per_packet: Spread::of(ns(taken)),
             ns_beyond: beside
                 .map(|beside| Spread::of(ns(taken).zip(ns(beside)).map(|(ns, floor)| ns - floor))),
@@ -174,6 +176,25 @@ impl Counts {
             outcome: self.outcome.zip(before.outcome).map(|(now, then)| now - then),
             came_back: self.came_back - before.came_back,
         }
+    }
+
+    /// Whether every packet is where it has to be: what is lost would make a core look faster than it is.
+    fn check(&self, to: To) -> Result<()> {
+        let Self { sent, refused, received, outcome, came_back } = *self;
+        ensure!(received + refused == sent, "{sent} frames sent, {refused} refused, but {received} received");
+        if let Some(outcome) = outcome {
+            ensure!(
+                outcome == received,
+                "{received} frames received, {outcome} with the outcome that they must have"
+            );
+        }
+        let returned = match to {
+            To::Bare(end) => end == End::Return,
+            To::Xlb { beside, .. } => beside == Some(End::Return),
+        };
+        let due = if returned { received } else { 0 };
+        ensure!(came_back == due, "{due} of {received} frames had to come back, {came_back} did");
+        Ok(())
     }
 }
 
@@ -233,8 +254,9 @@ fn take(scene: &Scene, case: &Case, cores: u32, length: Duration) -> Result<Take
         })
     })??;
     let others = beside.end(cores, times.iter().map(|one| one.waited).sum())?;
-    let counts = counts(scene, case, sent.into_inner())?.since(&before);
+    let counts = settled(scene, case, sent.into_inner(), &before)?;
     Ok(Taken {
+        packets_per_second: times.iter().map(|one| 1e9 / one.ns).sum(),
         ns_per_packet: times.iter().map(|one| one.ns).sum::<f64>() / times.len() as f64,
         counts,
         others,
@@ -276,6 +298,20 @@ fn send(
     Ok(Sent { ns, waited: calm::waited().saturating_sub(waited) })
 }
 
+/// What was counted since, once every packet has arrived: the last may still be on their way.
+fn settled(scene: &Scene, case: &Case, sent: u64, before: &Counts) -> Result<Counts> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let counts = counts(scene, case, sent)?.since(before);
+        match counts.check(case.to) {
+            Ok(()) => return Ok(counts),
+            Err(error) if Instant::now() > deadline => return Err(error.context(case.name)),
+            Err(_) => thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
 fn counts(scene: &Scene, case: &Case, sent: u64) -> Result<Counts> {
     let wire = scene.wire(case);
     let (came_back, refused) = wire.sender_counts()?;
@@ -287,7 +323,7 @@ fn counts(scene: &Scene, case: &Case, sent: u64) -> Result<Counts> {
 }
 
 const LEGEND: &str = "\
-Frames of 64 bytes; a core generates, receives, balances and takes back. beyond: what a core takes beyond the empty
+A core generates, receives, balances and takes back. beyond: what a core takes beyond the empty
 program that drops or sends back as well. sent: by the generator; refused: the veth was full; received: at the balancer's interface;
 outcome: counted by xlb as what it had to become; came back: at the sender's interface; ~: something else ran on the machine
 whenever it was measured.";
@@ -333,6 +369,7 @@ mod tests {
 
     fn taken(ns_per_packet: f64, sent: u64) -> Taken {
         Taken {
+            packets_per_second: 2e9 / ns_per_packet,
             ns_per_packet,
             counts: Counts { sent, outcome: Some(sent), ..Counts::default() },
             others: 0.0,
@@ -346,5 +383,21 @@ mod tests {
         assert_eq!(row.packets_per_second.median, 1e7);
         assert_eq!(row.ns_beyond.unwrap().median, 110.0);
         assert_eq!((row.counts.sent, row.counts.outcome), (13, Some(13)));
+    }
+
+    #[test]
+    fn packets_that_are_nowhere_are_an_error() {
+        let all = Counts { sent: 9, refused: 2, received: 7, outcome: Some(7), came_back: 7 };
+        let forwards = CASES[3].to;
+        all.check(forwards).unwrap();
+        let gone = Counts { came_back: 0, ..all };
+        gone.check(CASES[2].to).unwrap();
+        Counts { outcome: None, ..gone }.check(To::Bare(End::Sink)).unwrap();
+        let lost = Counts { received: 6, ..all };
+        let other_outcome = Counts { outcome: Some(6), ..all };
+        let twice = Counts { came_back: 14, ..all };
+        for wrong in [lost, other_outcome, twice, gone] {
+            assert!(wrong.check(forwards).is_err(), "{wrong:?}");
+        }
     }
 }

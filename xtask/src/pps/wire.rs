@@ -184,7 +184,7 @@ fn sum(told: &str, begin: &str, end: &str) -> u64 {
     told.lines().filter_map(of_line).sum()
 }
 
-/// Frames of 64 bytes without the checksum, of many clients.
+/// Frames of the generator's length, of many clients.
 pub fn packets(case: &Case) -> Result<(Packets, Vec<Flow>)> {
     let (address, port) = match case.to {
         To::Bare(_) => (vip(1), 80),
