@@ -24,7 +24,7 @@ use crate::calm;
 #[derive(Args, Clone)]
 pub struct Arguments {
     /// Seconds of each measurement
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=50))]
     seconds: u32,
     /// How often everything is measured
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -61,11 +61,14 @@ const PROGRAMME: [(bool, Measure); 8] = [
 /// How long a run waits in all for others to end.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Of how many measurements something else ran at the beginning.
+/// What went not as it should, of how many measurements.
 #[derive(Default)]
-struct Disturbed {
-    measurements: usize,
+struct Troubles {
     all: usize,
+    /// Beside which something else ran at the beginning.
+    disturbed: usize,
+    /// That brought nothing, and why.
+    failed: Vec<String>,
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
@@ -74,13 +77,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (sides, mut notes) = sides(&arguments.only)?;
     let programme = programme(&mut notes);
     notes.iter().for_each(|note| eprintln!("bench lab: {note}"));
-    ensure!(sides.len() > 1, "nothing is left to compare with direct routing");
+    ensure!(
+        sides.len() > 1,
+        "nothing is left to compare with direct routing; name a side of xlb with --only, or install the others"
+    );
     crate::run(crate::agent_build())?;
     lab::clean_up_on_signals()?;
     let scene = Scene::set(&sides)?;
     let modes = scene.modes()?;
-    let mut disturbed = Disturbed::default();
-    let results = measure_all(arguments, &scene, &sides, &programme, &mut disturbed)?;
+    let mut troubles = Troubles::default();
+    let results = measure_all(arguments, &scene, &sides, &programme, &mut troubles)?;
     let (drops, versions) = (scene.drops()?, scene.versions.clone());
     drop(scene);
 
@@ -90,15 +96,19 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     for (side, outcome, packets) in drops {
         println!("{side} dropped {packets} packets: {outcome}");
     }
-    if disturbed.measurements > 0 {
-        let Disturbed { measurements, all } = disturbed;
+    let Troubles { all, disturbed, failed } = troubles;
+    if disturbed > 0 {
         println!(
-            "Something else ran before {measurements} of {all} measurements: figures are worth little, those of the CPU \
+            "Something else ran before {disturbed} of {all} measurements: figures are worth little, those of the CPU \
              nothing. Run it again alone."
         );
     }
     // First: what is written makes the tree another than the commit's.
-    let report = Report::new("lab", rows)?;
+    let mut report = Report::new("lab", rows)?;
+    let Arguments { rounds, seconds, .. } = arguments;
+    report.notes.push(format!("{rounds} rounds, {seconds} s each"));
+    report.notes.extend(versions);
+    report.notes.extend(failed.iter().map(|failed| format!("failed: {failed}")));
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
@@ -107,6 +117,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     println!("{}, {} ({})", report.machine, report.date, report.commit);
     println!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
+    let told = failed.join("\n  ");
+    ensure!(
+        failed.is_empty(),
+        "{} of {all} measurements failed, and the rest is above:\n  {told}",
+        failed.len()
+    );
     Ok(())
 }
 
@@ -150,12 +166,12 @@ fn measure_all(
     scene: &Scene,
     sides: &[Side],
     programme: &[(bool, Measure)],
-    disturbed: &mut Disturbed,
+    troubles: &mut Troubles,
 ) -> Result<Results> {
     let effort =
         Effort { seconds: arguments.seconds, rate: arguments.rate, connections: arguments.connections };
     let mut results = Results::new(sides, programme);
-    disturbed.all = arguments.rounds as usize * programme.len() * sides.len();
+    troubles.all = arguments.rounds as usize * programme.len() * sides.len();
     let mut done = 0;
     let mut patience = PATIENCE;
     for round in 1..=arguments.rounds {
@@ -166,12 +182,21 @@ fn measure_all(
             }
             for side in sides {
                 done += 1;
-                let (all, name) = (disturbed.all, side.name());
+                let (all, name) = (troubles.all, side.name());
                 crate::progress(&format!("{done} of {all}: round {round}, {measure:?}, {name}"));
                 let others = calm::wait(&mut patience)?;
-                disturbed.measurements += usize::from(others > calm::MOST_BY_OTHERS);
-                let measured = measure.take(scene, *side, effort);
-                results.add(*side, index, measured.with_context(|| format!("{measure:?} of {name}"))?);
+                if others > calm::MOST_BY_OTHERS {
+                    troubles.disturbed += 1;
+                    results.disturb(*side, index);
+                }
+                match measure.take(scene, *side, effort) {
+                    Ok(measured) => results.add(*side, index, round, measured),
+                    // The others are worth as much without it.
+                    Err(error) => {
+                        let failed = format!("round {round}, {measure:?} of {name}: {error:#}");
+                        troubles.failed.push(failed);
+                    }
+                }
             }
         }
     }

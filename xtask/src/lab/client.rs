@@ -31,10 +31,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 impl Schedule {
     /// How long each answer took. Called in the client's namespace.
     pub fn run(&self) -> Result<Vec<Duration>> {
+        // Before anything is due: what connecting takes is no answer's time.
+        let streams = (0..self.connections).map(|_| self.connect()).collect::<Result<Vec<TcpStream>>>()?;
         let begin = Instant::now() + Duration::from_millis(50);
         thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.connections)
-                .map(|number| scope.spawn(move || self.connection(number, begin)))
+            let threads: Vec<_> = (0..)
+                .zip(streams)
+                .map(|(number, stream)| scope.spawn(move || self.connection(number, stream, begin)))
                 .collect();
             let mut all = Vec::new();
             for thread in threads {
@@ -44,10 +47,8 @@ impl Schedule {
         })
     }
 
-    /// Each connection's requests lie between those of the others.
-    fn connection(&self, number: u32, begin: Instant) -> Result<Vec<Duration>> {
-        // Sleeps are rounded up by 50 us otherwise.
-        rustix::thread::set_current_timer_slack(NonZeroU64::new(1)).context("setting the timer's slack")?;
+    /// A connection that has answered before.
+    fn connect(&self) -> Result<TcpStream> {
         let mut stream = TcpStream::connect_timeout(&self.server, PATIENCE)
             .with_context(|| format!("connecting to {}", self.server))?;
         stream.set_nodelay(true)?;
@@ -55,6 +56,13 @@ impl Schedule {
         for _ in 0..WARM_UP {
             ask(&mut stream, self.server)?;
         }
+        Ok(stream)
+    }
+
+    /// Each connection's requests lie between those of the others.
+    fn connection(&self, number: u32, mut stream: TcpStream, begin: Instant) -> Result<Vec<Duration>> {
+        // Sleeps are rounded up by 50 us otherwise.
+        rustix::thread::set_current_timer_slack(NonZeroU64::new(1)).context("setting the timer's slack")?;
         let gap = Duration::from_secs(1) / self.rate;
         let mut times = Vec::new();
         for turn in (number..).step_by(self.connections as usize) {

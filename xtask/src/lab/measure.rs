@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::client::Schedule;
 use super::scene::{Scene, Side};
@@ -64,7 +64,6 @@ const TRIES: usize = 20;
 fn iperf3(scene: &Scene, side: Side, effort: Effort, streams: u32, more: &[&str]) -> Result<Measured> {
     let (seconds, streams, server) = (effort.seconds.to_string(), streams.to_string(), side.bulk());
     let words = ["iperf3", "--json", "--connect-timeout", "2000", "--time", &seconds, "--parallel", &streams];
-    let mut last = String::new();
     let words = [words.as_slice(), more, &["--client", &server]].concat();
     for _ in 0..TRIES {
         let output = scene.client.exec(&words).output().context("iperf3")?;
@@ -75,10 +74,11 @@ fn iperf3(scene: &Scene, side: Side, effort: Effort, streams: u32, more: &[&str]
         {
             return Ok(Measured::Rate(rate / 1e6));
         }
-        last = report["error"].to_string();
+        let error = report["error"].as_str().unwrap_or("it tells no rate");
+        ensure!(error.contains("busy"), "iperf3 to {server}: {error}");
         std::thread::sleep(Duration::from_millis(100));
     }
-    bail!("iperf3 to {server}: {last}")
+    bail!("iperf3 to {server}: the server was busy, {TRIES} times")
 }
 
 fn wrk(scene: &Scene, side: Side, effort: Effort, more: &[&str]) -> Result<Measured> {

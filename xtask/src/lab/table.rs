@@ -1,6 +1,6 @@
 //! What `bench lab` measured, as rows, as tables and as a plot. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -27,6 +27,8 @@ pub struct Row {
     /// What is added to `direct`, in the unit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub added: Option<f64>,
+    /// Whether something else ran at the beginning of a round of it.
+    pub disturbed: bool,
 }
 
 /// Percentiles of latency that are told.
@@ -39,11 +41,15 @@ pub struct Results {
     sides: Vec<String>,
     /// What was measured, in order, with whether offloads were on.
     measures: Vec<(bool, Measure)>,
-    rates: BTreeMap<(String, usize), Vec<f64>>,
+    rates: BTreeMap<(String, usize), Rounds>,
     /// By round.
     times: BTreeMap<String, Vec<Vec<Duration>>>,
-    cpu_us: BTreeMap<String, Vec<f64>>,
+    cpu_us: BTreeMap<String, Rounds>,
+    disturbed: BTreeSet<(String, usize)>,
 }
+
+/// A value for each round that brought one.
+type Rounds = BTreeMap<u32, f64>;
 
 impl Results {
     /// `direct` is the first side.
@@ -55,13 +61,20 @@ impl Results {
         }
     }
 
-    pub fn add(&mut self, side: Side, index: usize, measured: Measured) {
+    /// Something else ran beside this measure of a side.
+    pub fn disturb(&mut self, side: Side, index: usize) {
+        self.disturbed.insert((side.name(), index));
+    }
+
+    pub fn add(&mut self, side: Side, index: usize, round: u32, measured: Measured) {
         match measured {
-            Measured::Rate(rate) => self.rates.entry((side.name(), index)).or_default().push(rate),
+            Measured::Rate(rate) => {
+                self.rates.entry((side.name(), index)).or_default().insert(round, rate);
+            }
             Measured::Latency { mut times, cpu_us } => {
                 times.sort();
                 self.times.entry(side.name()).or_default().push(times);
-                self.cpu_us.entry(side.name()).or_default().push(cpu_us);
+                self.cpu_us.entry(side.name()).or_default().insert(round, cpu_us);
             }
         }
     }
@@ -70,13 +83,17 @@ impl Results {
         let mut rows = Vec::new();
         for (index, (offloads, measure)) in self.measures.iter().enumerate() {
             for side in &self.sides {
+                let disturbed = self.disturbed.contains(&(side.clone(), index));
                 match name_and_unit(*measure) {
                     Some((name, unit)) => {
                         let of = |side: &String| self.rates.get(&(side.clone(), index));
                         let row = (of(side)).and_then(|values| row(side, values, of(&self.sides[0])));
-                        rows.extend(row.map(|row| Row { measure: name, offloads: *offloads, unit, ..row }));
+                        let offloads = *offloads;
+                        rows.extend(row.map(|row| Row { measure: name, offloads, unit, disturbed, ..row }));
                     }
-                    None => rows.extend(self.latency(side)),
+                    None => {
+                        rows.extend(self.latency(side).into_iter().map(|row| Row { disturbed, ..row }));
+                    }
                 }
             }
         }
@@ -86,16 +103,16 @@ impl Results {
     fn latency(&self, side: &str) -> Vec<Row> {
         let all = |side: &str| self.times.get(side).map(|rounds| sorted(rounds.concat()));
         let (Some(rounds), Some(pooled)) = (self.times.get(side), all(side)) else { return Vec::new() };
-        let direct = all(&self.sides[0]).unwrap_or_default();
+        let direct = all(&self.sides[0]);
         let mut rows = Vec::new();
         for (name, part) in PERCENTILES {
-            let values: Vec<f64> = rounds.iter().map(|times| percentile(times, part)).collect();
+            let values = (1..).zip(rounds.iter().map(|times| percentile(times, part))).collect();
             let value = percentile(&pooled, part);
             rows.extend(row(side, &values, None).map(|row| Row {
                 measure: format!("latency {name}"),
                 unit: "us",
                 value,
-                added: Some(value - percentile(&direct, part)),
+                added: direct.as_ref().map(|direct| value - percentile(direct, part)),
                 ..row
             }));
         }
@@ -119,19 +136,24 @@ fn name_and_unit(measure: Measure) -> Option<(String, &'static str)> {
 }
 
 /// A row without its name and unit.
-fn row(side: &str, values: &[f64], direct: Option<&Vec<f64>>) -> Option<Row> {
-    let ratios: Option<Vec<f64>> =
-        direct.map(|direct| values.iter().zip(direct).map(|(value, direct)| value / direct).collect());
+fn row(side: &str, rounds: &Rounds, direct: Option<&Rounds>) -> Option<Row> {
+    let ratio = |direct: &Rounds| {
+        let of_round = |(round, value): (&u32, &f64)| Some(value / direct.get(round)?);
+        rounds.iter().filter_map(of_round).collect::<Vec<f64>>()
+    };
+    let ratios = direct.map(ratio);
+    let values: Vec<f64> = rounds.values().copied().collect();
     Some(Row {
         side: side.to_owned(),
         measure: String::new(),
         offloads: false,
         unit: "",
-        value: median(values)?,
+        value: median(&values)?,
         lowest: values.iter().copied().reduce(f64::min)?,
         highest: values.iter().copied().reduce(f64::max)?,
         ratio: ratios.as_deref().and_then(median),
         added: None,
+        disturbed: false,
     })
 }
 
@@ -159,7 +181,7 @@ fn percentile(sorted: &[Duration], part: f64) -> f64 {
 
 /// A table for each kind of measure: a line for each side, a column for each measure.
 pub fn tables(rows: &[Row]) -> String {
-    let throughput = |row: &&Row| row.added.is_none() && row.measure != CPU;
+    let throughput = |row: &&Row| row.unit != "us";
     let (with, without): (Vec<&Row>, Vec<&Row>) =
         rows.iter().filter(throughput).partition(|row| row.offloads);
     let latency: Vec<&Row> = rows.iter().filter(|row| !throughput(row)).collect();
@@ -285,16 +307,35 @@ mod tests {
             &[direct, nat],
             &[(false, Measure::Upload(1)), (false, Measure::Latency), (true, Measure::Upload(1))],
         );
-        for (round, (one, other)) in [(100.0, 50.0), (200.0, 160.0), (50.0, 35.0)].into_iter().enumerate() {
-            results.add(direct, 0, Measured::Rate(one));
-            results.add(nat, 0, Measured::Rate(other));
-            results.add(direct, 2, Measured::Rate(1000.0));
-            results.add(nat, 2, Measured::Rate(100.0));
-            let late = 10 * round as u64;
-            results.add(direct, 1, Measured::Latency { times: millis(&[2, 1, 3]), cpu_us: 10.0 });
-            results.add(nat, 1, Measured::Latency { times: millis(&[3, 2, 5 + late]), cpu_us: 15.0 });
+        for (round, (one, other)) in (1..).zip([(100.0, 50.0), (200.0, 160.0), (50.0, 35.0)]) {
+            results.add(direct, 0, round, Measured::Rate(one));
+            results.add(nat, 0, round, Measured::Rate(other));
+            results.add(direct, 2, round, Measured::Rate(1000.0));
+            results.add(nat, 2, round, Measured::Rate(100.0));
+            let late = 10 * u64::from(round - 1);
+            results.add(direct, 1, round, Measured::Latency { times: millis(&[2, 1, 3]), cpu_us: 10.0 });
+            results.add(nat, 1, round, Measured::Latency { times: millis(&[3, 2, 5 + late]), cpu_us: 15.0 });
         }
         results
+    }
+
+    #[test]
+    fn a_round_without_a_value_is_compared_with_nothing() {
+        let (direct, nat) = (Side::Direct, Side::Xlb("nat"));
+        let mut results =
+            Results::new(&[direct, nat], &[(false, Measure::Upload(1)), (false, Measure::Latency)]);
+        results.add(direct, 0, 2, Measured::Rate(100.0));
+        results.add(nat, 0, 1, Measured::Rate(90.0));
+        results.add(nat, 0, 2, Measured::Rate(50.0));
+        results.add(nat, 1, 2, Measured::Latency { times: millis(&[1]), cpu_us: 1.0 });
+        results.disturb(nat, 0);
+        let rows = results.rows();
+        let row = |side: &str| rows.iter().find(|row| row.side == side).unwrap();
+        assert_eq!((row("xlb-nat").ratio, row("xlb-nat").value), (Some(0.5), 70.0));
+        assert!(row("xlb-nat").disturbed && !row("direct").disturbed);
+        let latency = rows.iter().find(|row| row.measure == "latency p50").unwrap();
+        assert_eq!((latency.added, latency.disturbed), (None, false));
+        assert!(tables(&rows).contains("1000.0 |"), "{}", tables(&rows));
     }
 
     #[test]
