@@ -159,7 +159,7 @@ fn fault_01_a_killed_agent_leaves_traffic_flowing_and_the_next_one_takes_over() 
     stage.balances(URL6, 200, 3)?;
     // The pinned maps tell, by address: names died with the agent.
     for (source, vip) in
-        [("10.111.0.2:40000", "203.0.113.10:80"), ("[fd00:111::2]:40000", "[2001:db8:113::10]:80")]
+        [("10.111.0.2:2000", "203.0.113.10:80"), ("[fd00:111::2]:2000", "[2001:db8:113::10]:80")]
     {
         let told = balancer.xlb(&["lookup", source, vip])?;
         let name = &flows[source];
