@@ -47,7 +47,9 @@ impl Available {
         if wanted <= limit {
             return Ok(());
         }
-        let (key, share) = largest(&capacity.rows(), cpus);
+        let maps = capacity.rows();
+        let (key, share) = largest(&maps, cpus);
+        let fixed: u64 = maps.iter().filter(|map| map.limit.is_none()).map(|map| map.bytes(cpus)).sum();
         let message = format!(
             "the maps take {}, and no more than {} may be taken: three quarters of the {} that are available ({})",
             bytes(wanted),
@@ -57,7 +59,7 @@ impl Available {
         );
         let more =
             if self.by == HOST { "give the host more memory" } else { "raise the limit of that group" };
-        let hint = if wanted - share < limit {
+        let hint = if fixed < limit {
             format!("lower limits.{key}, which makes {} of it, or {more}", bytes(share))
         } else {
             format!("{more}: lower limits do not suffice")
@@ -149,6 +151,9 @@ mod tests {
         // Counters of each CPU alone are more than that, and no limit decides them.
         let none = refused(64 << 20, 256, "MemAvailable");
         assert!(none.contains("give the host more memory: lower limits do not suffice"), "{none}");
+        // No limit alone makes them fit, all together do.
+        let some = refused(12 << 20, 1, "MemAvailable");
+        assert!(some.contains("; lower limits.connections, which makes"), "{some}");
         let group = refused(24 << 20, 1, "/sys/fs/cgroup/xlb/memory.max");
         assert!(group.contains("raise the limit of that group"), "{group}");
     }

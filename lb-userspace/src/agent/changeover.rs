@@ -18,7 +18,7 @@ use super::own;
 use super::roster::Roster;
 use crate::bpf::{Datapath, DatapathError, Maps, MapsError, RowPairs};
 use crate::capacity::Capacity;
-use crate::config::model::{CheckKind, Config};
+use crate::config::model::{CheckKind, Config, Limits};
 use crate::health::{Fsm, Probe};
 use crate::nexthop::Resolver;
 use crate::reconcile::connections;
@@ -32,16 +32,14 @@ use crate::reconcile::repin::{Spread, copy, renew};
 
 /// What the maps are for another configuration than this one, whose connections lie in the image.
 pub fn capacity_for(config: &Config, before: &Config, image: &Image) -> Capacity {
-    let mut limits = config.limits;
-    if limits.connections == 0 && has_connections(image) {
-        limits.connections = before.limits.connections;
-    }
-    Capacity::new(&limits)
+    let connections = if keeps(config, image) { &before.limits } else { &config.limits }.connections;
+    Capacity::new(&Limits { connections, ..config.limits })
 }
 
-fn has_connections(image: &Image) -> bool {
+/// Whether a configuration translates nothing any more while there still are connections.
+fn keeps(config: &Config, image: &Image) -> bool {
     let free = |word: &AtomicU64| Pin::from_bits(word.load(Ordering::Relaxed)).is_free();
-    !image.connections.words().iter().all(free)
+    config.limits.connections == 0 && !image.connections.words().iter().all(free)
 }
 
 impl Core {
@@ -128,15 +126,10 @@ impl Core {
 
     /// A configuration that translates nothing any more still has what its connections need, as long as there are any.
     fn keep_connections(&self, config: &mut Config) {
-        if config.limits.connections == 0 && has_connections(&self.image) {
+        if keeps(config, &self.image) {
             config.limits.connections = self.config.limits.connections;
             config.sources = self.config.sources.clone();
         }
-    }
-
-    /// What the maps are for another configuration.
-    pub fn capacity_for(&self, config: &Config) -> Capacity {
-        capacity_for(config, &self.config, &self.image)
     }
 
     /// The program that can do what the old tables and the new ones need, on every interface.

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use super::changeover::capacity_for;
 use super::core::{BackendKey, Core, NextHops};
 use super::{FIRST_RESOLVE, first_probes, has_room};
 use crate::api::{EndpointError, Endpoints};
@@ -113,7 +114,7 @@ impl Reloader {
             warn!("{warning}");
         }
         // Other limits take new maps, beside those in use.
-        let capacity = core.capacity_for(&loaded.config);
+        let capacity = capacity_for(&loaded.config, core.config(), &core.image);
         if capacity != Capacity::new(&core.config().limits)
             && let Err(no_room) = has_room(&capacity, &loaded.places)
         {
