@@ -9,15 +9,14 @@ use core::sync::atomic::AtomicU64;
 use crate::wire::{Address6, Be16, Mac};
 
 /// Version of the layouts in this file. Pinned maps of another version are not adopted.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Names of the maps, which are their names in the object, in the kernel (15 bytes at most) and below the pin directory.
 pub mod map {
     pub const META: &str = "XLB_META";
-    pub const VIP_WORDS: &str = "XLB_VIP_WORDS";
+    pub const VIP_INDEX: &str = "XLB_VIP_INDEX";
     pub const VIPS4: &str = "XLB_VIPS4";
     pub const VIPS6: &str = "XLB_VIPS6";
-    pub const VIP_FILTER: &str = "XLB_VIP_FILTER";
     pub const PORT_RULES: &str = "XLB_PORT_RULES";
     pub const TABLES: &str = "XLB_TABLES";
     pub const TABLE_STATES: &str = "XLB_TABLE_STATE";
@@ -220,13 +219,65 @@ impl VipWord {
     }
 }
 
-/// Index of a family's word in `XLB_VIP_WORDS`.
-pub const VIP_WORD_V4: u32 = 0;
-pub const VIP_WORD_V6: u32 = 1;
-/// Index of a family's `PrefixLengths`, in the same map.
-pub const PREFIX_LENGTHS_V4: u32 = 2;
-pub const PREFIX_LENGTHS_V6: u32 = 3;
-pub const VIP_WORDS: u32 = 4;
+/// The row of `XLB_VIP_INDEX`: what is asked of every packet, in one row, so that one look finds all of it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VipIndex {
+    /// `VipWord` and `PrefixLengths` of each family.
+    pub words: [u64; VIP_WORDS],
+    /// Bits of addresses that may be VIPs (`vips::filter4`, `vips::filter6`). A clear bit says "no VIP". Prefixes have
+    /// none. Bits are set before a VIP is live, cleared after.
+    pub filter: [u64; FILTER_WORDS],
+}
+
+/// Places in `VipIndex::words`.
+pub const VIP_WORD_V4: usize = 0;
+pub const VIP_WORD_V6: usize = 1;
+pub const PREFIX_LENGTHS_V4: usize = 2;
+pub const PREFIX_LENGTHS_V6: usize = 3;
+pub const VIP_WORDS: usize = 4;
+
+pub const FILTER_WORDS: usize = 1024;
+
+impl VipIndex {
+    /// No VIP.
+    pub const EMPTY: Self = Self { words: [0; VIP_WORDS], filter: [0; FILTER_WORDS] };
+
+    /// One load: the agent stores words whole, while packets read them.
+    #[inline(always)]
+    fn load(word: &u64) -> u64 {
+        // SAFETY: a reference is valid, aligned and initialised.
+        unsafe { core::ptr::read_volatile(word) }
+    }
+
+    #[inline(always)]
+    pub fn word4(&self) -> VipWord {
+        VipWord::from_bits(Self::load(&self.words[VIP_WORD_V4]))
+    }
+
+    #[inline(always)]
+    pub fn word6(&self) -> VipWord {
+        VipWord::from_bits(Self::load(&self.words[VIP_WORD_V6]))
+    }
+
+    #[inline(always)]
+    pub fn prefix_lengths4(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(Self::load(&self.words[PREFIX_LENGTHS_V4]))
+    }
+
+    #[inline(always)]
+    pub fn prefix_lengths6(&self) -> PrefixLengths {
+        PrefixLengths::from_bits(Self::load(&self.words[PREFIX_LENGTHS_V6]))
+    }
+
+    /// Word `index` of the filter.
+    #[inline(always)]
+    pub fn filter(&self, index: usize) -> u64 {
+        Self::load(&self.filter[index & (FILTER_WORDS - 1)])
+    }
+}
+
+const _: () = assert!(FILTER_WORDS.is_power_of_two());
 
 /// Lengths of the prefixes that are VIPs, one in a byte, longest first in the lowest; 0 ends them.
 ///
@@ -473,10 +524,6 @@ pub const RULES_PER_ROW: u32 = 4;
 pub struct RuleRow(pub [PortRule; RULES_PER_ROW as usize]);
 
 const _: () = assert!(size_of::<PortRule>() == 16 && size_of::<RuleRow>() == 64);
-
-/// Words of `XLB_VIP_FILTER`: bits of addresses that may be VIPs (`vips::filter4`, `vips::filter6`). A
-/// clear bit says "no VIP". Prefixes have none. Bits are set before a VIP is live, cleared after.
-pub const FILTER_WORDS: u32 = 1024;
 
 pub const VIP4_WAYS: usize = 4;
 pub const VIP6_WAYS: usize = 2;
@@ -1043,8 +1090,13 @@ pub struct Decap {
     pub gue_port: u64,
 }
 
-/// Words of the frame that the bench driver restores.
-pub const BENCH_WORDS: usize = 16;
+/// Length of the frame that the bench driver makes, bytes.
+pub const BENCH_BYTES: usize = 128;
+
+/// Words of eight bytes that it is written in, behind the first `BENCH_FIRST` bytes and but for the last. A load of what
+/// was just written waits if two stores wrote it; no field of a header lies across two of these words.
+pub const BENCH_WORDS: usize = (BENCH_BYTES - BENCH_FIRST) / 8;
+pub const BENCH_FIRST: usize = 6;
 
 /// Packets in `XLB_BENCH_FLOWS`, a power of two: after the last comes the first.
 pub const BENCH_PACKETS: u32 = 1 << 20;
@@ -1076,16 +1128,39 @@ pub struct BenchState {
     pub targets: u64,
 }
 
+/// Four bytes of the bench driver's frame.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct BenchPlace {
+    pub word: u64,
+    /// 0 or 32.
+    pub shift: u64,
+}
+
+impl BenchPlace {
+    /// The four bytes at `offset`, if one word has them all.
+    pub const fn at(offset: usize) -> Option<Self> {
+        let Some(behind) = offset.checked_sub(BENCH_FIRST) else { return None };
+        let (word, byte) = (behind / 8, behind % 8);
+        if word >= BENCH_WORDS || byte % 4 != 0 {
+            return None;
+        }
+        Some(Self { word: word as u64, shift: byte as u64 * 8 })
+    }
+}
+
 /// Load-time constants of the bench driver.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bench {
-    /// The frame, in wire order.
-    pub template: [u64; BENCH_WORDS],
-    /// The number of the flow is laid over the four bytes there.
-    pub source_offset: u64,
+    /// The frame: its first bytes, words of it, and its last bytes, each as it lies in memory.
+    pub first: u64,
+    pub words: [u64; BENCH_WORDS],
+    pub last: u64,
+    /// The number of the flow, shifted so far to the left, is laid over this word.
+    pub source: BenchPlace,
     /// Likewise, the number of its destination.
-    pub destination_offset: u64,
+    pub destination: BenchPlace,
     /// Bytes that the floor puts in front of the frame; takes off, where negative.
     pub growth: i64,
 }
@@ -1200,7 +1275,7 @@ mod tests {
         for name in [
             map::ALLOWANCES,
             map::META,
-            map::VIP_WORDS,
+            map::VIP_INDEX,
             map::TABLE_STATES,
             map::BACKEND_TRAFFIC,
             map::DECAP_FROM4,

@@ -4,7 +4,7 @@
 //! from the other end (a router on the way of a backend's direct answer to a client sends it to the
 //! VIP). A fragment names no ports: where a service hashes by source, its address is enough.
 
-use crate::abi::{Features, PortKey, VipTarget};
+use crate::abi::{Features, PortKey, VipIndex, VipTarget};
 use crate::allowance::Limited;
 use crate::outcome::Outcome;
 use crate::packet::Packet;
@@ -43,11 +43,19 @@ pub struct Flow<A> {
 ///
 /// `AnswerEcho` and `AnswerUnreachable` say that this is the answer that it should get.
 #[inline(always)]
-pub fn v4<P: Packet, T: Tables>(packet: &P, tables: &T, ip: &Parsed4) -> Result<Flow<u32>, Outcome> {
+pub fn v4<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    index: &VipIndex,
+    ip: &Parsed4,
+) -> Result<Flow<u32>, Outcome> {
+    if !vips::may_be4(tables, index, ip.destination) {
+        return Err(Outcome::PassNotVip);
+    }
     let protocol = ip.transport.protocol;
     match parse::ports(packet, &ip.transport) {
         Ok(ports) => {
-            let target = vips::find4(tables, ip.destination, PortKey::from_ports(ports, protocol));
+            let target = vips::find4(tables, index, ip.destination, PortKey::from_ports(ports, protocol));
             if !target.is_service() {
                 return Err(vips::unmapped(target));
             }
@@ -181,11 +189,21 @@ fn embedded4<P: Packet, T: Tables>(
 
 /// As `v4`, for IPv6; answers neighbour solicitations too.
 #[inline(always)]
-pub fn v6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Flow<Address6>, Outcome> {
+pub fn v6<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    index: &VipIndex,
+    ip: &Parsed6,
+) -> Result<Flow<Address6>, Outcome> {
     let protocol = ip.transport.protocol;
+    // A neighbour's question goes to a multicast address.
+    let may_ask = tables.features().has(Features::VIP_ARP) && protocol == PROTO_ICMPV6;
+    if !may_ask && !vips::may_be6(tables, index, ip.destination) {
+        return Err(Outcome::PassNotVip);
+    }
     match parse::ports(packet, &ip.transport) {
         Ok(ports) => {
-            let target = vips::find6(tables, ip.destination, PortKey::from_ports(ports, protocol));
+            let target = vips::find6(tables, index, ip.destination, PortKey::from_ports(ports, protocol));
             if !target.is_service() {
                 return Err(vips::unmapped(target));
             }
@@ -307,7 +325,8 @@ pub fn says<P: Packet>(packet: &P, protocol: u8, at: usize, role: Role) -> Says 
 pub fn sum4<P: Packet>(packet: &P, ip: &Parsed4, role: Role) -> u32 {
     match role {
         Role::Packet if has_checksum(packet, ip.transport.protocol, ip.transport.offset) => {
-            encap::sum4(ip.source, ip.destination, ip.transport.protocol, ip.transport.length)
+            let length = ip.transport.end.wrapping_sub(ip.transport.offset);
+            encap::sum4(ip.source, ip.destination, ip.transport.protocol, length)
         }
         // ICMP sums up to nothing, and so does the header.
         Role::Error => 0,

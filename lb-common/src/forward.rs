@@ -1,6 +1,6 @@
 //! The packet path: parse, look up, rewrite. A reader follows a packet from top to bottom.
 
-use crate::abi::{BackendKind, Features, Path, VipTarget};
+use crate::abi::{Backend, BackendKind, Egress, Features, Path, VipIndex, VipTarget};
 use crate::classify::{self, Flow, Role};
 use crate::encap::{self, Inner, InnerFamily};
 use crate::flow::FlowHash;
@@ -60,25 +60,35 @@ impl From<Outcome> for Refusal {
 /// Decides on a frame, rewrites it, counts it. The one entry and the one exit of the packet path.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
+    try_forward(packet, tables).unwrap_or_else(Decision::of)
+}
+
+/// As `forward`: what is sent, or what becomes of the frame instead. A caller that ends each on its own keeps the way to
+/// a backend from carrying what the others have to say.
+#[inline(always)]
+pub fn try_forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let vlan = tables.features().has(Features::VLAN);
     let tags = if vlan { vlan::pop(packet) } else { Tags::NONE };
     if vlan {
         packet.forget();
     }
-    let mut decision = decide(packet, tables);
+    let mut decided = decide(packet, tables);
     if vlan && vlan::push(packet, tags).is_none() {
-        decision = Decision::of(Outcome::DropHeadroom);
+        decided = Err(Outcome::DropHeadroom);
     }
-    tables.count_outcome(decision.outcome);
-    decision
+    match decided {
+        Ok(decision) => tables.count_outcome(decision.outcome),
+        Err(outcome) => tables.count_outcome(outcome),
+    }
+    decided
 }
 
 #[inline(always)]
-fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
+fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let features = tables.features();
-    let Some(ethernet) = packet.header::<Ethernet>(0) else { return Decision::of(Outcome::PassTruncated) };
+    let ethernet = packet.header::<Ethernet>(0).ok_or(Outcome::PassTruncated)?;
     let ethertype = ethernet.ethertype;
-    let decided = if ethertype == EtherType::IPV4 {
+    if ethertype == EtherType::IPV4 {
         if features.has(Features::IPV4) { ipv4(packet, tables) } else { Err(Outcome::PassFamilyOff) }
     } else if ethertype == EtherType::IPV6 {
         if features.has(Features::IPV6) { ipv6(packet, tables) } else { Err(Outcome::PassFamilyOff) }
@@ -88,8 +98,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
         Err(Outcome::PassVlan)
     } else {
         Err(Outcome::PassNotIp)
-    };
-    decided.unwrap_or_else(Decision::of)
+    }
 }
 
 #[inline(always)]
@@ -117,13 +126,14 @@ fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
 
 #[inline(always)]
 fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Result<Decision, Refusal> {
-    let flow = classify::v4(packet, tables, ip);
+    let vips = tables.vip_index().ok_or(Outcome::PassNotVip)?;
+    let flow = classify::v4(packet, tables, vips, ip);
     if let Err(refused) = flow
         && !refused.is_answer()
     {
         return Err(refused.into());
     }
-    sane4(tables, ip)?;
+    sane4(tables, vips, ip)?;
     let flow = flow?;
 
     let features = tables.features();
@@ -177,14 +187,14 @@ fn is_error4<P: Packet>(packet: &P, transport: &Transport) -> bool {
 
 /// What no client sends to a VIP: the answer would go round in circles, or to nobody.
 #[inline(always)]
-fn sane4<T: Tables>(tables: &T, ip: &Parsed4) -> Result<(), Outcome> {
+fn sane4<T: Tables>(tables: &T, index: &VipIndex, ip: &Parsed4) -> Result<(), Outcome> {
     if ip.source == ip.destination {
         return Err(Outcome::DropLand);
     }
     if parse::is_martian4(ip.source) {
         return Err(Outcome::DropMartian);
     }
-    if !vips::vip4(tables, ip.source).is_none() {
+    if !vips::vip_at4(tables, index, ip.source).is_none() {
         return Err(Outcome::DropSourceVip);
     }
     if ip.ttl == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
@@ -215,13 +225,14 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
 
 #[inline(always)]
 fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Decision, Refusal> {
-    let flow = classify::v6(packet, tables, ip);
+    let vips = tables.vip_index().ok_or(Outcome::PassNotVip)?;
+    let flow = classify::v6(packet, tables, vips, ip);
     if let Err(refused) = flow
         && !refused.is_answer()
     {
         return Err(refused.into());
     }
-    sane6(tables, ip)?;
+    sane6(tables, vips, ip)?;
     let flow = flow?;
 
     let features = tables.features();
@@ -274,14 +285,14 @@ fn is_error6<P: Packet>(packet: &P, transport: &Transport) -> bool {
 }
 
 #[inline(always)]
-fn sane6<T: Tables>(tables: &T, ip: &Parsed6) -> Result<(), Outcome> {
+fn sane6<T: Tables>(tables: &T, index: &VipIndex, ip: &Parsed6) -> Result<(), Outcome> {
     if ip.source == ip.destination {
         return Err(Outcome::DropLand);
     }
     if parse::is_martian6(ip.source) {
         return Err(Outcome::DropMartian);
     }
-    if !vips::vip6(tables, ip.source).is_none() {
+    if !vips::vip_at6(tables, index, ip.source).is_none() {
         return Err(Outcome::DropSourceVip);
     }
     if ip.hop_limit == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
@@ -386,59 +397,64 @@ fn send<P: Packet, T: Tables>(
     let backend = to.backend;
     let path = Path::from_bits(volatile(&backend.path));
     let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
-    let kind = BackendKind::from_raw(backend.kind).ok_or(Outcome::DropInconsistent)?;
-    match kind {
-        // Its packets have a connection, so this is a fragment, or an error about one that is gone.
-        _ if features.has(Features::NAT) && kind.translates() => {
-            return Err(match role {
-                Role::FirstFragment | Role::LaterFragment => Outcome::DropVipFragment.into(),
-                Role::Packet | Role::Error => Outcome::DropIcmpStranger.into(),
-            });
-        }
-        BackendKind::Nobody => return Err(Outcome::DropNoBackend.into()),
-        BackendKind::Pass => return Err(Outcome::PassNoBackend.into()),
-        _ if egress.ifindex == 0 => return Err(Outcome::DropUnresolved.into()),
-        _ => {}
+    // Nothing fits a way that leads nowhere: its MTU is 0.
+    let fits = inner.ip_length + backend.overhead as u32 <= egress.mtu;
+    let by = |feature, kind: BackendKind| features.has(feature) && backend.kind == kind as u8;
+    if !fits {
+        return Err(unsent(packet, tables, role, backend, egress, inner.ip_length));
+    } else if by(Features::IPIP4, BackendKind::Ipip4) {
+        encap::in_ipv4(packet, backend, path, egress, inner)?;
+    } else if by(Features::IPIP6, BackendKind::Ipip6) {
+        encap::in_ipv6(packet, backend, path, egress, inner)?;
+    } else if by(Features::L2, BackendKind::L2) {
+        encap::to_mac(packet, path, egress)?;
+    } else if by(Features::GUE4, BackendKind::Gue4) {
+        encap::gue_in_ipv4(packet, backend, path, egress, inner)?;
+    } else if by(Features::GUE6, BackendKind::Gue6) {
+        encap::gue_in_ipv6(packet, backend, path, egress, inner)?;
+    } else {
+        return Err(unsent(packet, tables, role, backend, egress, inner.ip_length));
     }
-    if inner.ip_length + backend.overhead as u32 > egress.mtu {
-        return Err(oversize(
-            packet,
-            tables,
-            role,
-            inner.ip_length,
-            egress.mtu.wrapping_sub(backend.overhead as u32),
-        ));
-    }
-    match kind {
-        BackendKind::Ipip4 if features.has(Features::IPIP4) => {
-            encap::in_ipv4(packet, backend, path, egress, inner)
-        }
-        BackendKind::Ipip6 if features.has(Features::IPIP6) => {
-            encap::in_ipv6(packet, backend, path, egress, inner)
-        }
-        BackendKind::Gue4 if features.has(Features::GUE4) => {
-            encap::gue_in_ipv4(packet, backend, path, egress, inner)
-        }
-        BackendKind::Gue6 if features.has(Features::GUE6) => {
-            encap::gue_in_ipv6(packet, backend, path, egress, inner)
-        }
-        BackendKind::L2 if features.has(Features::L2) => encap::to_mac(packet, path, egress),
-        _ => Err(Outcome::DropInconsistent),
-    }?;
 
     tables.count_vip(vip, inner.ip_length as u64);
     tables.count_backend(to.id, inner.ip_length as u64);
-    let here = egress.ifindex == packet.ingress_ifindex();
-    let outcome = match (role, here) {
-        (Role::Packet, true) => Outcome::ForwardTransmit,
-        (Role::Packet, false) => Outcome::ForwardRedirect,
-        (Role::Error, true) => Outcome::ForwardErrorTransmit,
-        (Role::Error, false) => Outcome::ForwardErrorRedirect,
-        (Role::FirstFragment | Role::LaterFragment, true) => Outcome::ForwardFragmentTransmit,
-        (Role::FirstFragment | Role::LaterFragment, false) => Outcome::ForwardFragmentRedirect,
+    let transmitted = match role {
+        Role::Packet => Outcome::ForwardTransmit,
+        Role::Error => Outcome::ForwardErrorTransmit,
+        Role::FirstFragment | Role::LaterFragment => Outcome::ForwardFragmentTransmit,
     };
-    let ifindex = if here { 0 } else { egress.ifindex };
+    let here = egress.ifindex == packet.ingress_ifindex();
+    let (outcome, ifindex) = if here { (transmitted, 0) } else { (transmitted.redirected(), egress.ifindex) };
     Ok(Decision { outcome, ifindex, backend: u32::from(to.id) })
+}
+
+/// Why no way takes the packet.
+#[inline(always)]
+fn unsent<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    role: Role,
+    backend: &Backend,
+    egress: &Egress,
+    length: u32,
+) -> Refusal {
+    let Some(kind) = BackendKind::from_raw(backend.kind) else { return Outcome::DropInconsistent.into() };
+    let overhead = backend.overhead as u32;
+    match kind {
+        // Its packets have a connection, so this is a fragment, or an error about one that is gone.
+        _ if tables.features().has(Features::NAT) && kind.translates() => match role {
+            Role::FirstFragment | Role::LaterFragment => Outcome::DropVipFragment.into(),
+            Role::Packet | Role::Error => Outcome::DropIcmpStranger.into(),
+        },
+        BackendKind::Nobody => Outcome::DropNoBackend.into(),
+        BackendKind::Pass => Outcome::PassNoBackend.into(),
+        _ if egress.ifindex == 0 => Outcome::DropUnresolved.into(),
+        _ if length + overhead > egress.mtu => {
+            oversize(packet, tables, role, length, egress.mtu.wrapping_sub(overhead))
+        }
+        // A way that the program was loaded without.
+        _ => Outcome::DropInconsistent.into(),
+    }
 }
 
 /// A packet that is longer than the `mtu` of its way takes. A frame longer than the link it came from was

@@ -11,10 +11,10 @@
 //! | map | key -> value | absent means | while it is being changed a packet sees |
 //! |---|---|---|---|
 //! | `XLB_META` | 0 -> [`abi::Meta`] | maps of another make | nothing: the packet path does not read it |
-//! | `XLB_VIP_WORDS` | family -> [`abi::VipWord`] | 0: no VIP of the family | the old set of VIPs or the new one |
-//! | | 2 + family -> [`abi::PrefixLengths`] | 0: no prefix is a VIP | a length too many, which costs a lookup |
+//! | `XLB_VIP_INDEX` | 0 -> [`abi::VipIndex`]: a [`abi::VipWord`] for each family | 0: no VIP of the family | the old set of VIPs or the new one |
+//! | | [`abi::PrefixLengths`] for each family | 0: no prefix is a VIP | a length too many, which costs a lookup |
+//! | | the filter, 65,536 bits ([`vips::FilterBit`]) | 0: no VIP | a bit too many, which costs a lookup |
 //! | `XLB_VIPS4`, `XLB_VIPS6` | row -> bucket | all zero: no VIP | never a bucket that is being written |
-//! | `XLB_VIP_FILTER` | index -> 64 bits ([`vips::FilterBit`]) | 0: no VIP | a bit too many, which costs a lookup |
 //! | `XLB_PORT_RULES` | row -> 4 x [`abi::PortRule`] | number 0: no rule | never a rule that is being written |
 //! | `XLB_TABLES` | table -> [`abi::TableWord`] | 0: nobody | the old place of the table or the new one |
 //! | `XLB_TABLE_STATE` | table -> [`abi::TableState`] | identity 0: a free table | `closing` before or after |

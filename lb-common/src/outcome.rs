@@ -39,9 +39,27 @@ macro_rules! outcomes {
         impl $name {
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
+            /// Those with this action, a bit each.
+            const fn with(action: Action) -> u64 {
+                let mut bits = 0;
+                $(if action as u32 == Action::$action as u32 { bits |= 1 << $number; })*
+                bits
+            }
+
+            /// By bits: ranges of numbers would be a comparison each.
             #[inline(always)]
             pub const fn action(self) -> Action {
-                match self { $(Self::$variant => Action::$action,)* }
+                const { assert!(Self::ALL.len() <= 64) };
+                let bit = 1u64 << self as u32;
+                if const { Self::with(Action::Transmit) } & bit != 0 {
+                    Action::Transmit
+                } else if const { Self::with(Action::Pass) } & bit != 0 {
+                    Action::Pass
+                } else if const { Self::with(Action::Drop) } & bit != 0 {
+                    Action::Drop
+                } else {
+                    Action::Redirect
+                }
             }
 
             /// The name in metrics, in `xlb status` and in logs.
@@ -180,6 +198,16 @@ outcomes! {
 }
 
 impl Outcome {
+    /// Of what is transmitted: the same, through another interface.
+    #[inline(always)]
+    pub const fn redirected(self) -> Self {
+        match self {
+            Self::ForwardErrorTransmit => Self::ForwardErrorRedirect,
+            Self::ForwardFragmentTransmit => Self::ForwardFragmentRedirect,
+            _ => Self::ForwardRedirect,
+        }
+    }
+
     /// Whether the sender gets an ICMP message back.
     #[inline(always)]
     pub const fn is_answer(self) -> bool {

@@ -30,17 +30,9 @@ pub enum Shape {
 pub struct Transport {
     pub offset: usize,
     pub protocol: u8,
-    /// Bytes between `offset` and the end of the IP packet, by the IP header.
-    pub length: usize,
+    /// Where the IP packet ends, by its header; behind that is padding. It may contradict `offset` and the frame: `whole`.
+    pub end: usize,
     pub shape: Shape,
-}
-
-impl Transport {
-    /// Where the IP packet ends; behind that is padding.
-    #[inline(always)]
-    pub const fn end(&self) -> usize {
-        self.offset + self.length
-    }
 }
 
 /// What an IPv4 header says. Addresses as they lie in the packet.
@@ -80,7 +72,7 @@ pub fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Parsed4, Outcome> {
         transport: Transport {
             offset: offset + header_length,
             protocol: ip.protocol,
-            length: (ip_length as usize).saturating_sub(header_length),
+            end: offset + ip_length as usize,
             shape,
         },
     })
@@ -109,7 +101,7 @@ pub fn ipv6<P: Packet>(packet: &P, offset: usize) -> Result<Parsed6, Outcome> {
     let first = Transport {
         offset: offset + size_of::<Ipv6>(),
         protocol: ip.next_header,
-        length: payload,
+        end: offset + size_of::<Ipv6>() + payload,
         shape: Shape::Whole,
     };
     Ok(Parsed6 {
@@ -155,7 +147,6 @@ fn walk<P: Packet>(packet: &P, first: Transport) -> Transport {
             return at;
         }
         at.offset += bytes;
-        at.length = at.length.saturating_sub(bytes);
         walked += 1;
     }
     if is_extension(at.protocol) {
@@ -185,7 +176,7 @@ pub fn ports<P: Packet>(packet: &P, transport: &Transport) -> Result<u32, Outcom
 /// padding of short Ethernet frames is not payload.
 #[inline(always)]
 pub fn whole<P: Packet>(packet: &P, transport: &Transport, least: usize) -> Result<(), Outcome> {
-    if transport.length < least || transport.offset + transport.length > packet.length() {
+    if transport.offset + least > transport.end || transport.end > packet.length() {
         return Err(Outcome::DropVipTruncated);
     }
     Ok(())
@@ -195,8 +186,9 @@ pub fn whole<P: Packet>(packet: &P, transport: &Transport, least: usize) -> Resu
 /// (RFC 1122, section 3.2.1.3; RFC 6890).
 #[inline(always)]
 pub const fn is_martian4(source: u32) -> bool {
-    let first = source & 0xff;
-    first == 0 || first == 127 || first >= 224
+    // 0 becomes the highest: two comparisons for three.
+    let first = (source as u8).wrapping_sub(1);
+    first == 126 || first >= 223
 }
 
 /// Unspecified, loopback, IPv4-compatible or mapped, link-local, multicast (RFC 4291; RFC 6890).

@@ -130,7 +130,7 @@ pub fn server<P: Packet, T: Tables, A>(
 ) -> Named {
     match payload(flow, transport) {
         0 => Named::UNASKED,
-        at => named(packet, tables, flow.target, at, transport.end()),
+        at => named(packet, tables, flow.target, at, transport.end),
     }
 }
 
@@ -145,7 +145,7 @@ pub fn begins<P: Packet, T: Tables, A>(
 ) -> bool {
     match payload(flow, transport) {
         0 => false,
-        at => opens(packet, tables, flow.target, at, transport.end()),
+        at => opens(packet, tables, flow.target, at, transport.end),
     }
 }
 
@@ -222,7 +222,7 @@ mod tests {
 
     /// Behind a UDP header at the beginning.
     fn transport(payload: &[u8]) -> Transport {
-        Transport { offset: 0, protocol: PROTO_UDP, length: 8 + payload.len(), shape: Shape::Whole }
+        Transport { offset: 0, protocol: PROTO_UDP, end: 8 + payload.len(), shape: Shape::Whole }
     }
 
     /// What a packet names.
@@ -230,7 +230,7 @@ mod tests {
         let mut bytes = [&[0; 8], packet].concat();
         let buffer = Buffer::new(&mut bytes, 0, 1);
         let transport = transport(packet);
-        let header = header::<_, QuicShort>(&buffer, payload(&service(length), &transport), transport.end())?;
+        let header = header::<_, QuicShort>(&buffer, payload(&service(length), &transport), transport.end)?;
         let key = ServerKey::of(&header.destination, TABLE, length as u32);
         key.filter(|_| header.is_short())
     }
@@ -329,7 +329,7 @@ mod tests {
         let buffer = Buffer::new(&mut bytes, 0, 1);
         let looked = |flow: &Flow<u32>, transport: &Transport| {
             let at = payload(flow, transport);
-            at != 0 && header::<_, QuicShort>(&buffer, at, transport.end()).is_some()
+            at != 0 && header::<_, QuicShort>(&buffer, at, transport.end).is_some()
         };
         assert!(looked(&service(3), &transport(&packet)));
         assert!(!looked(&service(0), &transport(&packet)));

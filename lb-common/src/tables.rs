@@ -3,8 +3,8 @@
 use core::sync::atomic::AtomicU64;
 
 use crate::abi::{
-    Backend, Egress, Features, Interface, Load, PinBucket, PortRule, PrefixLengths, Record, Source,
-    TableWord, Vip4Bucket, Vip6Bucket, VipTarget, VipWord,
+    Backend, Egress, Features, Interface, Load, PinBucket, PortRule, Record, Source, TableWord, Vip4Bucket,
+    Vip6Bucket, VipIndex, VipTarget,
 };
 use crate::allowance::Limited;
 use crate::atomic;
@@ -25,14 +25,9 @@ pub trait Tables: Sized {
     /// Key `index` (below `HASH_KEYS`) of the flow hash; constant while a program is loaded.
     fn hash_key(&self, index: usize) -> u64;
 
-    fn vip_word4(&self) -> VipWord;
-    fn vip_word6(&self) -> VipWord;
+    fn vip_index(&self) -> Option<&VipIndex>;
     fn vip4_bucket(&self, row: u32) -> Option<&Vip4Bucket>;
     fn vip6_bucket(&self, row: u32) -> Option<&Vip6Bucket>;
-    /// Word `index` (below `FILTER_WORDS`) of the filter.
-    fn vip_filter(&self, index: u32) -> u64;
-    fn prefix_lengths4(&self) -> PrefixLengths;
-    fn prefix_lengths6(&self) -> PrefixLengths;
     /// Rule `index`, counted over the whole map.
     fn port_rule(&self, index: u32) -> Option<&PortRule>;
 
@@ -190,26 +185,14 @@ pub mod tests {
         fn hash_key(&self, index: usize) -> u64 {
             self.keys[index]
         }
-        fn vip_word4(&self) -> VipWord {
-            VipWord::default()
-        }
-        fn vip_word6(&self) -> VipWord {
-            VipWord::default()
+        fn vip_index(&self) -> Option<&VipIndex> {
+            None
         }
         fn vip4_bucket(&self, _: u32) -> Option<&Vip4Bucket> {
             None
         }
         fn vip6_bucket(&self, _: u32) -> Option<&Vip6Bucket> {
             None
-        }
-        fn vip_filter(&self, _: u32) -> u64 {
-            0
-        }
-        fn prefix_lengths4(&self) -> PrefixLengths {
-            PrefixLengths::default()
-        }
-        fn prefix_lengths6(&self) -> PrefixLengths {
-            PrefixLengths::default()
         }
         fn port_rule(&self, _: u32) -> Option<&PortRule> {
             None

@@ -8,7 +8,7 @@
 //! bucket, always. Rules and prefixes cost what they cost only where the configuration has some.
 
 use crate::abi::{
-    Features, MOST_PORT_RULES, PortKey, PrefixLengths, VIP4_WAYS, VIP6_WAYS, VipTarget, VipWord,
+    Features, MOST_PORT_RULES, PortKey, PrefixLengths, VIP4_WAYS, VIP6_WAYS, VipIndex, VipTarget, VipWord,
 };
 use crate::outcome::Outcome;
 use crate::tables::Tables;
@@ -47,8 +47,8 @@ pub struct FilterBit(u32);
 impl FilterBit {
     /// Index of its word, below `FILTER_WORDS`.
     #[inline(always)]
-    pub const fn word(self) -> u32 {
-        self.0 >> 6
+    pub const fn word(self) -> usize {
+        self.0 as usize >> 6
     }
 
     #[inline(always)]
@@ -72,7 +72,8 @@ pub const fn filter6(address: Address6) -> FilterBit {
 /// verifier follow all of their combinations.
 #[inline(always)]
 pub fn entry4<T: Tables>(tables: &T, address: u32, key: PortKey) -> VipTarget {
-    entry_in4(tables, tables.vip_word4(), address, key)
+    let Some(index) = tables.vip_index() else { return VipTarget::NONE };
+    entry_in4(tables, index.word4(), address, key)
 }
 
 #[inline(always)]
@@ -92,7 +93,8 @@ fn entry_in4<T: Tables>(tables: &T, word: VipWord, address: u32, key: PortKey) -
 
 #[inline(always)]
 pub fn entry6<T: Tables>(tables: &T, address: Address6, key: PortKey) -> VipTarget {
-    entry_in6(tables, tables.vip_word6(), address, key)
+    let Some(index) = tables.vip_index() else { return VipTarget::NONE };
+    entry_in6(tables, index.word6(), address, key)
 }
 
 #[inline(always)]
@@ -162,18 +164,24 @@ pub const fn unmapped(entry: VipTarget) -> Outcome {
 
 macro_rules! family {
     ($address:ty, $entry:ident, $entry_in:ident, $word:ident, $masked:ident, $filter:ident, $lengths:ident,
-     $find:ident, $service:ident, $vip:ident, $near:ident, $vip_in:ident, $prefix:ident) => {
-        /// The service that takes a packet to this address, port and protocol; where none does, the entry of
-        /// the address, which says what becomes of it (`unmapped`).
+     $find:ident, $service:ident, $vip:ident, $vip_at:ident, $near:ident, $may_be:ident, $vip_in:ident, $prefix:ident) => {
+        /// Whether the address may be a VIP: most that are none end here, after one load.
         #[inline(always)]
-        pub fn $find<T: Tables>(tables: &T, address: $address, key: PortKey) -> VipTarget {
+        pub fn $may_be<T: Tables>(tables: &T, index: &VipIndex, address: $address) -> bool {
+            tables.features().has(Features::PREFIXES) || $near(index, address)
+        }
+
+        /// The service that takes a packet to this address, which may be a VIP, to this port and by this protocol;
+        /// where none does, the entry of the address, which says what becomes of it (`unmapped`).
+        #[inline(always)]
+        pub fn $find<T: Tables>(tables: &T, index: &VipIndex, address: $address, key: PortKey) -> VipTarget {
             // One word for both looks: a packet meets the old set of VIPs or the new one.
-            let word = tables.$word();
+            let word = index.$word();
             let exact = $entry_in(tables, word, address, key);
             if !exact.is_none() {
                 return exact;
             }
-            let vip = $vip_in(tables, word, address);
+            let vip = $vip_in(tables, index, word, address);
             if tables.features().has(Features::PORT_RULES) { rule(tables, vip, key) } else { vip }
         }
 
@@ -190,26 +198,31 @@ macro_rules! family {
         /// The most specific entry that makes the address a VIP.
         #[inline(always)]
         pub fn $vip<T: Tables>(tables: &T, address: $address) -> VipTarget {
+            let Some(index) = tables.vip_index() else { return VipTarget::NONE };
+            $vip_at(tables, index, address)
+        }
+
+        #[inline(always)]
+        pub fn $vip_at<T: Tables>(tables: &T, index: &VipIndex, address: $address) -> VipTarget {
             if tables.features().has(Features::PREFIXES) {
-                return $vip_in(tables, tables.$word(), address);
+                return $vip_in(tables, index, index.$word(), address);
             }
-            // Most addresses that are none end here.
-            if !$near(tables, address) {
+            if !$near(index, address) {
                 return VipTarget::NONE;
             }
-            $entry(tables, address, PortKey::ADDRESS)
+            $entry_in(tables, index.$word(), address, PortKey::ADDRESS)
         }
 
         /// Whether the address may be a VIP, apart from prefixes.
         #[inline(always)]
-        fn $near<T: Tables>(tables: &T, address: $address) -> bool {
+        fn $near(index: &VipIndex, address: $address) -> bool {
             let bit = $filter(address);
-            tables.vip_filter(bit.word()) & bit.mask() != 0
+            index.filter(bit.word()) & bit.mask() != 0
         }
 
         #[inline(always)]
-        fn $vip_in<T: Tables>(tables: &T, word: VipWord, address: $address) -> VipTarget {
-            if $near(tables, address) {
+        fn $vip_in<T: Tables>(tables: &T, index: &VipIndex, word: VipWord, address: $address) -> VipTarget {
+            if $near(index, address) {
                 let entry = $entry_in(tables, word, address, PortKey::ADDRESS);
                 if !entry.is_none() {
                     return entry;
@@ -224,7 +237,10 @@ macro_rules! family {
         /// The entry of the longest prefix that holds the address.
         #[inline(never)]
         fn $prefix<T: Tables>(tables: &T, word: VipWord, address: $address) -> VipTarget {
-            let lengths = tables.$lengths();
+            let lengths = match tables.vip_index() {
+                Some(index) => index.$lengths(),
+                None => return VipTarget::NONE,
+            };
             let mut index = 0;
             while index < PrefixLengths::ROOM {
                 let length = lengths.get(index);
@@ -246,14 +262,16 @@ family!(
     u32,
     entry4,
     entry_in4,
-    vip_word4,
+    word4,
     masked4,
     filter4,
     prefix_lengths4,
     find4,
     service4,
     vip4,
+    vip_at4,
     near4,
+    may_be4,
     vip_in4,
     prefix4
 );
@@ -261,14 +279,16 @@ family!(
     Address6,
     entry6,
     entry_in6,
-    vip_word6,
+    word6,
     masked6,
     filter6,
     prefix_lengths6,
     find6,
     service6,
     vip6,
+    vip_at6,
     near6,
+    may_be6,
     vip_in6,
     prefix6
 );

@@ -25,6 +25,7 @@ impl<'c> Frame<'c> {
     fn at(&self, offset: usize, size: usize) -> Option<usize> {
         let at = self.start + offset;
         if at + size > self.end {
+            core::hint::cold_path();
             return None;
         }
         // SAFETY: packet memory does not lie at address 0; saves the null test of `Option<&T>`.

@@ -2,8 +2,8 @@
 //! the loader makes the maps from it, and the plan refuses what does not fit.
 
 use lb_common::abi::{
-    BACKEND_PASS, FILTER_WORDS, MOST_INTERFACES, MOST_SOURCES, OUTCOME_ROWS, PIN_EVENT_ROWS, PINS_PER_BUCKET,
-    RULES_PER_ROW, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP_WORDS, VIP4_WAYS, VIP6_WAYS, map,
+    BACKEND_PASS, MOST_INTERFACES, MOST_SOURCES, OUTCOME_ROWS, PIN_EVENT_ROWS, PINS_PER_BUCKET,
+    RULES_PER_ROW, SHORTEST_TABLE_LOG2, SLOTS_PER_ROW, VIP4_WAYS, VIP6_WAYS, VipIndex, map,
 };
 
 use crate::config::model::Limits;
@@ -91,8 +91,7 @@ impl Capacity {
         let (pins, connections) = (Some("pins"), Some("connections"));
         vec![
             row(fixed, map::META, 1, 64, false),
-            row(fixed, map::VIP_WORDS, VIP_WORDS, 8, false),
-            row(fixed, map::VIP_FILTER, FILTER_WORDS, 8, false),
+            row(fixed, map::VIP_INDEX, 1, size_of::<VipIndex>() as u32, false),
             row(vips, map::PORT_RULES, self.rule_rows(), 64, false),
             row(vips, map::VIPS4, self.vip4_rows(), 64, false),
             row(vips, map::VIPS6, self.vip6_rows(), 64, false),

@@ -205,17 +205,18 @@ fn target(image: &Image, mut frame: Vec<u8>, ingress: u32) -> Option<VipTarget> 
     let tables = Traced::new(image);
     let mut packet = Buffer::new(&mut frame, 0, ingress);
     let features = tables.features();
+    let index = tables.vip_index()?;
     if features.has(Features::VLAN) {
         vlan::pop(&mut packet);
     }
     let ethertype = packet.header::<Ethernet>(0)?.ethertype;
     if ethertype == EtherType::IPV4 && features.has(Features::IPV4) {
         let ip = parse::ipv4(&packet, IP).ok()?;
-        return Some(classify::v4(&packet, &tables, &ip).ok()?.target);
+        return Some(classify::v4(&packet, &tables, index, &ip).ok()?.target);
     }
     if ethertype == EtherType::IPV6 && features.has(Features::IPV6) {
         let ip = parse::ipv6(&packet, IP).ok()?;
-        return Some(classify::v6(&mut packet, &tables, &ip).ok()?.target);
+        return Some(classify::v6(&mut packet, &tables, index, &ip).ok()?.target);
     }
     None
 }

@@ -592,7 +592,7 @@ fn map_names_in_the_objects_are_those_of_the_abi() {
         assert!(has(DECAP, name), "decap has no map {name}");
         assert!(name.len() <= 15, "the kernel cuts {name}");
     }
-    assert_eq!(Maps::PINNED.len(), 23);
+    assert_eq!(Maps::PINNED.len(), 22);
     assert!(Maps::PINNED.iter().all(|name| name.len() <= 15));
     assert!(abi::OUTCOME_ROWS as usize >= Outcome::ALL.len());
 }

@@ -14,7 +14,10 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{map, xdp};
 use aya_ebpf::maps::{Array, PerCpuArray, ProgramArray};
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::{BENCH_BLOCK, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, Bench, BenchState, bench_target};
+use lb_common::abi::{
+    BENCH_BLOCK, BENCH_BYTES, BENCH_FIRST, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, Bench, BenchPlace,
+    BenchState, bench_target,
+};
 use lb_common::packet::Packet;
 use lb_common::wire::Header;
 use lb_ebpf::Frame;
@@ -38,18 +41,31 @@ static SENT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// Replaced before the program is loaded.
 #[unsafe(no_mangle)]
-static BENCH: Bench =
-    Bench { template: [0; BENCH_WORDS], source_offset: 0, destination_offset: 0, growth: 0 };
+static BENCH: Bench = Bench {
+    first: 0,
+    words: [0; BENCH_WORDS],
+    last: 0,
+    source: BenchPlace { word: 0, shift: 0 },
+    destination: BenchPlace { word: 0, shift: 0 },
+    growth: 0,
+};
 
+/// A frame, in the pieces that it is written in.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-struct Template([u64; BENCH_WORDS]);
+struct Template {
+    first_four: u32,
+    next_two: u16,
+    words: [u64; BENCH_WORDS],
+    last: u16,
+}
+const _: () = assert!(size_of::<Template>() == BENCH_BYTES);
 // SAFETY: packed integers.
 unsafe impl Header for Template {}
 
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-struct Word(u32);
+struct Word(u64);
 // SAFETY: a packed integer.
 unsafe impl Header for Word {}
 
@@ -107,13 +123,17 @@ fn drive(context: &XdpContext) -> Option<()> {
 #[inline(always)]
 fn make(frame: &mut Frame<'_>, flow: u64) -> Option<()> {
     let template = frame.header_mut::<Template>(0)?;
+    let first = load(&BENCH.first);
+    template.first_four = first as u32;
+    template.next_two = (first >> 32) as u16;
     let mut i = 0;
     while i < BENCH_WORDS {
-        template.0[i] = load(&BENCH.template[i]);
+        template.words[i] = load(&BENCH.words[i]);
         i += 1;
     }
-    vary(frame, load(&BENCH.source_offset), flow as u32)?;
-    vary(frame, load(&BENCH.destination_offset), (flow >> 32) as u32)
+    template.last = load(&BENCH.last) as u16;
+    vary(frame, &BENCH.source, flow as u32)?;
+    vary(frame, &BENCH.destination, (flow >> 32) as u32)
 }
 
 /// Sends a packet out of the interface that it pretends to have come in by. The kernel gives each live frame its length
@@ -144,12 +164,12 @@ pub fn sink(_: XdpContext) -> u32 {
     xdp_action::XDP_DROP
 }
 
-/// Lays a number over the big-endian word at `offset`.
+/// Lays a number over four bytes.
 #[inline(always)]
-fn vary(frame: &mut Frame<'_>, offset: u64, number: u32) -> Option<()> {
-    const { assert!((BENCH_WORDS * 8).is_power_of_two()) };
-    let word = frame.header_mut::<Word>(offset as usize & (BENCH_WORDS * 8 - 1))?;
-    word.0 ^= number.to_be();
+fn vary(frame: &mut Frame<'_>, place: &BenchPlace, number: u32) -> Option<()> {
+    let word = load(&place.word) as usize & (BENCH_BYTES / 8 - 1);
+    let word = frame.header_mut::<Word>(BENCH_FIRST + word * 8)?;
+    word.0 ^= u64::from(number.to_be()) << (load(&place.shift) & 32);
     Some(())
 }
 

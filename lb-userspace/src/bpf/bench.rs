@@ -7,13 +7,14 @@ use aya::maps::{Map, ProgramArray};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::abi::{
-    self, BENCH_BLOCK, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, BenchState, bench_target, constant,
+    self, BENCH_BLOCK, BENCH_BYTES, BENCH_FIRST, BENCH_PACKETS, BENCH_TIMES, BenchPlace, BenchState,
+    bench_target, constant,
 };
 
 use super::mmap::{Row, Rows};
 
 /// Length of the frame that is sent, bytes.
-pub const FRAME_BYTES: usize = BENCH_WORDS * 8;
+pub const FRAME_BYTES: usize = BENCH_BYTES;
 
 /// Packets that each target gets in a round.
 pub const PACKETS_OF_A_ROUND: u32 = BENCH_BLOCK as u32;
@@ -25,7 +26,8 @@ pub const MOST_ROUNDS: u32 = (BENCH_TIMES - 1) / 3;
 #[derive(Debug, Clone)]
 pub struct Packets {
     pub frame: [u8; FRAME_BYTES],
-    /// The number of the flow is laid over the four bytes there.
+    /// The number of the flow is laid over the four bytes there: an address's in every header, as
+    /// `BenchPlace::at` asks.
     pub source_offset: u32,
     /// Likewise, the number of its destination.
     pub destination_offset: u32,
@@ -144,19 +146,30 @@ pub(super) fn rows<T: Row>(ebpf: &mut Ebpf, name: &'static str, rows: u32) -> an
 
 /// The object, with the packets that it makes; no program of it is loaded yet.
 pub(super) fn object(packets: &Packets) -> anyhow::Result<Ebpf> {
-    let mut template = [0; BENCH_WORDS];
-    for (word, bytes) in template.iter_mut().zip(packets.frame.as_chunks::<8>().0) {
-        *word = u64::from_ne_bytes(*bytes);
-    }
+    let place = |offset: u32| {
+        BenchPlace::at(offset as usize)
+            .with_context(|| format!("no word of the frame has the bytes at {offset}"))
+    };
+    let (first, rest) = packets.frame.split_at(BENCH_FIRST);
+    let (words, last) = rest.as_chunks::<8>();
     let bench = abi::Bench {
-        template,
-        source_offset: u64::from(packets.source_offset),
-        destination_offset: u64::from(packets.destination_offset),
+        first: padded(first),
+        words: std::array::from_fn(|word| u64::from_le_bytes(words[word])),
+        last: padded(last),
+        source: place(packets.source_offset)?,
+        destination: place(packets.destination_offset)?,
         growth: i64::from(packets.growth),
     };
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::BENCH, &bench, true);
     Ok(loader.load(super::BENCH)?)
+}
+
+/// At most eight bytes as they lie in memory.
+fn padded(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
 }
 
 pub(super) fn xdp<'e>(ebpf: &'e mut Ebpf, name: &str) -> anyhow::Result<&'e mut Xdp> {

@@ -9,7 +9,7 @@ use aya::Ebpf;
 use aya::programs::links::FdLink;
 use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, XdpMode};
 
-use lb_common::abi::BENCH_PACKETS;
+use lb_common::abi::{BENCH_FIRST, BENCH_PACKETS};
 
 use super::bench::{FRAME_BYTES, Flow, Packets, object, rows, xdp};
 
@@ -69,7 +69,9 @@ pub struct AttachedEnd {
 impl End {
     /// At an interface of the calling thread's namespace.
     pub fn attach(self, ifindex: u32) -> anyhow::Result<AttachedEnd> {
-        let packets = Packets { frame: [0; FRAME_BYTES], source_offset: 0, destination_offset: 0, growth: 0 };
+        let offset = BENCH_FIRST as u32;
+        let packets =
+            Packets { frame: [0; FRAME_BYTES], source_offset: offset, destination_offset: offset, growth: 0 };
         let mut ebpf = object(&packets)?;
         let program = xdp(
             &mut ebpf,

@@ -12,7 +12,7 @@ use aya::maps::{HashMap as BpfHashMap, Map, MapData, MapType, PerCpuArray};
 use lb_common::abi::{
     ABI_VERSION, BACKEND_PASS, Backend, BackendKind, Egress, Interface, MOST_INTERFACES, Meta, OUTCOME_ROWS,
     PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Record, Replies, RuleRow, SLOTS_PER_ROW, SlotRow, Source,
-    TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, map,
+    TableState, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, VipIndex, map,
 };
 
 use lb_common::quic::{SERVER_ROWS, ServerKey};
@@ -77,8 +77,7 @@ const FLAGS: usize = offset_of!(Backend, flags);
 /// All maps of the balancer, open.
 pub struct Maps {
     meta: Rows<Meta>,
-    vip_words: Rows<u64>,
-    vip_filter: Rows<u64>,
+    vip_index: Rows<VipIndex>,
     port_rules: Rows<RuleRow>,
     vips4: Rows<Vip4Bucket>,
     vips6: Rows<Vip6Bucket>,
@@ -105,10 +104,9 @@ pub struct Maps {
 }
 
 /// Maps that the program pins, in the order of `Maps`.
-const PINNED: [&str; 23] = [
+const PINNED: [&str; 22] = [
     map::META,
-    map::VIP_WORDS,
-    map::VIP_FILTER,
+    map::VIP_INDEX,
     map::PORT_RULES,
     map::VIPS4,
     map::VIPS6,
@@ -148,7 +146,7 @@ impl ConnectionRows for ConnectionMaps {
 }
 
 impl Maps {
-    pub const PINNED: [&str; 23] = PINNED;
+    pub const PINNED: [&str; 22] = PINNED;
 
     /// What the newest complete set of pinned maps says of itself; nothing where there is none.
     pub fn newest(fs: &BpfFs) -> Result<Option<(Generation, Meta)>, MapsError> {
@@ -227,8 +225,7 @@ impl Maps {
         Ok(Self {
             handles: PINNED.into_iter().map(handle).collect::<Result<_, MapsError>>()?,
             meta: rows_of(source(map::META)?, map::META, rows[map::META])?,
-            vip_words: rows_of(source(map::VIP_WORDS)?, map::VIP_WORDS, rows[map::VIP_WORDS])?,
-            vip_filter: rows_of(source(map::VIP_FILTER)?, map::VIP_FILTER, rows[map::VIP_FILTER])?,
+            vip_index: rows_of(source(map::VIP_INDEX)?, map::VIP_INDEX, rows[map::VIP_INDEX])?,
             port_rules: rows_of(source(map::PORT_RULES)?, map::PORT_RULES, rows[map::PORT_RULES])?,
             vips4: rows_of(source(map::VIPS4)?, map::VIPS4, rows[map::VIPS4])?,
             vips6: rows_of(source(map::VIPS6)?, map::VIPS6, rows[map::VIPS6])?,
@@ -312,12 +309,9 @@ impl Maps {
 
     /// A copy of what lies in the maps.
     pub fn image(&self) -> Result<Image, MapsError> {
-        let words = self.vip_words.to_vec();
-        let vip_words = std::array::from_fn::<_, { VIP_WORDS as usize }, _>(|index| words[index]);
         Ok(Image {
             meta: self.meta.to_vec()[0],
-            vip_words,
-            vip_filter: self.vip_filter.to_vec(),
+            vip_index: Box::new(self.vip_index.to_vec()[0]),
             port_rules: self.port_rules.to_vec(),
             vips4: self.vips4.to_vec(),
             vips6: self.vips6.to_vec(),
@@ -430,14 +424,16 @@ impl Maps {
             MapOp::WriteVips6 { row, buckets } => store_all(&self.vips6, *row, buckets),
             MapOp::WriteRules { row, rules } => store_all(&self.port_rules, *row, rules),
             MapOp::SetPrefixLengths4 { lengths } => {
-                self.vip_words.store_word(PREFIX_LENGTHS_V4 as usize, 0, lengths.bits());
+                self.vip_index.store_word(0, PREFIX_LENGTHS_V4, lengths.bits());
             }
             MapOp::SetPrefixLengths6 { lengths } => {
-                self.vip_words.store_word(PREFIX_LENGTHS_V6 as usize, 0, lengths.bits());
+                self.vip_index.store_word(0, PREFIX_LENGTHS_V6, lengths.bits());
             }
-            MapOp::SetFilterWord { index, bits } => self.vip_filter.store_word(*index as usize, 0, *bits),
-            MapOp::SetVipWord4 { word } => self.vip_words.store_word(VIP_WORD_V4 as usize, 0, word.bits()),
-            MapOp::SetVipWord6 { word } => self.vip_words.store_word(VIP_WORD_V6 as usize, 0, word.bits()),
+            MapOp::SetFilterWord { index, bits } => {
+                self.vip_index.store_word(0, VIP_WORDS + *index as usize, *bits)
+            }
+            MapOp::SetVipWord4 { word } => self.vip_index.store_word(0, VIP_WORD_V4, word.bits()),
+            MapOp::SetVipWord6 { word } => self.vip_index.store_word(0, VIP_WORD_V6, word.bits()),
             MapOp::SetServer { key, id } => {
                 let set = self.servers.insert(key, u32::from(*id), 0);
                 set.map_err(|error| MapsError::Map(map::SERVERS, error))?;

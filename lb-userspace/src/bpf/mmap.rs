@@ -30,6 +30,7 @@ macro_rules! row {
 row!(
     u64,
     lb_common::abi::Meta,
+    lb_common::abi::VipIndex,
     lb_common::abi::Vip4Bucket,
     lb_common::abi::Vip6Bucket,
     lb_common::abi::RuleRow,

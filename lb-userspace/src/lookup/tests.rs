@@ -262,7 +262,7 @@ fn hash_of(image: &Image, mut frame: Vec<u8>) -> FlowHash {
     let tables = Traced::new(image);
     let packet = Buffer::new(&mut frame, 0, 2);
     let ip = parse::ipv4(&packet, IP).ok().unwrap();
-    let flow = classify::v4(&packet, &tables, &ip).ok().unwrap();
+    let flow = classify::v4(&packet, &tables, tables.vip_index().unwrap(), &ip).ok().unwrap();
     flow::hash4(&tables, flow.client, flow.vip, flow.ports, flow.protocol)
 }
 

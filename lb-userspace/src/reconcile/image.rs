@@ -8,10 +8,10 @@ use std::sync::atomic::AtomicU64;
 
 use elsa::FrozenMap;
 use lb_common::abi::{
-    BACKEND_PASS, Backend, BackendKind, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load,
-    MOST_SOURCES, Meta, PINS_PER_BUCKET, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket,
-    PortRule, PrefixLengths, RULES_PER_ROW, Record, RuleRow, SLOTS_PER_ROW, SlotRow, Source, TableState,
-    TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS, Vip4Bucket, Vip6Bucket, VipWord,
+    BACKEND_PASS, Backend, BackendKind, Egress, Features, HASH_KEYS, Interface, Load, MOST_SOURCES, Meta,
+    PINS_PER_BUCKET, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6, Path, Pin, PinBucket, PortRule, RULES_PER_ROW,
+    Record, RuleRow, SLOTS_PER_ROW, SlotRow, Source, TableState, TableWord, Traffic, VIP_WORD_V4,
+    VIP_WORD_V6, Vip4Bucket, Vip6Bucket, VipIndex,
 };
 
 use lb_common::allowance::Limited;
@@ -38,8 +38,7 @@ pub type Ids = FxHashMap<u64, u16>;
 pub struct Image {
     pub meta: Meta,
     /// The VIP words of both families, then their prefix lengths.
-    pub vip_words: [u64; VIP_WORDS as usize],
-    pub vip_filter: Vec<u64>,
+    pub vip_index: Box<VipIndex>,
     pub port_rules: Vec<RuleRow>,
     pub vips4: Vec<Vip4Bucket>,
     pub vips6: Vec<Vip6Bucket>,
@@ -67,8 +66,7 @@ impl Image {
             Backend { kind: BackendKind::Pass as u8, flags: Backend::ACCEPTING, ..Backend::default() };
         Self {
             meta,
-            vip_words: [0; VIP_WORDS as usize],
-            vip_filter: vec![0; FILTER_WORDS as usize],
+            vip_index: Box::new(VipIndex::EMPTY),
             port_rules: vec![RuleRow::default(); capacity.rule_rows() as usize],
             vips4: vec![Vip4Bucket::default(); capacity.vip4_rows() as usize],
             vips6: vec![Vip6Bucket::default(); capacity.vip6_rows() as usize],
@@ -99,22 +97,6 @@ impl Image {
     /// Addresses of backends, with a next hop or without.
     pub fn addresses(&self) -> HashSet<IpAddr> {
         self.backends.iter().filter_map(lookup::address).collect()
-    }
-
-    pub fn vip_word4(&self) -> VipWord {
-        VipWord::from_bits(self.vip_words[VIP_WORD_V4 as usize])
-    }
-
-    pub fn vip_word6(&self) -> VipWord {
-        VipWord::from_bits(self.vip_words[VIP_WORD_V6 as usize])
-    }
-
-    pub fn prefix_lengths4(&self) -> PrefixLengths {
-        PrefixLengths::from_bits(self.vip_words[PREFIX_LENGTHS_V4 as usize])
-    }
-
-    pub fn prefix_lengths6(&self) -> PrefixLengths {
-        PrefixLengths::from_bits(self.vip_words[PREFIX_LENGTHS_V6 as usize])
     }
 
     /// Rule `index`, counted over the whole map.
@@ -166,18 +148,18 @@ impl Image {
             MapOp::WriteVips6 { row, buckets } => {
                 self.vips6[*row as usize..][..buckets.len()].copy_from_slice(buckets);
             }
-            MapOp::SetVipWord4 { word } => self.vip_words[VIP_WORD_V4 as usize] = word.bits(),
-            MapOp::SetVipWord6 { word } => self.vip_words[VIP_WORD_V6 as usize] = word.bits(),
+            MapOp::SetVipWord4 { word } => self.vip_index.words[VIP_WORD_V4] = word.bits(),
+            MapOp::SetVipWord6 { word } => self.vip_index.words[VIP_WORD_V6] = word.bits(),
             MapOp::WriteRules { row, rules } => {
                 self.port_rules[*row as usize..][..rules.len()].copy_from_slice(rules);
             }
             MapOp::SetPrefixLengths4 { lengths } => {
-                self.vip_words[PREFIX_LENGTHS_V4 as usize] = lengths.bits();
+                self.vip_index.words[PREFIX_LENGTHS_V4] = lengths.bits();
             }
             MapOp::SetPrefixLengths6 { lengths } => {
-                self.vip_words[PREFIX_LENGTHS_V6 as usize] = lengths.bits();
+                self.vip_index.words[PREFIX_LENGTHS_V6] = lengths.bits();
             }
-            MapOp::SetFilterWord { index, bits } => self.vip_filter[*index as usize] = *bits,
+            MapOp::SetFilterWord { index, bits } => self.vip_index.filter[*index as usize] = *bits,
             MapOp::SetServer { key, id } => _ = self.servers.insert(*key, *id),
             MapOp::RemoveServer { key } => _ = self.servers.remove(key),
             MapOp::SetClosing { table, closing } => self.table_states[usize::from(*table)].closing = *closing,
@@ -267,12 +249,8 @@ impl Tables for Traced<'_> {
         self.keys[index]
     }
 
-    fn vip_word4(&self) -> VipWord {
-        self.image.vip_word4()
-    }
-
-    fn vip_word6(&self) -> VipWord {
-        self.image.vip_word6()
+    fn vip_index(&self) -> Option<&VipIndex> {
+        Some(&self.image.vip_index)
     }
 
     fn vip4_bucket(&self, row: u32) -> Option<&Vip4Bucket> {
@@ -281,18 +259,6 @@ impl Tables for Traced<'_> {
 
     fn vip6_bucket(&self, row: u32) -> Option<&Vip6Bucket> {
         self.image.vips6.get(row as usize)
-    }
-
-    fn vip_filter(&self, index: u32) -> u64 {
-        self.image.vip_filter.get(index as usize).copied().unwrap_or(0)
-    }
-
-    fn prefix_lengths4(&self) -> PrefixLengths {
-        self.image.prefix_lengths4()
-    }
-
-    fn prefix_lengths6(&self) -> PrefixLengths {
-        self.image.prefix_lengths6()
     }
 
     fn port_rule(&self, index: u32) -> Option<&PortRule> {

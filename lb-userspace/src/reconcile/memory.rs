@@ -203,26 +203,14 @@ macro_rules! slot_rule_alone {
         fn hash_key(&self, _: usize) -> u64 {
             0
         }
-        fn vip_word4(&self) -> lb_common::abi::VipWord {
-            lb_common::abi::VipWord::default()
-        }
-        fn vip_word6(&self) -> lb_common::abi::VipWord {
-            lb_common::abi::VipWord::default()
+        fn vip_index(&self) -> Option<&lb_common::abi::VipIndex> {
+            None
         }
         fn vip4_bucket(&self, _: u32) -> Option<&lb_common::abi::Vip4Bucket> {
             None
         }
         fn vip6_bucket(&self, _: u32) -> Option<&lb_common::abi::Vip6Bucket> {
             None
-        }
-        fn vip_filter(&self, _: u32) -> u64 {
-            0
-        }
-        fn prefix_lengths4(&self) -> lb_common::abi::PrefixLengths {
-            lb_common::abi::PrefixLengths::default()
-        }
-        fn prefix_lengths6(&self) -> lb_common::abi::PrefixLengths {
-            lb_common::abi::PrefixLengths::default()
         }
         fn port_rule(&self, _: u32) -> Option<&lb_common::abi::PortRule> {
             None

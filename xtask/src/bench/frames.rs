@@ -122,8 +122,8 @@ fn not_ip() -> Result<Packets> {
     bytes.extend([2, 0, 0, 0, 0, 3]);
     bytes.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
     bytes.resize(FRAME_BYTES, 0);
-    // The sender's and the target's addresses.
-    Ok(Packets { frame: whole(bytes)?, source_offset: 28, destination_offset: 38, growth: 0 })
+    // The end of the sender's MAC, and the target's address.
+    Ok(Packets { frame: whole(bytes)?, source_offset: 26, destination_offset: 38, growth: 0 })
 }
 
 #[derive(Clone, Copy)]

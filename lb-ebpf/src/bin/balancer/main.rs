@@ -5,14 +5,14 @@
 
 mod maps;
 
-use aya_ebpf::bindings::xdp_action;
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use aya_log_ebpf::info;
 use lb_common::abi::Features;
-use lb_common::forward::{Decision, forward};
-use lb_common::outcome::Action;
+use lb_common::forward::{Decision, try_forward};
 use lb_common::tables::Tables;
 use lb_ebpf::{Frame, verdict};
 
@@ -22,28 +22,40 @@ use crate::maps::KernelTables;
 #[inline(always)]
 pub fn balancer(context: XdpContext) -> u32 {
     let tables = KernelTables;
-    let decision = forward(&mut Frame::new(&context), &tables);
-    if tables.features().has(Features::TRACE) {
-        trace(&context, &decision);
-    }
-    match decision.outcome.action() {
-        // SAFETY: a helper without pointer arguments. It returns XDP_REDIRECT, or XDP_ABORTED.
-        Action::Redirect => unsafe { bpf_redirect(decision.ifindex, 0) as u32 & 7 },
-        action => verdict(action),
+    let traced = || tables.features().has(Features::TRACE);
+    match try_forward(&mut Frame::new(&context), &tables) {
+        Ok(Decision { outcome, ifindex, backend }) => {
+            if traced() {
+                trace(context.as_ptr().cast(), outcome as u32, ifindex, backend);
+            }
+            if ifindex == 0 {
+                xdp_action::XDP_TX
+            } else {
+                // SAFETY: a helper without pointer arguments. It returns XDP_REDIRECT, or XDP_ABORTED.
+                unsafe { bpf_redirect(ifindex, 0) as u32 & 7 }
+            }
+        }
+        Err(outcome) => {
+            if traced() {
+                trace(context.as_ptr().cast(), outcome as u32, 0, 0);
+            }
+            verdict(outcome.action())
+        }
     }
 }
 
 /// One log record a frame; the agent prints it. Off, the verifier removes the call. Not `cold`: that
 /// would move it to a section in which aya 0.14 does not find the target of the call.
 #[inline(never)]
-fn trace(context: &XdpContext, decision: &Decision) -> u32 {
+fn trace(context: *mut xdp_md, outcome: u32, ifindex: u32, backend: u32) -> u32 {
+    let context = XdpContext::new(context);
     info!(
-        context,
+        &context,
         "outcome={} in={} out={} backend={} bytes={}",
-        decision.outcome as u32,
+        outcome,
         context.ingress_ifindex(),
-        decision.ifindex,
-        decision.backend,
+        ifindex,
+        backend,
         context.data_end() - context.data(),
     );
     xdp_action::XDP_PASS

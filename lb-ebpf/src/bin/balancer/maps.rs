@@ -1,6 +1,7 @@
 //! The maps, and `Tables` on them. lb-common's crate documentation says for each who writes it and
 //! what a packet sees meanwhile. Numbers of rows here are placeholders: the agent sets them.
 
+use core::hint::cold_path;
 use core::sync::atomic::AtomicU64;
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, xdp_md};
@@ -9,11 +10,10 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::XdpContext;
 use lb_common::abi::{
-    Allowance, Backend, Constants, Egress, FILTER_WORDS, Features, HASH_KEYS, Interface, Load,
-    MOST_INTERFACES, MOST_SOURCES, Meta, OUTCOME_ROWS, PIN_EVENT_ROWS, PREFIX_LENGTHS_V4, PREFIX_LENGTHS_V6,
-    PinBucket, PortRule, PrefixLengths, RULES_PER_ROW, Record, Replies, RuleRow, SLOTS_PER_ROW, SlotRow,
-    Source, TableState, TableWord, Traffic, VIP_WORD_V4, VIP_WORD_V6, VIP_WORDS as WORDS, Vip4Bucket,
-    Vip6Bucket, VipTarget, VipWord,
+    Allowance, Backend, Constants, Egress, Features, HASH_KEYS, Interface, Load, MOST_INTERFACES,
+    MOST_SOURCES, Meta, OUTCOME_ROWS, PIN_EVENT_ROWS, PinBucket, PortRule, RULES_PER_ROW, Record, Replies,
+    RuleRow, SLOTS_PER_ROW, SlotRow, Source, TableState, TableWord, Traffic, Vip4Bucket, Vip6Bucket,
+    VipIndex, VipTarget,
 };
 use lb_common::allowance::Limited;
 use lb_common::atomic;
@@ -31,14 +31,12 @@ use lb_ebpf::Frame;
 
 #[map(name = "XLB_META")]
 static META: Array<Meta> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-#[map(name = "XLB_VIP_WORDS")]
-static VIP_WORDS: Array<u64> = Array::with_max_entries(WORDS, BPF_F_MMAPABLE);
+#[map(name = "XLB_VIP_INDEX")]
+static VIP_INDEX: Array<VipIndex> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_VIPS4")]
 static VIPS4: Array<Vip4Bucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_VIPS6")]
 static VIPS6: Array<Vip6Bucket> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-#[map(name = "XLB_VIP_FILTER")]
-static VIP_FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, BPF_F_MMAPABLE);
 #[map(name = "XLB_PORT_RULES")]
 static PORT_RULES: Array<RuleRow> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "XLB_TABLES")]
@@ -208,6 +206,16 @@ fn load<T: Copy>(word: &T) -> T {
     unsafe { core::ptr::read_volatile(word) }
 }
 
+/// A row that is hardly ever missing.
+#[inline(always)]
+fn at<T>(map: &Array<T>, index: u32) -> Option<&T> {
+    let found = map.get(index);
+    if found.is_none() {
+        cold_path();
+    }
+    found
+}
+
 #[inline(always)]
 fn count(map: &PerCpuArray<Traffic>, row: u32, bytes: u64) {
     if let Some(traffic) = map.get_ptr_mut(row) {
@@ -231,38 +239,18 @@ impl Tables for KernelTables {
     }
 
     #[inline(always)]
-    fn vip_word4(&self) -> VipWord {
-        VipWord::from_bits(VIP_WORDS.get(VIP_WORD_V4).map_or(0, load))
-    }
-
-    #[inline(always)]
-    fn vip_word6(&self) -> VipWord {
-        VipWord::from_bits(VIP_WORDS.get(VIP_WORD_V6).map_or(0, load))
+    fn vip_index(&self) -> Option<&VipIndex> {
+        at(&VIP_INDEX, 0)
     }
 
     #[inline(always)]
     fn vip4_bucket(&self, row: u32) -> Option<&Vip4Bucket> {
-        VIPS4.get(row)
+        at(&VIPS4, row)
     }
 
     #[inline(always)]
     fn vip6_bucket(&self, row: u32) -> Option<&Vip6Bucket> {
-        VIPS6.get(row)
-    }
-
-    #[inline(always)]
-    fn vip_filter(&self, index: u32) -> u64 {
-        VIP_FILTER.get(index).map_or(0, load)
-    }
-
-    #[inline(always)]
-    fn prefix_lengths4(&self) -> PrefixLengths {
-        PrefixLengths::from_bits(VIP_WORDS.get(PREFIX_LENGTHS_V4).map_or(0, load))
-    }
-
-    #[inline(always)]
-    fn prefix_lengths6(&self) -> PrefixLengths {
-        PrefixLengths::from_bits(VIP_WORDS.get(PREFIX_LENGTHS_V6).map_or(0, load))
+        at(&VIPS6, row)
     }
 
     #[inline(always)]
@@ -273,23 +261,23 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn table_word(&self, table: u16) -> Option<TableWord> {
-        TABLES.get(u32::from(table)).map(|word| TableWord::from_bits(load(word)))
+        at(&TABLES, u32::from(table)).map(|word| TableWord::from_bits(load(word)))
     }
 
     #[inline(always)]
     fn slot(&self, first_row: u32, index: u32) -> Option<Slot> {
-        let row = SLOTS.get(first_row + index / SLOTS_PER_ROW)?;
+        let row = at(&SLOTS, first_row + index / SLOTS_PER_ROW)?;
         Some(Slot::from_bits(load(&row.0[(index % SLOTS_PER_ROW) as usize])))
     }
 
     #[inline(always)]
     fn backend(&self, id: u16) -> Option<&Backend> {
-        BACKENDS.get(u32::from(id))
+        at(&BACKENDS, u32::from(id))
     }
 
     #[inline(always)]
     fn egress(&self, row: u16) -> Option<&Egress> {
-        EGRESS.get(u32::from(row))
+        at(&EGRESS, u32::from(row))
     }
 
     #[inline(always)]

@@ -26,10 +26,10 @@ pub fn carried(from: &Image, capacity: &Capacity) -> Result<Vec<MapOp>, PlanErro
     let tables = tables(from, capacity, &mut ops)?;
     let keys = from.servers.iter().filter_map(|(key, id)| Some((renumbered(key, &tables)?, *id)));
     ops.extend(keys.map(|(key, id)| MapOp::SetServer { key, id }));
-    let bits = (0..).zip(&from.vip_filter).filter(|(_, bits)| **bits != 0);
+    let bits = (0..).zip(&from.vip_index.filter).filter(|(_, bits)| **bits != 0);
     ops.extend(bits.map(|(index, &bits)| MapOp::SetFilterWord { index, bits }));
-    ops.push(MapOp::SetPrefixLengths4 { lengths: from.prefix_lengths4() });
-    ops.push(MapOp::SetPrefixLengths6 { lengths: from.prefix_lengths6() });
+    ops.push(MapOp::SetPrefixLengths4 { lengths: from.vip_index.prefix_lengths4() });
+    ops.push(MapOp::SetPrefixLengths6 { lengths: from.vip_index.prefix_lengths6() });
     let vips = vips(from, capacity, &tables)?;
     ops.extend(lay_out(&vips, capacity)?);
     Ok(ops)

@@ -38,11 +38,11 @@ pub fn present_vips(image: &Image) -> VipMap {
         let first = word.first_row() as usize;
         first..first + (1 << word.log2_buckets())
     };
-    let v4 = image.vips4[live(image.vip_word4())].iter().flat_map(|bucket| bucket.0).map(|vip| {
+    let v4 = image.vips4[live(image.vip_index.word4())].iter().flat_map(|bucket| bucket.0).map(|vip| {
         let address = Ipv4Addr::from(vip.address.to_ne_bytes()).into();
         (address, vip.key, vip.target)
     });
-    let v6 = image.vips6[live(image.vip_word6())].iter().flat_map(|bucket| bucket.0).map(|vip| {
+    let v6 = image.vips6[live(image.vip_index.word6())].iter().flat_map(|bucket| bucket.0).map(|vip| {
         let address = Ipv6Addr::from(Address6 { high: vip.high, low: vip.low }.bytes()).into();
         (address, vip.key, vip.target)
     });
@@ -179,14 +179,14 @@ impl Planner<'_> {
 
     /// Bits of addresses that come are set before they are live, bits of those that go are cleared after.
     fn filter<'k>(&mut self, keys: impl Iterator<Item = &'k VipKey>) {
-        let mut wanted = vec![0; FILTER_WORDS as usize];
+        let mut wanted = vec![0; FILTER_WORDS];
         for (address, key) in keys {
             if PortKey(*key) == PortKey::ADDRESS {
                 let bit = filter_bit(*address);
-                wanted[bit.word() as usize] |= bit.mask();
+                wanted[bit.word()] |= bit.mask();
             }
         }
-        for ((index, &bits), wanted) in (0..).zip(&self.image.vip_filter).zip(wanted) {
+        for ((index, &bits), wanted) in (0..).zip(&self.image.vip_index.filter).zip(wanted) {
             let both = bits | wanted;
             if both != bits {
                 self.add.push(MapOp::SetFilterWord { index, bits: both });
@@ -200,7 +200,9 @@ impl Planner<'_> {
     /// Lengths of prefixes that come are there a grace before these are live, those of prefixes that go leave a grace
     /// after: whichever of the two words a packet has read, it tries all lengths that its set of VIPs has.
     fn lengths(&mut self, present: &VipMap, wanted: &VipMap) {
-        for (ipv4, now) in [(true, self.image.prefix_lengths4()), (false, self.image.prefix_lengths6())] {
+        for (ipv4, now) in
+            [(true, self.image.vip_index.prefix_lengths4()), (false, self.image.vip_index.prefix_lengths6())]
+        {
             let set = |lengths| match ipv4 {
                 true => MapOp::SetPrefixLengths4 { lengths },
                 false => MapOp::SetPrefixLengths6 { lengths },
@@ -350,7 +352,7 @@ impl Family for V4 {
     }
 
     fn live(image: &Image) -> VipWord {
-        image.vip_word4()
+        image.vip_index.word4()
     }
 
     fn entry(address: IpAddr, key: PortKey, target: VipTarget) -> Option<Vip4> {
@@ -380,7 +382,7 @@ impl Family for V6 {
     }
 
     fn live(image: &Image) -> VipWord {
-        image.vip_word6()
+        image.vip_index.word6()
     }
 
     fn entry(address: IpAddr, key: PortKey, target: VipTarget) -> Option<Vip6> {

@@ -331,7 +331,7 @@ proptest! {
         run.step(Desired::default(), &flows)?;
         prop_assert_eq!(run.image.backends, fresh().backends, "nothing is left of the backends");
         prop_assert_eq!(run.image.egress, fresh().egress, "nothing is left of the ways out");
-        prop_assert_eq!((run.image.tables, run.image.vip_words), (fresh().tables, fresh().vip_words));
+        prop_assert_eq!((run.image.tables, run.image.vip_index), (fresh().tables, fresh().vip_index));
     }
 
     /// A write that fails, or an agent that dies, may stop a plan anywhere.

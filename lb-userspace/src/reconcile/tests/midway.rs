@@ -103,15 +103,15 @@ impl Readable {
             }
         }
         self.note_ways_out(image);
-        self.buckets4.extend(bucket_rows(image.vip_word4()));
-        self.buckets6.extend(bucket_rows(image.vip_word6()));
-        for (ipv4, word) in [(true, image.vip_word4()), (false, image.vip_word6())] {
+        self.buckets4.extend(bucket_rows(image.vip_index.word4()));
+        self.buckets6.extend(bucket_rows(image.vip_index.word6()));
+        for (ipv4, word) in [(true, image.vip_index.word4()), (false, image.vip_index.word6())] {
             for (_, target) in marks(image, ipv4, word) {
                 let rules = target.first_rule()..target.first_rule() + target.rules();
                 self.rules.extend(rules.map(|rule| rule / RULES_PER_ROW));
             }
         }
-        let now = [lengths(image.prefix_lengths4()), lengths(image.prefix_lengths6())];
+        let now = [lengths(image.vip_index.prefix_lengths4()), lengths(image.vip_index.prefix_lengths6())];
         self.lengths = Some(match self.lengths.take() {
             None => now,
             Some([v4, v6]) => [&v4 & &now[0], &v6 & &now[1]],
@@ -159,12 +159,12 @@ impl Readable {
             MapOp::SetVipWord4 { word } => self.unknown_length(image, true, *word),
             MapOp::SetVipWord6 { word } => self.unknown_length(image, false, *word),
             MapOp::SetPrefixLengths4 { lengths: word } => {
-                let live = marks(image, true, image.vip_word4());
+                let live = marks(image, true, image.vip_index.word4());
                 let gone = live.iter().filter_map(|(key, _)| key.prefix_length());
                 gone.into_iter().find(|l| !lengths(*word).contains(l)).map(|l| format!("/{l} is live"))
             }
             MapOp::SetPrefixLengths6 { lengths: word } => {
-                let live = marks(image, false, image.vip_word6());
+                let live = marks(image, false, image.vip_index.word6());
                 let gone = live.iter().filter_map(|(key, _)| key.prefix_length());
                 gone.into_iter().find(|l| !lengths(*word).contains(l)).map(|l| format!("/{l} is live"))
             }

@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicU64;
 
 use lb_common::abi::{
     BACKEND_CLAIMED, Backend as Row, BackendKind, Discipline, Egress as Way, Features, Interface, Load,
-    PINS_PER_BUCKET, Path, Pin, PinBucket, PinState, PortRule, PrefixLengths, Record, Source, TableWord,
-    Vip4Bucket, Vip6Bucket, VipTarget, VipWord,
+    PINS_PER_BUCKET, Path, Pin, PinBucket, PinState, PortRule, Record, Source, TableWord, Vip4Bucket,
+    Vip6Bucket, VipIndex, VipTarget,
 };
 use lb_common::allowance::Limited;
 use lb_common::connections::{Haunts, Rooms};
@@ -211,26 +211,14 @@ macro_rules! constant_tables {
         fn hash_key(&self, index: usize) -> u64 {
             KEYS[index]
         }
-        fn vip_word4(&self) -> VipWord {
-            VipWord::default()
-        }
-        fn vip_word6(&self) -> VipWord {
-            VipWord::default()
+        fn vip_index(&self) -> Option<&VipIndex> {
+            None
         }
         fn vip4_bucket(&self, _: u32) -> Option<&Vip4Bucket> {
             None
         }
         fn vip6_bucket(&self, _: u32) -> Option<&Vip6Bucket> {
             None
-        }
-        fn vip_filter(&self, _: u32) -> u64 {
-            0
-        }
-        fn prefix_lengths4(&self) -> PrefixLengths {
-            PrefixLengths::default()
-        }
-        fn prefix_lengths6(&self) -> PrefixLengths {
-            PrefixLengths::default()
         }
         fn port_rule(&self, _: u32) -> Option<&PortRule> {
             None
