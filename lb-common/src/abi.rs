@@ -1163,6 +1163,8 @@ pub struct Bench {
     pub destination: BenchPlace,
     /// Bytes that the floor puts in front of the frame; takes off, where negative.
     pub growth: i64,
+    /// 32, less the logarithm of the rows of `XLB_BENCH_SLOTS`.
+    pub shift: u64,
 }
 
 #[cfg(feature = "user")]

@@ -16,7 +16,7 @@ use aya_ebpf::maps::{Array, PerCpuArray, ProgramArray};
 use aya_ebpf::programs::XdpContext;
 use lb_common::abi::{
     BENCH_BLOCK, BENCH_BYTES, BENCH_FIRST, BENCH_PACKETS, BENCH_TIMES, BENCH_WORDS, Bench, BenchPlace,
-    BenchState, bench_target,
+    BenchState, SLOTS_PER_ROW, SlotRow, bench_target,
 };
 use lb_common::packet::Packet;
 use lb_common::wire::Header;
@@ -39,6 +39,10 @@ static FLOWS: Array<u64> = Array::with_max_entries(BENCH_PACKETS, BPF_F_MMAPABLE
 #[map(name = "XLB_BENCH_SENT")]
 static SENT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
+/// As much memory as a configuration's slots take; one row, where `look` is not measured.
+#[map(name = "XLB_BENCH_SLOTS")]
+static SLOTS: Array<SlotRow> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
 /// Replaced before the program is loaded.
 #[unsafe(no_mangle)]
 static BENCH: Bench = Bench {
@@ -48,6 +52,7 @@ static BENCH: Bench = Bench {
     source: BenchPlace { word: 0, shift: 0 },
     destination: BenchPlace { word: 0, shift: 0 },
     growth: 0,
+    shift: 0,
 };
 
 /// A frame, in the pieces that it is written in.
@@ -186,4 +191,28 @@ pub fn floor(context: XdpContext) -> u32 {
         Some(()) => xdp_action::XDP_TX,
         None => xdp_action::XDP_ABORTED,
     }
+}
+
+/// The floor, with one look at the slots: what no balancer can do without whose flows have more slots than the caches hold.
+/// The slot follows from the packet, and the packet that leaves from the slot.
+#[xdp]
+pub fn look(context: XdpContext) -> u32 {
+    match look_and_grow(&context) {
+        Some(()) => xdp_action::XDP_TX,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+#[inline(always)]
+fn look_and_grow(context: &XdpContext) -> Option<()> {
+    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut frame = Frame::new(context);
+    let place = load(&BENCH.source.word) as usize & (BENCH_BYTES / 8 - 1);
+    let flow = frame.header::<Word>(BENCH_FIRST + place * 8)?.0;
+    let index = (flow.wrapping_mul(MIX) >> 32) as u32;
+    let row = SLOTS.get(index >> load(&BENCH.shift) as u32)?;
+    let slot = load(&row.0[(index & (SLOTS_PER_ROW - 1)) as usize]);
+    frame.grow_head(load(&BENCH.growth) as usize)?;
+    frame.header_mut::<Word>(BENCH_FIRST)?.0 = u64::from(slot);
+    Some(())
 }

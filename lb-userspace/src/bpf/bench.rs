@@ -8,7 +8,7 @@ use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use lb_common::abi::{
     self, BENCH_BLOCK, BENCH_BYTES, BENCH_FIRST, BENCH_PACKETS, BENCH_TIMES, BenchPlace, BenchState,
-    bench_target, constant,
+    SLOTS_PER_ROW, bench_target, constant,
 };
 
 use super::mmap::{Row, Rows};
@@ -60,6 +60,15 @@ pub struct Round {
     pub program: f64,
 }
 
+/// What is measured.
+pub enum Target {
+    Balancer(ProgramFd),
+    /// The floor, with one look at one of so many slots.
+    Look {
+        slots: u32,
+    },
+}
+
 /// The driver with its targets.
 pub struct Bench {
     ebpf: Ebpf,
@@ -72,11 +81,23 @@ pub struct Bench {
 }
 
 impl Bench {
-    pub fn new(packets: &Packets, program: &ProgramFd) -> anyhow::Result<Self> {
-        let mut ebpf = object(packets)?;
+    /// What takes packets is the balancer, or a program that does nothing but look at one of so many slots.
+    pub fn new(packets: &Packets, target: &Target) -> anyhow::Result<Self> {
+        let slots = match target {
+            Target::Balancer(_) => SLOTS_PER_ROW,
+            Target::Look { slots } => *slots,
+        };
+        let mut ebpf = object_with(packets, slots)?;
         let targets = ebpf.take_map("XLB_BENCH_TARGETS").context("the object has no target map")?;
         let mut targets = ProgramArray::try_from(targets)?;
-        targets.set(bench_target::PROGRAM, program, 0)?;
+        match target {
+            Target::Balancer(program) => targets.set(bench_target::PROGRAM, program, 0)?,
+            Target::Look { .. } => {
+                let look = xdp(&mut ebpf, "look")?;
+                look.load()?;
+                targets.set(bench_target::PROGRAM, look.fd()?, 0)?;
+            }
+        }
         for (row, name) in [(bench_target::NOTHING, "nothing"), (bench_target::FLOOR, "floor")] {
             let target = xdp(&mut ebpf, name)?;
             target.load()?;
@@ -146,6 +167,11 @@ pub(super) fn rows<T: Row>(ebpf: &mut Ebpf, name: &'static str, rows: u32) -> an
 
 /// The object, with the packets that it makes; no program of it is loaded yet.
 pub(super) fn object(packets: &Packets) -> anyhow::Result<Ebpf> {
+    object_with(packets, SLOTS_PER_ROW)
+}
+
+fn object_with(packets: &Packets, slots: u32) -> anyhow::Result<Ebpf> {
+    let rows = (slots / SLOTS_PER_ROW).next_power_of_two();
     let place = |offset: u32| {
         BenchPlace::at(offset as usize)
             .with_context(|| format!("no word of the frame has the bytes at {offset}"))
@@ -159,9 +185,11 @@ pub(super) fn object(packets: &Packets) -> anyhow::Result<Ebpf> {
         source: place(packets.source_offset)?,
         destination: place(packets.destination_offset)?,
         growth: i64::from(packets.growth),
+        shift: u64::from(32 - rows.ilog2()),
     };
     let mut loader = EbpfLoader::new();
     loader.override_global(constant::BENCH, &bench, true);
+    loader.map_max_entries("XLB_BENCH_SLOTS", rows);
     Ok(loader.load(super::BENCH)?)
 }
 

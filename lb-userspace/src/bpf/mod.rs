@@ -17,7 +17,7 @@ mod mounts;
 mod program;
 mod trace;
 
-pub use bench::{Bench, FRAME_BYTES, Flow, MOST_ROUNDS, Packets, Round};
+pub use bench::{Bench, FRAME_BYTES, Flow, MOST_ROUNDS, Packets, Round, Target};
 pub use bpffs::{BpfFs, BpfFsError};
 pub use counters::Counters;
 pub use decap::{Decap, DecapConfig, DecapProgram};

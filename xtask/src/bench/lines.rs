@@ -53,6 +53,8 @@ pub enum Program {
     Smallest,
     /// Everything but tracing, needed or not.
     Fullest,
+    /// Not the balancer, but the floor with one look at as many slots.
+    Look,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +117,11 @@ impl Kind {
 }
 
 impl Scene {
+    /// Slots of its tables, and room for one more service.
+    pub const fn slots(&self) -> u32 {
+        (self.services * 2 + 2) * 4096
+    }
+
     /// The family of its backends.
     pub const fn backends_v6(&self) -> bool {
         self.v6 != self.crossing
@@ -144,6 +151,7 @@ impl Line {
             Program::Needed => "",
             Program::Smallest => ", smallest program",
             Program::Fullest => ", fullest program",
+            Program::Look => ", one look alone",
         };
         if services > 1 {
             name += ", 1,000 services";
@@ -333,6 +341,8 @@ impl Lines {
             }
             self.add(scene, Kind::Datagram, Known::Unasked, &[FEW, LADDER[2], MANY]);
         }
+        let look = Scene { services: 1000, program: Program::Look, ..plain };
+        self.add(look, Kind::Ack, Known::Unasked, &LADDER).quick();
         let nat = Scene { services: 1000, way: Way::Nat, ..plain };
         self.add(nat, Kind::Ack, Known::Old, &[FEW, LADDER[2]]);
     }
