@@ -29,7 +29,7 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     idle: u64,
     /// Seconds between two checks of a backend, in the run with checks, which is watched for whole intervals
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     check_interval: u64,
     /// Write the result as JSON
     #[arg(long, value_name = "FILE")]
@@ -139,21 +139,35 @@ fn show(rows: &[Row]) {
         return;
     }
     println!(
-        "\n{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
-        "services x", "start", "change", "most", "reload", "RssAnon", "idle", "checks", "checks"
+        "\n{:>12} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>9}",
+        "services x",
+        "start",
+        "change",
+        "most",
+        "loaded",
+        "p99",
+        "most",
+        "reload",
+        "RssAnon",
+        "idle",
+        "checks",
+        "checks"
     );
     println!(
-        "{:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
-        "backends", "ms", "ms", "ms", "ms", "MiB", "%", "%", "/s"
+        "{:>12} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>9}",
+        "backends", "ms", "ms", "ms", "ms", "ms", "ms", "ms", "MiB", "%", "%", "/s"
     );
     for Row { services, backends_each, agent, .. } in rows {
         let Some(agent) = agent else { continue };
         println!(
-            "{:>12} {:9.0} {:9.2} {:9.2} {:9.0} {:9.1} {:8.2} {:8.2} {:9.1}",
+            "{:>12} {:9.0} {:9.2} {:9.2} {:8.2} {:8.2} {:8.2} {:9.0} {:9.1} {:8.2} {:8.2} {:9.1}",
             format!("{services} x {backends_each}"),
             agent.start_ms,
             agent.change_ms,
             agent.change_most_ms,
+            agent.loaded_ms,
+            agent.loaded_p99_ms,
+            agent.loaded_most_ms,
             agent.reload_ms,
             agent.rss_anon_bytes as f64 / f64::from(1 << 20),
             agent.idle_percent,

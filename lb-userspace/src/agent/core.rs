@@ -27,8 +27,8 @@ use super::verify::{self, Verification};
 use super::yielded::Yielded;
 use crate::bpf::{Attached, BpfFs, Datapath, DatapathError, Links, Maps, MapsError, Trace};
 use crate::capacity::Capacity;
-use crate::config::model::{Check, CheckKind, Config, Pool};
-use crate::health::{Checker, Fsm, Probe, State};
+use crate::config::model::{Check, CheckKind, Config, Pool, Scheduler};
+use crate::health::{Checker, Fsm, Probe, State, Target as Checked};
 use crate::nexthop::{Answer, NextHop, Resolver, Unresolved};
 use crate::reconcile::desired::{BackendRef, LoadTime, World, desired, table_identity};
 use crate::reconcile::image::Image;
@@ -94,6 +94,8 @@ pub struct Core {
     reloads: Reloads,
     /// Whether the tables must be worked out again.
     pub(super) changed: bool,
+    /// The first verdict that the tables do not show yet.
+    pub(super) decided: Option<Instant>,
     pub(super) tracking: Tracking,
     pub(super) yielded: Yielded,
     /// Backends on their way out that connection IDs of QUIC name.
@@ -152,6 +154,7 @@ impl Core {
             started_at: SystemTime::now(),
             reloads: Reloads::none(),
             changed: true,
+            decided: None,
             tracking: Tracking::new(Instant::now()),
             yielded: Yielded::default(),
             named: Named::default(),
@@ -274,9 +277,13 @@ impl Core {
     }
 
     pub fn start_checks(&mut self) {
-        let targets = keys(&self.config).map(|(key, pool, backend)| {
-            let (address, pool) = (key.address, &self.config.pools[pool]);
-            (key, address, pool.check_of(&pool.backends[backend]))
+        let config = &self.config;
+        let by_time = config.services.iter().filter(|s| s.scheduler == Scheduler::LeastResponseTime);
+        let timed: HashSet<usize> = by_time.flat_map(|service| config.levels_of(service.pool)).collect();
+        let targets = keys(config).map(|(key, at, backend)| {
+            let (address, pool) = (key.address, &config.pools[at]);
+            let check = pool.check_of(&pool.backends[backend]);
+            Checked { key, address, check, timed: timed.contains(&at) }
         });
         self.checker.set(targets.collect());
     }
@@ -288,6 +295,7 @@ impl Core {
         self.changed |= self.steering.on_probe(now, key, probe);
         if let Some(transition) = transition {
             self.changed = true;
+            self.decided.get_or_insert(now);
             self.steering.on_transition(now, key, &transition);
             let transitions = self.transitions.entry(key.clone()).or_default();
             let backend = name_of(&self.config, key);
@@ -533,7 +541,7 @@ impl Core {
             State::Down => BackendState::Down,
             State::Checking => BackendState::Checking,
         };
-        let words = fsm.describe(now);
+        let words = fsm.describe(now, self.checker.took(key));
         // The state has a column of its own.
         let words = words.strip_prefix(state.as_str()).map_or(words.as_str(), str::trim_start);
         (state, format!("{words}{doubt}"))

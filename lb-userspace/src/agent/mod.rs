@@ -43,7 +43,7 @@ use crate::capabilities;
 use crate::capacity::{Capacity, possible_cpus};
 use crate::config;
 use crate::config::model::{Check, CheckKind};
-use crate::health::{Checker, Probe, checker::DEFAULT_CONCURRENCY, probe};
+use crate::health::{Checker, Outcome, Probe, checker::DEFAULT_CONCURRENCY, probe};
 use crate::lookup::Explanation;
 use crate::memory;
 use crate::nexthop::{Event, Follower, Resolver};
@@ -123,7 +123,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let (probe_tx, mut probes) = mpsc::channel(1024);
     let (request_tx, mut requests) = mpsc::channel(64);
-    let checker: Checker<BackendKey> = Checker::new(probe_tx);
+    let checker: Checker<BackendKey> = Checker::on_own_thread(probe_tx).context("no thread for checks")?;
     let socket = api::Socket::bind(&options.run_dir.join(api::SOCKET))?;
     // From here on, the socket goes with the endpoints.
     let mut endpoints = Endpoints::new(&socket, request_tx.clone());
@@ -174,9 +174,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut slots_failed: Option<Instant> = None;
     loop {
         tokio::select! {
-            Some((key, probe)) = probes.recv() => {
-                core.on_probe(Instant::now(), &key, &probe);
-                drain(&mut probes, |(key, probe): (BackendKey, Probe)| core.on_probe(Instant::now(), &key, &probe));
+            Some(first) = probes.recv() => {
+                let mut heard = |Outcome { key, at, probe }| core.on_probe(at, &key, &probe);
+                heard(first);
+                drain(&mut probes, heard);
             }
             Some(event) = network.recv() => match event {
                 Event::NextHops(answers) => core.on_next_hops(answers),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use lb_common::abi::Pin;
 use rustc_hash::FxHashMap;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::core::{BackendKey, Core, ReconcileError};
 use super::roster::Roster;
@@ -106,6 +106,10 @@ impl Core {
         let (tracking, mut hands) = self.hands();
         tracking.reconcile(&mut hands, wanted)?;
         self.changed = false;
+        if let Some(decided) = self.decided.take() {
+            let after_us = decided.elapsed().as_micros() as u64;
+            debug!(after_us, "the tables follow verdicts");
+        }
         Ok(())
     }
 

@@ -1,20 +1,27 @@
-//! Runs one periodic check per target and hands every outcome to a channel. It owns tasks, schedule and the cap
-//! on concurrent probes; it must not know what an outcome means.
+//! Runs one periodic check per target and hands on what may change a verdict. It owns the targets and what is running
+//! for them; it must not know what an outcome means.
+
+mod agenda;
+mod filter;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, RandomState};
+use std::io;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, SemaphorePermit, TryAcquireError, mpsc};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::probe::{Probe, probe};
-use crate::config::model::{Check, CheckKind};
+use self::agenda::Entry;
+use self::filter::Filter;
+use super::probe::{Closing, Inquiry, Probe};
+use crate::config::model::Check;
 
 /// Probes in flight at once. Each holds one socket, and the usual limit is 1024 file descriptors.
 pub const DEFAULT_CONCURRENCY: usize = 512;
@@ -22,18 +29,38 @@ pub const DEFAULT_CONCURRENCY: usize = 512;
 /// First probes are spread over this time (or over one interval, if that is shorter).
 const MAX_PHASE: Duration = Duration::from_secs(1);
 
-/// Keeps one task per target. Dropping it ends all of them.
+/// What is to be checked.
+#[derive(Debug, Clone)]
+pub struct Target<K> {
+    pub key: K,
+    pub address: IpAddr,
+    pub check: Check,
+    /// How long each probe takes counts, and not its verdict alone.
+    pub timed: bool,
+}
+
+/// A probe that has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome<K> {
+    pub key: K,
+    pub at: std::time::Instant,
+    pub probe: Probe,
+}
+
+/// Keeps the targets. Dropping it ends all checks.
 ///
 /// Only the monotonic clock is used: a jump of the wall clock changes nothing.
 #[derive(Debug)]
 pub struct Checker<K> {
     shared: Shared<K>,
-    running: HashMap<K, Running>,
+    agenda: mpsc::UnboundedSender<Vec<Entry<K, Inquiry>>>,
+    running: HashMap<K, Running<K>>,
+    turns: Turns,
 }
 
 #[derive(Debug)]
 struct Shared<K> {
-    tx: mpsc::Sender<(K, Probe)>,
+    tx: mpsc::Sender<Outcome<K>>,
     permits: Arc<Semaphore>,
     concurrency: usize,
     /// Probes wait for a permit; it was warned about.
@@ -52,16 +79,49 @@ impl<K> Clone for Shared<K> {
     }
 }
 
-#[derive(Debug)]
-struct Running {
-    address: IpAddr,
-    check: Check,
-    task: AbortHandle,
+/// How a target is asked.
+trait Ask: Send + Sync + 'static {
+    fn ask(&self) -> impl Future<Output = (Probe, Option<Closing>)> + Send;
 }
 
-impl Running {
-    /// Whether this task already does what is asked for. Thresholds are no matter of the schedule, so that a
-    /// change of `rise` or `fall` alone restarts nothing.
+impl Ask for Inquiry {
+    fn ask(&self) -> impl Future<Output = (Probe, Option<Closing>)> + Send {
+        Inquiry::ask(self)
+    }
+}
+
+/// One target, as those know it who ask.
+#[derive(Debug)]
+struct Course<K, A> {
+    key: K,
+    interval: Duration,
+    inquiry: A,
+    now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+struct Now {
+    filter: Filter,
+    /// How long the last probe took.
+    took: Option<Duration>,
+    /// Being asked.
+    task: Option<AbortHandle>,
+    /// The next probe is due while this one still runs.
+    late: bool,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Running<K> {
+    address: IpAddr,
+    check: Check,
+    /// `None` without a check.
+    course: Option<Arc<Course<K, Inquiry>>>,
+}
+
+impl<K> Running<K> {
+    /// Whether this already does what is asked for. Thresholds are no matter of the schedule, so that a change of `rise`
+    /// or `fall` alone restarts nothing.
     fn serves(&self, address: IpAddr, check: &Check) -> bool {
         self.address == address
             && self.check.kind == check.kind
@@ -71,9 +131,82 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl<K> Drop for Running<K> {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(course) = &self.course {
+            let mut now = course.now();
+            now.ended = true;
+            if let Some(task) = now.task.take() {
+                task.abort();
+            }
+        }
+    }
+}
+
+impl<K, A> Course<K, A> {
+    fn new(key: K, interval: Duration, inquiry: A, filter: Filter) -> Arc<Self> {
+        let now = Now { filter, took: None, task: None, late: false, ended: false };
+        // Nothing is asked without a pause.
+        let interval = interval.max(Duration::from_millis(1));
+        Arc::new(Self { key, interval, inquiry, now: Mutex::new(now) })
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        // No holder leaves it half changed.
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<K: Clone + Send + Sync + 'static, A: Ask> Course<K, A> {
+    /// Asks now, or as soon as the probe that is running ends. Returns whether it is to be asked again.
+    fn begin(self: &Arc<Self>, shared: &Shared<K>) -> bool {
+        let mut now = self.now();
+        if now.ended {
+            return false;
+        }
+        if now.task.is_some() {
+            now.late = true;
+        } else {
+            now.task = Some(tokio::spawn(Arc::clone(self).run(shared.clone())).abort_handle());
+        }
+        true
+    }
+
+    async fn run(self: Arc<Self>, shared: Shared<K>) {
+        loop {
+            let Some(permit) = shared.permit().await else { return };
+            let (probe, closing) = self.inquiry.ask().await;
+            let unsent = self.heard(probe).and_then(|outcome| shared.tx.try_send(outcome).err());
+            if let Some(closing) = closing {
+                closing.close().await;
+            }
+            // A slow reader of outcomes must not hold up other targets' probes.
+            drop(permit);
+            let gone = match unsent {
+                None => false,
+                Some(TrySendError::Full(outcome)) => shared.tx.send(outcome).await.is_err(),
+                Some(TrySendError::Closed(_)) => true,
+            };
+            if gone {
+                return;
+            }
+            let mut now = self.now();
+            if !std::mem::take(&mut now.late) {
+                now.task = None;
+                return;
+            }
+        }
+    }
+
+    /// What is to be handed on of it.
+    fn heard(&self, probe: Probe) -> Option<Outcome<K>> {
+        let mut now = self.now();
+        now.took = Some(probe.took);
+        (!now.ended && now.filter.hands_on(&probe.result)).then(|| Outcome {
+            key: self.key.clone(),
+            at: std::time::Instant::now(),
+            probe,
+        })
     }
 }
 
@@ -100,50 +233,61 @@ impl<K> Shared<K> {
     }
 }
 
-impl<K: Clone + Eq + Hash + Send + 'static> Checker<K> {
-    /// Outcomes go to `tx`. While it is full, checks wait; once its receiver is gone, they end.
-    pub fn new(tx: mpsc::Sender<(K, Probe)>) -> Checker<K> {
-        Checker::with_concurrency(tx, DEFAULT_CONCURRENCY)
+impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
+    /// Checks on a thread of their own: however many are due, nobody else waits for them. Outcomes go to `tx`. While it is
+    /// full, checks wait; once its receiver is gone, they end.
+    pub fn on_own_thread(tx: mpsc::Sender<Outcome<K>>) -> io::Result<Checker<K>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (checker, agenda) = Checker::with_concurrency(tx, DEFAULT_CONCURRENCY);
+        let work = move || runtime.block_on(agenda);
+        std::thread::Builder::new().name("xlb-checks".to_owned()).spawn(work)?;
+        Ok(checker)
     }
 
-    /// As [`Checker::new`], with at most `concurrency` probes in flight (1 or more).
-    pub fn with_concurrency(tx: mpsc::Sender<(K, Probe)>, concurrency: usize) -> Checker<K> {
-        let concurrency = concurrency.clamp(1, Semaphore::MAX_PERMITS);
-        Checker {
-            shared: Shared {
-                tx,
-                permits: Arc::new(Semaphore::new(concurrency)),
-                concurrency,
-                crowded: Arc::default(),
-            },
-            running: HashMap::new(),
-        }
+    /// With at most `concurrency` probes in flight (1 or more). The future does the work, until the checker is dropped.
+    fn with_concurrency(
+        tx: mpsc::Sender<Outcome<K>>,
+        concurrency: usize,
+    ) -> (Checker<K>, impl Future<Output = ()> + Send + 'static) {
+        let shared = Shared::new(tx, concurrency);
+        let (agenda, entries) = mpsc::unbounded_channel();
+        let work = agenda::run(shared.clone(), entries);
+        (Checker { shared, agenda, running: HashMap::new(), turns: Turns::new() }, work)
     }
 
-    /// Makes the targets exactly these. A target whose address, kind, port, interval and timeout are unchanged
-    /// keeps its task and its phase; others are ended or started. Of equal keys the last one counts.
+    /// Makes the targets exactly these. A target whose address, kind, port, interval and timeout are unchanged keeps its
+    /// phase; others are ended or started. Of equal keys the last one counts.
+    ///
+    /// What the reader knows of a target may be other than what it was told: so much is handed on again as decides alone.
     ///
     /// An outcome of an ended check may still be in the channel: a key that contains the address tells it apart.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
-    pub fn set(&mut self, targets: Vec<(K, IpAddr, Check)>) {
+    pub fn set(&mut self, targets: Vec<Target<K>>) {
         let mut previous = std::mem::take(&mut self.running);
         let before = previous.len();
-        let wanted: HashMap<K, (IpAddr, Check)> =
-            targets.into_iter().map(|(key, address, check)| (key, (address, check))).collect();
-        let mut kept = 0;
-        for (key, (address, check)) in wanted {
+        let wanted: HashMap<K, Target<K>> =
+            targets.into_iter().map(|target| (target.key.clone(), target)).collect();
+        let (mut kept, mut entries) = (0, Vec::new());
+        for (key, target) in wanted {
             let running = match previous.remove(&key) {
-                Some(running) if running.serves(address, &check) => {
+                Some(running) if running.serves(target.address, &target.check) => {
                     kept += 1;
+                    if let Some(course) = &running.course {
+                        course.now().filter = Filter::new(&target.check, target.timed);
+                    }
                     running
                 }
-                _ => self.start(key.clone(), address, check),
+                _ => self.start(target, &mut entries),
             };
             self.running.insert(key, running);
         }
+        // One that ends has taken the checks with it.
+        let _ = self.agenda.send(entries);
         debug!(kept, started = self.running.len() - kept, ended = before - kept, "health checks set");
+    }
+
+    /// How long the last probe of a target took.
+    pub fn took(&self, key: &K) -> Option<Duration> {
+        self.running.get(key)?.course.as_ref()?.now().took
     }
 
     /// Targets that are checked.
@@ -155,64 +299,48 @@ impl<K: Clone + Eq + Hash + Send + 'static> Checker<K> {
         self.running.is_empty()
     }
 
-    fn start(&self, key: K, address: IpAddr, check: Check) -> Running {
-        let shared = self.shared.clone();
-        let task = match check.kind {
-            CheckKind::None => tokio::spawn(once(shared, key)),
-            CheckKind::Tcp | CheckKind::Http { .. } => {
-                let phase = random_phase(check.interval);
-                let shape = Arc::new(check.clone());
-                let prober = move || {
-                    let check = shape.clone();
-                    async move { probe(&check, address).await }
-                };
-                tokio::spawn(run(shared, key, phase, check.interval, prober))
-            }
+    fn start(&mut self, target: Target<K>, entries: &mut Vec<Entry<K, Inquiry>>) -> Running<K> {
+        let Target { key, address, check, timed } = target;
+        let course = Inquiry::new(&check, address).map(|inquiry| {
+            Course::new(key.clone(), check.interval, inquiry, Filter::new(&check, timed))
+        });
+        let entry = match &course {
+            Some(course) => Entry::first(Instant::now(), self.turns.next(), Arc::clone(course)),
+            None => Entry::Unchecked(key),
         };
-        Running { address, check, task: task.abort_handle() }
+        entries.push(entry);
+        Running { address, check, course }
     }
 }
 
-/// A target without a check is up by definition.
-async fn once<K>(shared: Shared<K>, key: K) {
-    let up = Probe { took: Duration::ZERO, result: Ok(()) };
-    // An error means that nobody listens any more.
-    let _ = shared.tx.send((key, up)).await;
-}
-
-/// Probes at `phase` and every `interval` from then on.
-///
-/// A period is counted from one start to the next, so that neither the probe's duration nor the phase lengthens it.
-/// A probe that outlasts it is followed by the next at once, and nothing is made up for later.
-async fn run<K, P, F>(shared: Shared<K>, key: K, phase: Duration, interval: Duration, mut prober: P)
-where
-    K: Clone,
-    P: FnMut() -> F,
-    F: Future<Output = Probe>,
-{
-    // tokio panics at a period of zero.
-    let mut ticks = interval_at(Instant::now() + phase, interval.max(Duration::from_millis(1)));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        let Some(permit) = shared.permit().await else {
-            return;
-        };
-        let probe = prober().await;
-        // A slow reader of outcomes must not hold up other targets' probes.
-        drop(permit);
-        if shared.tx.send((key.clone(), probe)).await.is_err() {
-            return;
-        }
+impl<K> Shared<K> {
+    fn new(tx: mpsc::Sender<Outcome<K>>, concurrency: usize) -> Self {
+        let concurrency = concurrency.clamp(1, Semaphore::MAX_PERMITS);
+        let permits = Arc::new(Semaphore::new(concurrency));
+        Shared { tx, permits, concurrency, crowded: Arc::default() }
     }
 }
 
-/// Spreads the first probes, so that a restart with a thousand backends is no burst.
-fn random_phase(interval: Duration) -> Duration {
-    // std seeds every RandomState differently, which is all the randomness that is needed.
-    let random = RandomState::new().hash_one(());
-    let unit = (random >> 11) as f64 / (1u64 << 53) as f64;
-    interval.min(MAX_PHASE).mul_f64(unit)
+/// Parts of an interval, one for each check: however many there are, they lie evenly over it.
+#[derive(Debug)]
+struct Turns {
+    last: f64,
+}
+
+impl Turns {
+    /// Balancers of a group begin elsewhere, so that they do not ask a backend at the same time.
+    fn new() -> Self {
+        // std seeds every RandomState differently, which is all the randomness that is needed.
+        let random = RandomState::new().hash_one(());
+        Self { last: (random >> 11) as f64 / (1u64 << 53) as f64 }
+    }
+
+    /// From 0 to below 1.
+    fn next(&mut self) -> f64 {
+        // Multiples of the golden section lie further apart than those of any other number.
+        self.last = (self.last + 0.618_033_988_749_894_9).fract();
+        self.last
+    }
 }
 
 #[cfg(test)]

@@ -180,9 +180,13 @@ impl Fsm {
 
     /// The last probe's outcome in words; `None` before the first probe.
     pub fn outcome(&self) -> Option<String> {
+        self.outcome_in(None)
+    }
+
+    fn outcome_in(&self, took: Option<Duration>) -> Option<String> {
         let last = self.last.as_ref()?;
         Some(match &last.result {
-            Ok(()) => format!("answered in {}", Took(last.took)),
+            Ok(()) => format!("answered in {}", Took(took.unwrap_or(last.took))),
             Err(failure) => failure.to_string(),
         })
     }
@@ -191,12 +195,14 @@ impl Fsm {
     ///
     /// The count in brackets is how far the current run is towards a verdict. It is left out where
     /// there is nothing to reach: a success of a backend that is up, a failure for a local reason.
-    pub fn describe(&self, now: Instant) -> String {
+    ///
+    /// `took`: of a later probe with the same outcome, where there was one.
+    pub fn describe(&self, now: Instant, took: Option<Duration>) -> String {
         let mut line = self.state.to_string();
         if let Some(since) = self.since {
             line += &format!(" for {}", Age(now.saturating_duration_since(since)));
         }
-        if let Some(outcome) = self.outcome() {
+        if let Some(outcome) = self.outcome_in(took) {
             line += &format!(": {outcome}");
         }
         if let Some((count, of)) = self.progress() {

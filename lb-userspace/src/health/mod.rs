@@ -5,6 +5,6 @@ pub mod checker;
 pub mod fsm;
 pub mod probe;
 
-pub use checker::Checker;
+pub use checker::{Checker, Outcome, Target};
 pub use fsm::{Fsm, Last, State, Transition};
 pub use probe::{Failure, Phase, Probe, probe};

@@ -1,35 +1,36 @@
 //! One probe of one backend: connect, perhaps ask, and put the outcome in words. It owns the mapping from
 //! socket errors to [`Failure`]; it must not know thresholds or schedules.
 
-use std::error::Error as _;
 use std::fmt;
-use std::future::poll_fn;
 use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
-use hyper::body::{Body, Incoming};
-use hyper::header::{CONNECTION, HOST, HeaderValue, USER_AGENT};
-use hyper::{Request, Response, Uri};
-use hyper_util::rt::TokioIo;
+use httparse::{ParserConfig, Status};
+use hyper::Uri;
+use hyper::header::HeaderValue;
 use rustix::io::Errno;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{Sleep, sleep_until, timeout};
 
 use crate::config::model::{Check, CheckKind};
 
-/// Status line and headers together. hyper rejects limits below 8 KiB.
+/// Status line and headers together.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
+const MAX_HEADERS: usize = 100;
+/// Few answers to a check are longer. A buffer of this size is taken from and given back to the allocator's fastest bins.
+const USUAL_ANSWER_BYTES: usize = 1024;
 /// What is read after the verdict, so that the close is a FIN: closing with unread data sends a reset, which
 /// backends log as an error.
 const MAX_DRAIN_BYTES: u64 = 64 * 1024;
 /// How long a backend may take to close its side. A kinder close is not worth more.
 const DRAIN_TIME: Duration = Duration::from_millis(100);
 
-const AGENT: HeaderValue = HeaderValue::from_static(concat!("xlb/", env!("CARGO_PKG_VERSION")));
+const AGENT: &str = concat!("xlb/", env!("CARGO_PKG_VERSION"));
 
 /// The outcome of one probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,19 +119,6 @@ impl Failure {
             _ => Failure::Io(words(error)),
         }
     }
-
-    fn from_hyper(error: &hyper::Error) -> Failure {
-        if let Some(io) = error.source().and_then(|s| s.downcast_ref::<io::Error>()) {
-            return Failure::from_io(io, Phase::Response);
-        }
-        if error.is_parse() {
-            return Failure::Malformed(error.to_string());
-        }
-        if error.is_incomplete_message() || error.is_canceled() || error.is_closed() {
-            return Failure::ClosedEarly;
-        }
-        Failure::Io(error.to_string())
-    }
 }
 
 impl fmt::Display for Failure {
@@ -171,138 +159,213 @@ fn words(error: &io::Error) -> String {
     }
 }
 
-/// Probes `address` once. Ends within `check.timeout`, and 100 ms more where an answered connection is slow to close.
-///
-/// Dropping the future ends the probe and closes its socket.
-pub async fn probe(check: &Check, address: IpAddr) -> Probe {
-    let start = Instant::now();
-    let end = |result| Probe { took: start.elapsed(), result };
-    let deadline = start + check.timeout;
-    let target = SocketAddr::new(address, check.port);
-    match &check.kind {
-        CheckKind::None => Probe { took: Duration::ZERO, result: Ok(()) },
-        CheckKind::Tcp => match connect(target, deadline).await {
-            Ok(stream) => {
-                let probe = end(Ok(()));
-                close(stream).await;
-                probe
-            }
-            Err(failure) => end(Err(failure)),
-        },
-        CheckKind::Http { path, host, expect } => match get(target, deadline, path, host.as_deref()).await {
-            Ok(exchange) => {
-                let probe = end(judge(exchange.response.status().as_u16(), expect));
-                exchange.close().await;
-                probe
-            }
-            Err(failure) => end(Err(failure)),
-        },
-    }
+/// What is asked of one backend, put together once for all probes.
+#[derive(Debug)]
+pub struct Inquiry {
+    target: SocketAddr,
+    timeout: Duration,
+    question: Question,
 }
 
-async fn connect(target: SocketAddr, deadline: Instant) -> Result<TcpStream, Failure> {
-    match timeout_at(deadline.into(), TcpStream::connect(target)).await {
-        Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(Failure::from_io(&error, Phase::Connect)),
-        Err(_) => Err(Failure::TimedOut(Phase::Connect)),
-    }
+#[derive(Debug)]
+enum Question {
+    /// Whether a connection is accepted.
+    Tcp,
+    Http {
+        request: Result<String, Failure>,
+        expect: Vec<RangeInclusive<u16>>,
+    },
 }
 
-/// Sends FIN and waits for the backend's, reading what it still says.
-async fn close(mut stream: TcpStream) {
-    let drain = async {
-        stream.shutdown().await?;
-        let mut rest = (&mut stream).take(MAX_DRAIN_BYTES);
-        tokio::io::copy(&mut rest, &mut tokio::io::sink()).await
-    };
-    // Neither an error nor the end of the time changes the verdict.
-    let _ = timeout(DRAIN_TIME, drain).await;
+/// A connection on which the verdict has been seen, and which is still to be closed.
+#[derive(Debug)]
+pub struct Closing {
+    stream: TcpStream,
+    /// Has room. What it holds has been read.
+    buffer: Vec<u8>,
+    /// Whether the backend is to be told that nothing follows.
+    shutdown: bool,
+    /// What is to come, where the backend has said.
+    rest: Option<u64>,
 }
 
-type Connection = hyper::client::conn::http1::Connection<TokioIo<TcpStream>, String>;
-
-/// A response of which only the head is read.
-struct Exchange {
-    response: Response<Incoming>,
-    /// `None` once the backend has closed it.
-    connection: Option<Connection>,
-}
-
-impl Exchange {
-    /// Reads a short body to its end, so that the close is not a reset.
-    async fn close(self) {
-        let mut body = self.response.into_body();
-        let drain = async {
-            let mut bytes = 0;
-            while bytes < MAX_DRAIN_BYTES
-                && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
-            {
-                bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+impl Inquiry {
+    /// `None` where there is nothing to ask.
+    pub fn new(check: &Check, address: IpAddr) -> Option<Self> {
+        let target = SocketAddr::new(address, check.port);
+        let question = match &check.kind {
+            CheckKind::None => return None,
+            CheckKind::Tcp => Question::Tcp,
+            CheckKind::Http { path, host, expect } => {
+                Question::Http { request: request(target, path, host.as_deref()), expect: expect.clone() }
             }
         };
-        if let Some(connection) = self.connection {
-            let both = async {
-                tokio::select! {
-                    () = drain => {}
-                    _ = connection => {}
-                }
-            };
-            let _ = timeout(DRAIN_TIME, both).await;
+        Some(Self { target, timeout: check.timeout, question })
+    }
+
+    /// Asks once, and ends within the timeout. What is left of the connection is for [`Closing::close`]: the verdict need
+    /// not wait for it.
+    ///
+    /// Dropping the future ends the probe and closes its socket.
+    pub async fn ask(&self) -> (Probe, Option<Closing>) {
+        let start = Instant::now();
+        let mut deadline = pin!(sleep_until((start + self.timeout).into()));
+        let answer = self.answer(deadline.as_mut()).await;
+        let took = start.elapsed();
+        match answer {
+            Ok((result, closing)) => (Probe { took, result }, Some(closing)),
+            Err(failure) => (Probe { took, result: Err(failure) }, None),
         }
     }
-}
 
-async fn get(
-    target: SocketAddr,
-    deadline: Instant,
-    path: &str,
-    host: Option<&str>,
-) -> Result<Exchange, Failure> {
-    let request = request(target, path, host)?;
-    let stream = connect(target, deadline).await?;
-    match timeout_at(deadline.into(), exchange(stream, request)).await {
-        Ok(result) => result,
-        Err(_) => Err(Failure::TimedOut(Phase::Response)),
+    async fn answer(
+        &self,
+        mut deadline: Pin<&mut Sleep>,
+    ) -> Result<(Result<(), Failure>, Closing), Failure> {
+        // One that cannot be asked is not bothered.
+        let http = match &self.question {
+            Question::Tcp => None,
+            Question::Http { request, expect } => Some((request.as_ref().map_err(Failure::clone)?, expect)),
+        };
+        let connect = TcpStream::connect(self.target);
+        let mut stream = within(Phase::Connect, deadline.as_mut(), connect).await?;
+        let mut buffer = Vec::with_capacity(USUAL_ANSWER_BYTES);
+        let Some((request, expect)) = http else {
+            return Ok((Ok(()), Closing { stream, buffer, shutdown: true, rest: None }));
+        };
+        let exchange = async {
+            stream.write_all(request.as_bytes()).await?;
+            Head::read(&mut stream, &mut buffer).await
+        };
+        let head = within(Phase::Response, deadline, exchange).await??;
+        Ok((judge(head.status, expect), Closing { stream, buffer, shutdown: false, rest: head.rest }))
     }
 }
 
-fn request(target: SocketAddr, path: &str, host: Option<&str>) -> Result<Request<String>, Failure> {
-    let uri: Uri = path
-        .parse()
-        .ok()
-        .filter(|uri: &Uri| uri.scheme().is_none() && path.starts_with('/'))
-        .ok_or_else(|| Failure::BadCheck(format!("path {path:?}; write it as /path?query")))?;
-    let host = host.map_or_else(|| target.to_string(), str::to_owned);
-    let value = HeaderValue::from_str(&host)
-        .map_err(|_| Failure::BadCheck(format!("host {host:?}; use printable ASCII")))?;
-    // An empty body of known length adds no header to a GET.
-    let mut request = Request::new(String::new());
-    *request.uri_mut() = uri;
-    let headers = request.headers_mut();
-    headers.insert(HOST, value);
-    headers.insert(USER_AGENT, AGENT);
-    headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    Ok(request)
+/// Probes `address` once. Ends within `check.timeout`, and 100 ms more where an answered connection is slow to close.
+pub async fn probe(check: &Check, address: IpAddr) -> Probe {
+    let Some(inquiry) = Inquiry::new(check, address) else {
+        return Probe { took: Duration::ZERO, result: Ok(()) };
+    };
+    let (probe, closing) = inquiry.ask().await;
+    if let Some(closing) = closing {
+        closing.close().await;
+    }
+    probe
 }
 
-async fn exchange(stream: TcpStream, request: Request<String>) -> Result<Exchange, Failure> {
-    let (mut sender, mut connection) = hyper::client::conn::http1::Builder::new()
-        // Some embedded servers match header names by case.
-        .title_case_headers(true)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .handshake(TokioIo::new(stream))
-        .await
-        .map_err(|e| Failure::from_hyper(&e))?;
-    let mut response = pin!(sender.send_request(request));
-    // The connection moves only while it is polled here, so that dropping the probe leaves nothing behind.
-    let (response, connection) = tokio::select! {
+async fn within<T>(
+    phase: Phase,
+    deadline: Pin<&mut Sleep>,
+    work: impl Future<Output = io::Result<T>>,
+) -> Result<T, Failure> {
+    tokio::select! {
+        // What is there in time counts, however late it is looked at.
         biased;
-        response = &mut response => (response, Some(connection)),
-        // Its own error, if any, has been handed to the response.
-        _ = &mut connection => (response.await, None),
-    };
-    let response = response.map_err(|e| Failure::from_hyper(&e))?;
-    Ok(Exchange { response, connection })
+        done = work => done.map_err(|error| Failure::from_io(&error, phase)),
+        () = deadline => Err(Failure::TimedOut(phase)),
+    }
+}
+
+impl Closing {
+    /// Reads what the backend still says, for a while, so that the close is no reset.
+    pub async fn close(mut self) {
+        // Neither an error nor the end of the time changes the verdict.
+        let _ = timeout(DRAIN_TIME, self.drain()).await;
+    }
+
+    async fn drain(&mut self) -> io::Result<()> {
+        if self.shutdown {
+            self.stream.shutdown().await?;
+        }
+        let mut left = self.rest.unwrap_or(MAX_DRAIN_BYTES).min(MAX_DRAIN_BYTES);
+        while left > 0 {
+            self.buffer.clear();
+            let read = self.stream.read_buf(&mut self.buffer).await?;
+            if read == 0 {
+                return Ok(());
+            }
+            left = left.saturating_sub(read as u64);
+        }
+        // The end, if it has come with the last byte: who closes first keeps the connection's ports for a minute.
+        self.buffer.clear();
+        self.stream.try_read_buf(&mut self.buffer).map(drop)
+    }
+}
+
+fn request(target: SocketAddr, path: &str, host: Option<&str>) -> Result<String, Failure> {
+    let usable = |uri: Uri| uri.scheme().is_none() && path.starts_with('/');
+    if !path.parse().is_ok_and(usable) {
+        return Err(Failure::BadCheck(format!("path {path:?}; write it as /path?query")));
+    }
+    let host = host.map_or_else(|| target.to_string(), str::to_owned);
+    if HeaderValue::from_str(&host).is_err() {
+        return Err(Failure::BadCheck(format!("host {host:?}; use printable ASCII")));
+    }
+    // Some embedded servers match header names by case.
+    Ok(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {AGENT}\r\nConnection: close\r\n\r\n"))
+}
+
+/// What counts of a response's head.
+#[derive(Debug)]
+struct Head {
+    status: u16,
+    /// Bytes of the body that have not been read, where the head says how many there are.
+    rest: Option<u64>,
+}
+
+impl Head {
+    /// Reads until the head of the response is complete. A response that cannot be used is an error of its own kind.
+    async fn read(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Result<Self, Failure>> {
+        loop {
+            if stream.read_buf(buffer).await? == 0 {
+                return Ok(Err(Failure::ClosedEarly));
+            }
+            loop {
+                match Self::parse(buffer) {
+                    Ok(Some((head, length))) if head.is_interim() => _ = buffer.drain(..length),
+                    Ok(Some((mut head, length))) => {
+                        let read = (buffer.len() - length) as u64;
+                        head.rest = head.rest.map(|body| body.saturating_sub(read));
+                        return Ok(Ok(head));
+                    }
+                    Ok(None) if buffer.len() < MAX_HEAD_BYTES => break,
+                    Ok(None) => return Ok(Err(too_large())),
+                    Err(failure) => return Ok(Err(failure)),
+                }
+            }
+        }
+    }
+
+    /// With the length of the head; `None` while it is not complete.
+    fn parse(bytes: &[u8]) -> Result<Option<(Self, usize)>, Failure> {
+        let mut headers = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut response = httparse::Response::new(&mut []);
+        let parsed =
+            ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, &mut headers);
+        let length = match parsed {
+            Ok(Status::Complete(length)) => length,
+            Ok(Status::Partial) => return Ok(None),
+            Err(httparse::Error::TooManyHeaders) => return Err(too_large()),
+            Err(wrong) => return Err(Failure::Malformed(wrong.to_string())),
+        };
+        let Some(status) = response.code else { return Ok(None) };
+        let told = || {
+            let header = response.headers.iter().find(|h| h.name.eq_ignore_ascii_case("content-length"))?;
+            std::str::from_utf8(header.value).ok()?.trim().parse().ok()
+        };
+        let rest = if matches!(status, 204 | 304) { Some(0) } else { told() };
+        Ok(Some((Self { status, rest }, length)))
+    }
+
+    /// Another follows (RFC 9110, 15.2); a switch of protocols is the last.
+    fn is_interim(&self) -> bool {
+        (100..200).contains(&self.status) && self.status != 101
+    }
+}
+
+fn too_large() -> Failure {
+    Failure::Malformed("message head is too large".to_owned())
 }
 
 fn judge(status: u16, expect: &[RangeInclusive<u16>]) -> Result<(), Failure> {

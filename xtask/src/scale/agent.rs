@@ -27,6 +27,13 @@ pub struct Agent {
     /// From the verdict that a backend is down until no slot leads new flows to it: the median, and the longest.
     pub change_ms: f64,
     pub change_most_ms: f64,
+    /// From a verdict until the tables follow it, in an agent that checks all backends every two seconds: the median, the
+    /// 99th of a hundred, and the longest.
+    pub loaded_ms: f64,
+    pub loaded_p99_ms: f64,
+    pub loaded_most_ms: f64,
+    /// Verdicts, or several at once, that these are of.
+    pub loaded_count: usize,
     /// From the signal to the last slot of a backend that another takes the place of.
     pub reload_ms: f64,
     /// Without checks, after start and after the reload: the larger.
@@ -55,6 +62,18 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Backends that go down, one after the other.
 const CHANGES: u32 = 5;
 
+/// Backends that go down and come back in one round, each when its check is due, and how often.
+const TOGETHER: u32 = 20;
+const ROUNDS: u32 = 3;
+
+/// Seconds between two checks of a backend while backends go down: that of a configuration which says nothing of it.
+const INTERVAL: u64 = 2;
+const FALL: u64 = 2;
+
+/// What the agent says after each verdict that the tables follow, and where it does.
+const FOLLOWED: &str = "the tables follow verdicts";
+const SAID_BY: &str = "lb_userspace::agent::tracking";
+
 impl Measured<'_> {
     pub fn run(&self) -> Result<Agent> {
         let lab = Lab::new("scale")?;
@@ -68,12 +87,15 @@ impl Measured<'_> {
         balancer.ip(&format!("neigh replace {GATEWAY} lladdr {} dev eth0", mac_text(&gateway)))?;
         let scene = Scene { of: self, lab: &lab, gateway: &gateway, balancer: &balancer };
         let (start_ms, reload_ms, rss_anon_bytes, idle_percent) = scene.without_checks()?;
-        let (mut changes, checks) = scene.with_checks()?;
-        changes.sort_by(f64::total_cmp);
+        let (changes, loaded, checks) = scene.with_checks()?;
         Ok(Agent {
             start_ms,
-            change_ms: changes[changes.len() / 2],
-            change_most_ms: changes[changes.len() - 1],
+            change_ms: part(&changes, 0.5),
+            change_most_ms: part(&changes, 1.0),
+            loaded_ms: part(&loaded, 0.5),
+            loaded_p99_ms: part(&loaded, 0.99),
+            loaded_most_ms: part(&loaded, 1.0),
+            loaded_count: loaded.len(),
             reload_ms,
             rss_anon_bytes,
             idle_percent,
@@ -82,6 +104,12 @@ impl Measured<'_> {
             check_interval_seconds: self.interval,
         })
     }
+}
+
+/// The least value that so many of the sorted values are not above: a part of all.
+fn part(sorted: &[f64], of: f64) -> f64 {
+    let place = (sorted.len() as f64 * of).ceil() as usize;
+    sorted[place.clamp(1, sorted.len()) - 1]
 }
 
 fn mac_text(host: &Host) -> String {
@@ -111,7 +139,9 @@ impl Scene<'_> {
             "--run-dir".as_ref(),
             run_dir.as_os_str(),
         ];
-        Ok((self.balancer.spawn_command(&mut self.balancer.exec(words))?, config))
+        let mut command = self.balancer.exec(words);
+        command.env("RUST_LOG", format!("info,{SAID_BY}=debug"));
+        Ok((self.balancer.spawn_command(&mut command)?, config))
     }
 
     fn end(&self, process: &Process, name: &str) -> Result<()> {
@@ -181,30 +211,32 @@ impl Scene<'_> {
         Ok(took)
     }
 
-    /// Milliseconds of changes of health, and what checks take.
-    fn with_checks(&self) -> Result<(Vec<f64>, Checks)> {
+    /// Milliseconds of changes of health, from the verdict's line in the log and from the verdict itself, both sorted, and
+    /// what checks take.
+    fn with_checks(&self) -> Result<(Vec<f64>, Vec<f64>, Checks)> {
         let shape = self.of.shape;
         let listener = self.gateway.inside(|| TcpListener::bind(("0.0.0.0", CHECKED_PORT)))??;
         // It ends with the process.
         std::thread::spawn(move || listener.incoming().for_each(drop));
         let all = shape.services * shape.backends;
-        // Every change is found by a check, so they come soon here, and late while the agent is watched.
         let health = |interval: u64| {
             format!(
-                "{{type: tcp, port: {CHECKED_PORT}, interval: {interval}s, timeout: 1s, rise: 1, fall: 2}}"
+                "{{type: tcp, port: {CHECKED_PORT}, interval: {interval}s, timeout: 1s, rise: 1, fall: {FALL}}}"
             )
         };
         let (process, config) = self.start("checked", &shape.text(&health(self.of.interval), false))?;
         process.wait_for_log("running", PATIENCE)?;
         std::thread::sleep(Duration::from_secs(self.of.interval.min(5) + 2));
         let checks = self.checks(&process)?;
-        let reloads = process.log().matches("reloaded").count();
-        // As many as a busy machine can make in time.
-        std::fs::write(&config, shape.text(&health((u64::from(all) / 1000).max(1)), false))?;
-        process.signal(Signal::HUP)?;
-        process.wait_until("reload", PATIENCE, || process.log().matches("reloaded").count() > reloads)?;
-        // Until those that were too slow at the start are back, too.
-        std::thread::sleep(Duration::from_secs(3));
+        if self.of.interval != INTERVAL {
+            // Every change is found by a check, so they come soon here.
+            let reloads = process.log().matches("reloaded").count();
+            std::fs::write(&config, shape.text(&health(INTERVAL), false))?;
+            process.signal(Signal::HUP)?;
+            process.wait_until("reload", PATIENCE, || process.log().matches("reloaded").count() > reloads)?;
+            // Until those that were too slow at the start are back, too.
+            std::thread::sleep(Duration::from_secs(INTERVAL + 1));
+        }
         let maps = self.maps("checked")?;
         let mut changes = Vec::new();
         let count = CHANGES.min(all);
@@ -212,8 +244,36 @@ impl Scene<'_> {
             let number = change * all / count;
             changes.push(self.down(&process, &maps, number)?);
         }
+        changes.sort_by(f64::total_cmp);
+        let loaded = self.loaded(&process)?;
         self.end(&process, "checked")?;
-        Ok((changes, checks))
+        Ok((changes, loaded, checks))
+    }
+
+    /// Milliseconds from verdicts until the tables follow, sorted, while all backends are checked.
+    fn loaded(&self, process: &Process) -> Result<Vec<f64>> {
+        let all = self.of.shape.services * self.of.shape.backends;
+        let count = TOGETHER.min(all / 2);
+        let before = process.log().len();
+        for round in 0..ROUNDS {
+            // Others than those that went down one by one, and in each round others.
+            let some = (0..count).map(|number| Shape::backend((number * all / count + 1 + round) % all));
+            let routes = |verb: &str| {
+                some.clone().try_for_each(|address| {
+                    self.gateway.ip(&format!("route {verb} unreachable {address}/32 table local"))
+                })
+            };
+            routes("add")?;
+            std::thread::sleep(Duration::from_secs(INTERVAL * FALL + 1));
+            routes("del")?;
+            std::thread::sleep(Duration::from_secs(INTERVAL + 1));
+        }
+        let log = process.log();
+        let lines = log[before..].lines().filter(|line| line.contains(FOLLOWED));
+        let mut times: Vec<f64> = lines.filter_map(after_ms).collect();
+        ensure!(!times.is_empty(), "the agent tells no times:\n{log}");
+        times.sort_by(f64::total_cmp);
+        Ok(times)
     }
 
     /// What an agent takes that does nothing but check.
@@ -334,9 +394,26 @@ fn time_of(line: &str) -> Option<Duration> {
     Some(Duration::from_secs(hours * 3600 + minutes * 60) + Duration::from_secs_f64(seconds))
 }
 
+/// Of a line that says how long the tables took.
+fn after_ms(line: &str) -> Option<f64> {
+    let (_, after) = line.split_once("after_us=")?;
+    let digits = after.split(|other: char| !other.is_ascii_digit()).next()?;
+    Some(digits.parse::<f64>().ok()? / 1000.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_of_verdicts_are_read_and_their_parts_told() {
+        let line = "2026-11-23T07:15:19.7Z DEBUG lb_userspace::agent::tracking: the tables follow verdicts after_us=1250";
+        assert_eq!(after_ms(line), Some(1.25));
+        assert_eq!(after_ms("after_us="), None);
+        let times: Vec<f64> = (1..=200).map(f64::from).collect();
+        assert_eq!([0.5, 0.99, 1.0].map(|of| part(&times, of)), [100.0, 198.0, 200.0]);
+        assert_eq!(part(&[7.0], 0.5), 7.0);
+    }
 
     #[test]
     fn checks_are_watched_for_whole_intervals() {

@@ -8,6 +8,7 @@ use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 
 use super::*;
+use crate::config::model::CheckKind;
 use crate::health::fsm::{Fsm, State};
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -21,52 +22,102 @@ fn success() -> Probe {
     Probe { took: MS, result: Ok(()) }
 }
 
-/// Starts of the first probes of `run`, in milliseconds, with probes that take as long as told.
-async fn starts<const N: usize>(phase: Duration, interval: Duration, durations: [Duration; N]) -> Vec<u128> {
+/// Answers after times of its own, and notes when it is asked.
+struct Fake {
+    epoch: Instant,
+    starts: Mutex<Vec<u128>>,
+    durations: Vec<Duration>,
+}
+
+impl Fake {
+    fn new(durations: &[u32]) -> Self {
+        let durations = durations.iter().map(|ms| *ms * MS).collect();
+        Self { epoch: Instant::now(), starts: Mutex::default(), durations }
+    }
+}
+
+impl Ask for Arc<Fake> {
+    async fn ask(&self) -> (Probe, Option<Closing>) {
+        let asked = {
+            let mut starts = self.starts.lock().unwrap();
+            starts.push(self.epoch.elapsed().as_millis());
+            starts.len() - 1
+        };
+        sleep(self.durations.get(asked).copied().unwrap_or(MS)).await;
+        (success(), None)
+    }
+}
+
+impl Checker<&'static str> {
+    /// In the test's own runtime.
+    fn new(tx: mpsc::Sender<Outcome<&'static str>>) -> Self {
+        let (checker, work) = Checker::with_concurrency(tx, DEFAULT_CONCURRENCY);
+        tokio::spawn(work);
+        checker
+    }
+}
+
+fn target(check: Check) -> Target<&'static str> {
+    Target { key: "a", address: HERE, check, timed: true }
+}
+
+/// Starts of the first probes, in milliseconds, with probes that take as long as told.
+async fn starts(turn: f64, interval: Duration, durations: &[u32]) -> Vec<u128> {
     let (tx, mut rx) = mpsc::channel(1);
-    let checker = Checker::<u8>::new(tx);
-    let epoch = Instant::now();
-    let starts = Arc::new(Mutex::new(Vec::new()));
-    let mut left = durations.into_iter();
-    let recorder = starts.clone();
-    let prober = move || {
-        recorder.lock().unwrap().push(epoch.elapsed().as_millis());
-        let took = left.next().unwrap_or(MS);
-        async move {
-            sleep(took).await;
-            success()
-        }
-    };
-    let task = tokio::spawn(run(checker.shared.clone(), 0, phase, interval, prober));
+    let fake = Arc::new(Fake::new(durations));
+    let filter = Filter::new(&tcp(1, interval), true);
+    let course = Course::new("a", interval, Arc::clone(&fake), filter);
+    let (agenda, entries) = mpsc::unbounded_channel();
+    agenda.send(vec![Entry::first(Instant::now(), turn, course)]).unwrap();
+    let work = tokio::spawn(agenda::run(Shared::new(tx, 1), entries));
     for _ in durations {
         rx.recv().await.unwrap();
     }
-    task.abort();
-    starts.lock().unwrap().clone()
+    work.abort();
+    let starts = fake.starts.lock().unwrap().clone();
+    starts
 }
 
 #[tokio::test(start_paused = true)]
 async fn probes_start_one_interval_after_the_previous_start_however_long_they_take() {
-    let durations = [1, 90, 10, 99, 1].map(|ms| ms * MS);
-    assert_eq!(starts(30 * MS, 100 * MS, durations).await, [30, 130, 230, 330, 430]);
+    assert_eq!(starts(0.3, 100 * MS, &[1, 90, 10, 99, 1]).await, [30, 130, 230, 330, 430]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_that_outlasts_the_interval_causes_no_burst() {
-    let durations = [350, 1, 1, 1].map(|ms| ms * MS);
-    assert_eq!(starts(Duration::ZERO, 100 * MS, durations).await, [0, 350, 450, 550]);
+async fn a_probe_that_outlasts_the_interval_is_followed_at_once_and_causes_no_burst() {
+    assert_eq!(starts(0.0, 100 * MS, &[350, 1, 1, 1]).await, [0, 350, 400, 500]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_probe_comes_within_a_second_and_the_others_lie_over_the_whole_interval() {
+    for (turn, expected) in [(0.5, [500, 15_000, 45_000]), (0.0, [0, 30_000, 60_000])] {
+        assert_eq!(starts(turn, 30_000 * MS, &[1, 1, 1]).await, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agenda_that_was_held_up_begins_each_target_once() {
+    let fake = Arc::new(Fake::new(&[]));
+    let filter = Filter::new(&tcp(1, 100 * MS), true);
+    let course = Course::new("a", 100 * MS, Arc::clone(&fake), filter);
+    let Entry::Checked(due) = Entry::first(Instant::now(), 0.5, course) else { unreachable!() };
+    let begin = Instant::now();
+    let next = due.next(begin + 1049 * MS);
+    assert_eq!(next.at(), begin + 1050 * MS);
+    assert_eq!(next.next(begin + 1050 * MS).at(), begin + 1150 * MS);
 }
 
 #[test]
-fn the_phase_is_below_the_interval_and_below_a_second_and_varies() {
-    let spread = |interval: Duration, below: Duration| {
-        let phases: Vec<Duration> = (0..1000).map(|_| random_phase(interval)).collect();
-        assert!(phases.iter().all(|p| *p < below));
-        assert!(phases.iter().any(|p| *p < below / 10));
-        assert!(phases.iter().any(|p| *p > below * 9 / 10));
-    };
-    spread(200 * MS, 200 * MS);
-    spread(30_000 * MS, 1000 * MS);
+fn turns_lie_evenly_over_the_interval_however_many_there_are() {
+    for count in [1, 10, 100, 10_000] {
+        let mut turns = Turns::new();
+        let mut taken: Vec<f64> = (0..count).map(|_| turns.next()).collect();
+        assert!(taken.iter().all(|turn| (0.0..1.0).contains(turn)));
+        taken.sort_by(f64::total_cmp);
+        let gaps = taken.windows(2).map(|pair| pair[1] - pair[0]);
+        let widest = gaps.fold(taken[0] + 1.0 - taken[count - 1], f64::max);
+        assert!(widest * count as f64 <= 2.0, "{count}: {widest}");
+    }
 }
 
 /// Accepts and notes when, until it is dropped.
@@ -107,15 +158,15 @@ async fn a_reload_keeps_task_and_phase_of_an_unchanged_target() {
     let (tx, mut rx) = mpsc::channel(64);
     let mut checker = Checker::new(tx);
     let interval = 400 * MS;
-    let target = |rise| Check { rise, ..tcp(backend.port, interval) };
-    checker.set(vec![("a", HERE, target(1))]);
+    let with_rise = |rise| target(Check { rise, ..tcp(backend.port, interval) });
+    checker.set(vec![with_rise(1)]);
     rx.recv().await.unwrap();
     // Reloads far more often than the interval: each restart would draw a new phase. Thresholds do change.
     let until = Instant::now() + 3 * interval + interval / 2;
     let mut rise = 1;
     while Instant::now() < until {
         rise += 1;
-        checker.set(vec![("a", HERE, target(rise))]);
+        checker.set(vec![with_rise(rise)]);
         sleep(20 * MS).await;
     }
     let seen = backend.seen();
@@ -132,9 +183,9 @@ async fn a_changed_target_moves_and_a_removed_one_ends() {
     let (tx, mut rx) = mpsc::channel(64);
     let mut checker = Checker::new(tx);
     let interval = 50 * MS;
-    checker.set(vec![("a", HERE, tcp(old.port, interval))]);
+    checker.set(vec![target(tcp(old.port, interval))]);
     rx.recv().await.unwrap();
-    checker.set(vec![("a", HERE, tcp(new.port, interval))]);
+    checker.set(vec![target(tcp(new.port, interval))]);
     let at_change = old.seen().len();
     rx.recv().await.unwrap();
     sleep(3 * interval).await;
@@ -154,7 +205,8 @@ async fn dropping_the_checker_ends_all_tasks_and_closes_the_channel() {
     let mut checker = Checker::new(tx);
     let hang = TcpListener::bind((HERE, 0)).await.unwrap();
     let port = hang.local_addr().unwrap().port();
-    checker.set((0..20).map(|k| (k, HERE, tcp(port, 50 * MS))).collect());
+    let names: [&str; 20] = std::array::from_fn(|n| &"abcdefghijklmnopqrst"[n..=n]);
+    checker.set(names.map(|key| Target { key, ..target(tcp(port, 50 * MS)) }).into());
     assert_eq!(checker.len(), 20);
     rx.recv().await.unwrap();
     drop(checker);
@@ -168,39 +220,47 @@ async fn a_target_without_a_check_is_reported_up_once() {
     let mut checker = Checker::new(tx);
     let none = Check { kind: CheckKind::None, ..tcp(1, 10 * MS) };
     for _ in 0..3 {
-        checker.set(vec![("a", HERE, none.clone())]);
+        checker.set(vec![target(none.clone())]);
         sleep(100 * MS).await;
     }
-    assert_eq!(rx.try_recv().map(|(k, p)| (k, p.result)), Ok(("a", Ok(()))));
+    assert_eq!(rx.try_recv().map(|told| (told.key, told.probe.result)), Ok(("a", Ok(()))));
     assert!(rx.try_recv().is_err());
+}
+
+/// Takes a while, and counts those that do so at the same time.
+struct Slow {
+    /// Now, and at most.
+    running: Arc<Mutex<(u32, u32)>>,
+}
+
+impl Ask for Slow {
+    async fn ask(&self) -> (Probe, Option<Closing>) {
+        {
+            let mut running = self.running.lock().unwrap();
+            running.0 += 1;
+            running.1 = running.1.max(running.0);
+        }
+        sleep(80 * MS).await;
+        self.running.lock().unwrap().0 -= 1;
+        (success(), None)
+    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_more_probes_than_the_cap_run_at_once_and_none_starves() {
     let (tx, mut rx) = mpsc::channel(64);
-    let checker = Checker::with_concurrency(tx, 3);
     let running = Arc::new(Mutex::new((0, 0)));
-    for key in 0..10 {
-        let count = running.clone();
-        let prober = move || {
-            let count = count.clone();
-            async move {
-                {
-                    let mut c = count.lock().unwrap();
-                    c.0 += 1;
-                    c.1 = c.1.max(c.0);
-                }
-                sleep(80 * MS).await;
-                count.lock().unwrap().0 -= 1;
-                success()
-            }
-        };
-        let task = run(checker.shared.clone(), key, Duration::ZERO, 100 * MS, prober);
-        tokio::spawn(task);
-    }
+    let (agenda, entries) = mpsc::unbounded_channel();
+    let first = |key: i32| {
+        let filter = Filter::new(&tcp(1, 100 * MS), true);
+        let course = Course::new(key, 100 * MS, Slow { running: Arc::clone(&running) }, filter);
+        Entry::first(Instant::now(), 0.0, course)
+    };
+    agenda.send((0..10).map(first).collect()).unwrap();
+    tokio::spawn(agenda::run(Shared::new(tx, 3), entries));
     let mut probes = BTreeMap::<i32, u32>::new();
     for _ in 0..50 {
-        *probes.entry(rx.recv().await.unwrap().0).or_default() += 1;
+        *probes.entry(rx.recv().await.unwrap().key).or_default() += 1;
     }
     assert_eq!(running.lock().unwrap().1, 3);
     assert_eq!(probes.len(), 10);
@@ -215,17 +275,51 @@ async fn a_killed_backend_is_down_within_fall_intervals_and_a_timeout() {
     let check = tcp(backend.port, 100 * MS);
     let bound = check.fall * check.interval + check.timeout;
     let mut fsm = Fsm::new(check.rise, check.fall);
-    checker.set(vec![((), HERE, check)]);
+    checker.set(vec![Target { timed: false, ..target(check) }]);
     while fsm.state() != State::Up {
-        let (_, probe) = rx.recv().await.unwrap();
-        fsm.on_probe(std::time::Instant::now(), &probe);
+        let told = rx.recv().await.unwrap();
+        fsm.on_probe(told.at, &told.probe);
     }
     drop(backend);
     let killed = std::time::Instant::now();
     while fsm.state() != State::Down {
-        let (_, probe) = rx.recv().await.unwrap();
-        fsm.on_probe(std::time::Instant::now(), &probe);
+        let told = rx.recv().await.unwrap();
+        fsm.on_probe(told.at, &told.probe);
     }
     let slack = 200 * MS;
     assert!(killed.elapsed() <= bound + slack, "{:?}", killed.elapsed());
+}
+
+#[tokio::test]
+async fn what_changes_nothing_is_not_told_but_its_time_can_be_asked_for() {
+    let backend = Backend::new().await;
+    let (tx, mut rx) = mpsc::channel(64);
+    let mut checker = Checker::new(tx);
+    let one = Target { timed: false, ..target(tcp(backend.port, 10 * MS)) };
+    checker.set(vec![one.clone()]);
+    while backend.seen().len() < 10 {
+        sleep(10 * MS).await;
+    }
+    let told = |rx: &mut mpsc::Receiver<Outcome<&str>>| std::iter::from_fn(|| rx.try_recv().ok()).count();
+    assert_eq!(told(&mut rx), one.check.rise as usize);
+    assert!(checker.took(&"a").is_some());
+    // Whoever sets targets may have changed its mind about them.
+    checker.set(vec![one.clone()]);
+    let seen = backend.seen().len();
+    while backend.seen().len() < seen + 10 {
+        sleep(10 * MS).await;
+    }
+    assert_eq!(told(&mut rx), one.check.rise as usize);
+}
+
+#[tokio::test]
+async fn a_thread_of_its_own_checks_and_ends_with_the_checker() {
+    let backend = Backend::new().await;
+    let (tx, mut rx) = mpsc::channel(64);
+    let mut checker = Checker::on_own_thread(tx).unwrap();
+    checker.set(vec![target(tcp(backend.port, 10 * MS))]);
+    assert_eq!(rx.recv().await.unwrap().probe.result, Ok(()));
+    drop(checker);
+    let rest = async { while rx.recv().await.is_some() {} };
+    timeout(2000 * MS, rest).await.expect("the thread holds the sender");
 }

@@ -121,20 +121,20 @@ fn a_status_line_tells_state_age_reason_and_progress() {
     let start = Instant::now();
     let at = |s| start + Duration::from_secs(s);
     let mut fsm = Fsm::new(2, 3);
-    assert_eq!(fsm.describe(at(0)), "checking");
+    assert_eq!(fsm.describe(at(0), None), "checking");
     fsm.on_probe(at(0), &refused());
-    assert_eq!(fsm.describe(at(0)), "checking: connection refused (1 of 3)");
+    assert_eq!(fsm.describe(at(0), None), "checking: connection refused (1 of 3)");
     fsm.on_probe(at(2), &refused());
     fsm.on_probe(at(4), &refused());
     fsm.on_probe(at(6), &refused());
-    assert_eq!(fsm.describe(at(16)), "down for 12 s: connection refused (3 of 3)");
+    assert_eq!(fsm.describe(at(16), None), "down for 12 s: connection refused (3 of 3)");
     fsm.on_probe(at(18), &ok());
-    assert_eq!(fsm.describe(at(18)), "down for 14 s: answered in 0.8 ms (1 of 2)");
+    assert_eq!(fsm.describe(at(18), None), "down for 14 s: answered in 0.8 ms (1 of 2)");
     fsm.on_probe(at(20), &ok());
-    assert_eq!(fsm.describe(at(205)), "up for 3 min 5 s: answered in 0.8 ms");
+    assert_eq!(fsm.describe(at(205), None), "up for 3 min 5 s: answered in 0.8 ms");
     fsm.on_probe(at(206), &no_files());
     assert_eq!(
-        fsm.describe(at(20 + 7380)),
+        fsm.describe(at(20 + 7380), None),
         "up for 2 h 3 min: not probed, no local resource: too many open files"
     );
 }

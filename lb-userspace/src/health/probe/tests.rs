@@ -272,10 +272,12 @@ async fn the_request_is_what_a_backend_expects() {
 #[test]
 fn the_host_header_is_the_configured_one_or_the_target() {
     let target = SocketAddr::new(V6, 8080);
-    let request_to = |host| request(target, "/", host).unwrap();
-    assert_eq!(request_to(None).headers()[HOST], "[::1]:8080");
-    let named = request_to(Some("web.example"));
-    assert_eq!(named.headers()[HOST], "web.example");
+    let host_to = |host| {
+        let request = request(target, "/", host).unwrap();
+        request.lines().find_map(|line| line.strip_prefix("Host: ").map(str::to_owned))
+    };
+    assert_eq!(host_to(None).as_deref(), Some("[::1]:8080"));
+    assert_eq!(host_to(Some("web.example")).as_deref(), Some("web.example"));
 }
 
 #[test]
@@ -301,6 +303,54 @@ async fn a_short_body_is_read_so_that_the_server_sees_a_normal_close() {
     .await;
     assert_eq!(probe(&http(port), V4).await.result, Ok(()));
     assert_eq!(rx.await.unwrap(), Ok(0));
+}
+
+#[tokio::test]
+async fn the_verdict_does_not_wait_for_a_server_that_is_slow_to_close() {
+    let (port, _) = server(async |mut stream: TcpStream| {
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhea").await;
+        std::future::pending().await
+    })
+    .await;
+    let listener = TcpListener::bind((V4, 0)).await.unwrap();
+    for check in [http(port), tcp(listener.local_addr().unwrap().port())] {
+        let start = Instant::now();
+        let (probe, closing) = Inquiry::new(&check, V4).unwrap().ask().await;
+        assert_eq!(probe.result, Ok(()));
+        assert!(start.elapsed() < DRAIN_TIME, "{:?}", start.elapsed());
+        closing.unwrap().close().await;
+        assert!(start.elapsed() >= DRAIN_TIME, "{:?}", start.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_known_length_is_closed_though_the_server_keeps_it_open() {
+    for answer in ["HTTP/1.1 200 OK\r\nContent-length: 3\r\n\r\nyes", "HTTP/1.1 204 No\r\n\r\n"] {
+        let (port, _) = server(async move |mut stream: TcpStream| {
+            let _ = stream.write_all(answer.as_bytes()).await;
+            std::future::pending().await
+        })
+        .await;
+        let start = Instant::now();
+        assert_eq!(probe(&http(port), V4).await.result, Ok(()));
+        assert!(start.elapsed() < DRAIN_TIME, "{:?}", start.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn a_head_may_come_in_pieces_and_after_interim_ones() {
+    let (port, _) = server(async |mut stream: TcpStream| {
+        for byte in b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 404 Not Found\r\nX: y\r\n\r\n" {
+            let _ = stream.write_all(&[*byte]).await;
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(probe(&http(port), V4).await.result, Ok(()));
+    let together = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Busy\r\n\r\n";
+    assert!(matches!(outcome(together).await, Err(Failure::UnexpectedStatus { status: 503, .. })));
+    let switched = outcome("HTTP/1.1 101 Switching Protocols\r\n\r\n").await;
+    assert!(matches!(switched, Err(Failure::UnexpectedStatus { status: 101, .. })));
 }
 
 #[tokio::test]
