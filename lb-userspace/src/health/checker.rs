@@ -52,7 +52,6 @@ pub struct Outcome<K> {
 /// Only the monotonic clock is used: a jump of the wall clock changes nothing.
 #[derive(Debug)]
 pub struct Checker<K> {
-    shared: Shared<K>,
     agenda: mpsc::UnboundedSender<Vec<Entry<K, Inquiry>>>,
     running: HashMap<K, Running<K>>,
     turns: Turns,
@@ -251,8 +250,8 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
     ) -> (Checker<K>, impl Future<Output = ()> + Send + 'static) {
         let shared = Shared::new(tx, concurrency);
         let (agenda, entries) = mpsc::unbounded_channel();
-        let work = agenda::run(shared.clone(), entries);
-        (Checker { shared, agenda, running: HashMap::new(), turns: Turns::new() }, work)
+        let work = agenda::run(shared, entries);
+        (Checker { agenda, running: HashMap::new(), turns: Turns::new() }, work)
     }
 
     /// Makes the targets exactly these. A target whose address, kind, port, interval and timeout are unchanged keeps its

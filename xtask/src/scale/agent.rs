@@ -260,7 +260,7 @@ impl Scene<'_> {
             let some = (0..count).map(|number| Shape::backend((number * all / count + 1 + round) % all));
             let routes = |verb: &str| {
                 some.clone().try_for_each(|address| {
-                    self.gateway.ip(&format!("route {verb} unreachable {address}/32 table local"))
+                    self.gateway.ip(&format!("route {verb} unreachable {address}/32 table local")).map(drop)
                 })
             };
             routes("add")?;
