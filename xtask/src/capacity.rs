@@ -72,7 +72,7 @@ pub struct Arguments {
     /// guess, if not said
     #[arg(long, value_name = "NS", value_parser = amount)]
     driver_ns: Option<f64>,
-    /// Microseconds of a core that a health check takes; 215, of type http as docs/benchmarks.md measured it, if not said
+    /// Microseconds of a core that a health check takes; 74, of type http as docs/benchmarks.md measured it, if not said
     #[arg(long, value_name = "US", value_parser = amount)]
     check_us: Option<f64>,
     /// Measure what a check takes (needs root, and a release build, which it makes)
@@ -87,7 +87,7 @@ pub struct Arguments {
 const DRIVER_NS: f64 = 100.0;
 
 /// Measured: docs/benchmarks.md says how.
-const CHECK_US: f64 = 215.0;
+const CHECK_US: f64 = 74.0;
 
 fn interval(text: &str) -> Result<Duration, String> {
     lb_userspace::config::duration(text, Duration::from_millis(100)..=Duration::from_secs(3600))

@@ -300,9 +300,8 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
 
     fn start(&mut self, target: Target<K>, entries: &mut Vec<Entry<K, Inquiry>>) -> Running<K> {
         let Target { key, address, check, timed } = target;
-        let course = Inquiry::new(&check, address).map(|inquiry| {
-            Course::new(key.clone(), check.interval, inquiry, Filter::new(&check, timed))
-        });
+        let course = Inquiry::new(&check, address)
+            .map(|inquiry| Course::new(key.clone(), check.interval, inquiry, Filter::new(&check, timed)));
         let entry = match &course {
             Some(course) => Entry::first(Instant::now(), self.turns.next(), Arc::clone(course)),
             None => Entry::Unchecked(key),

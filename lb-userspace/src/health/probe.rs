@@ -218,10 +218,7 @@ impl Inquiry {
         }
     }
 
-    async fn answer(
-        &self,
-        mut deadline: Pin<&mut Sleep>,
-    ) -> Result<(Result<(), Failure>, Closing), Failure> {
+    async fn answer(&self, mut deadline: Pin<&mut Sleep>) -> Result<(Result<(), Failure>, Closing), Failure> {
         // One that cannot be asked is not bothered.
         let http = match &self.question {
             Question::Tcp => None,
