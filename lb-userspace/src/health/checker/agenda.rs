@@ -87,10 +87,16 @@ pub async fn run<K: Clone + Send + Sync + 'static, A: Ask>(
         let next = agenda.peek().map(|Reverse(due): &Reverse<Due<K, A>>| due.at.max(free));
         tokio::select! {
             added = entries.recv() => match added {
-                Some(added) => added.into_iter().for_each(|entry| match entry {
-                    Entry::Checked(due) => agenda.push(Reverse(due)),
-                    Entry::Unchecked(key) => is_up(&shared, key),
-                }),
+                Some(added) => {
+                    // Those that ended would stay for as long as their interval.
+                    agenda.retain(|Reverse(due)| !due.course.now().ended);
+                    for entry in added {
+                        match entry {
+                            Entry::Checked(due) => agenda.push(Reverse(due)),
+                            Entry::Unchecked(key) => is_up(&shared, key),
+                        }
+                    }
+                }
                 None => return,
             },
             () = until(next) => {

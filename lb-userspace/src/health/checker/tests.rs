@@ -200,6 +200,20 @@ async fn a_changed_target_moves_and_a_removed_one_ends() {
 }
 
 #[tokio::test]
+async fn a_check_that_ended_is_forgotten_at_once_however_long_its_interval() {
+    let (tx, _rx) = mpsc::channel(64);
+    let mut checker = Checker::new(tx);
+    let mut of_an_hour = target(tcp(1, 3_600_000 * MS));
+    checker.set(vec![of_an_hour.clone()]);
+    sleep(50 * MS).await;
+    let course = Arc::downgrade(checker.running["a"].course.as_ref().unwrap());
+    of_an_hour.check.port = 2;
+    checker.set(vec![of_an_hour]);
+    sleep(50 * MS).await;
+    assert!(course.upgrade().is_none());
+}
+
+#[tokio::test]
 async fn dropping_the_checker_ends_all_tasks_and_closes_the_channel() {
     let (tx, mut rx) = mpsc::channel(64);
     let mut checker = Checker::new(tx);
