@@ -74,8 +74,7 @@ async fn starts(turn: f64, interval: Duration, durations: &[u32]) -> Vec<u128> {
         rx.recv().await.unwrap();
     }
     work.abort();
-    let starts = fake.starts.lock().unwrap().clone();
-    starts
+    fake.starts.lock().unwrap().clone()
 }
 
 #[tokio::test(start_paused = true)]
