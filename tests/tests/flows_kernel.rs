@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -164,7 +165,7 @@ impl Site {
         let mut world = World::default();
         for (place, (host, backend)) in self.backends.iter().enumerate() {
             world.up.insert((0, place), backend.health == Health::Up);
-            world.next_hops.insert(Ipv4Addr::new(10, 0, 1, *host).into(), next_hop());
+            Arc::make_mut(&mut world.next_hops).insert(Ipv4Addr::new(10, 0, 1, *host).into(), next_hop());
             if backend.drained {
                 world.shares.insert((0, place), 0);
             }

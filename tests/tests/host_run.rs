@@ -413,7 +413,7 @@ fn spread_image(backends: usize, weights: &[u8]) -> Image {
     let hop = world.next_hops[&template.backends[0].address].clone();
     for (index, backend) in config.pools[0].backends.iter().enumerate() {
         world.up.insert((0, index), true);
-        world.next_hops.insert(backend.address, hop.clone());
+        Arc::make_mut(&mut world.next_hops).insert(backend.address, hop.clone());
     }
     let mut image = Image::empty(&fixtures::capacity(), fixtures::meta(Setting::Everything.load_time()));
     let ops =

@@ -11,6 +11,7 @@ use lb_common::abi::{Pin, Source, TableState};
 use rustc_hash::FxHashMap;
 use tracing::{info, warn};
 
+use super::changed::Changed;
 use super::commands::Held;
 use super::core::{BackendKey, Core, NextHops, ReconcileError, keys, preflight};
 use super::interfaces::{self, Wanted};
@@ -58,8 +59,8 @@ impl Core {
         let capacity = Capacity::new(&config.limits);
         let same_maps = capacity == *self.datapath.capacity();
         let config = Arc::new(config);
-        let mut roster = Roster::after(&config, &self.roster);
-        let asked = roster.desired(&World::default());
+        let roster = Roster::after(&config, &self.roster);
+        let asked = roster.least();
         // What somebody else wrote into them is undone, or left behind.
         self.image = self.datapath.maps.image()?;
         self.tracking.look_again(&self.image);
@@ -92,7 +93,7 @@ impl Core {
         let is_up = |key: &BackendKey| self.fsms.get(key).is_some_and(Fsm::is_up);
         self.steering.reload(Instant::now(), &previous, &self.config, is_up);
         self.transitions.retain(|key, _| self.fsms.contains_key(key));
-        self.changed = true;
+        self.changed = Changed::All;
         self.on_first_look(found);
         for (key, probe) in first {
             self.on_probe(Instant::now(), key, probe);
@@ -105,7 +106,7 @@ impl Core {
         if let Err(error) = taken {
             ((self.config, self.fsms, self.next_hops, self.steering), self.file, self.overrides, self.own) =
                 before;
-            self.changed = true;
+            self.changed = Changed::All;
             return Err(error);
         }
         self.start_checks();
@@ -202,7 +203,7 @@ impl Core {
         let found = std::mem::take(&mut self.tracking.found);
         self.begin_tracking()?;
         (self.tracking.found, self.tracking.spread) = (found, spread);
-        self.changed = true;
+        self.changed = Changed::All;
         info!("new maps are in force; counters go on, flows stay where they are");
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
+use super::changed::Changed;
 use super::core::{BackendKey, Core, ReconcileError, keys};
 use super::diff::Comparison;
 use super::overrides::{self, Cause, End, Ended, Entry, Exit, Overrides, Recovered, Uptime};
@@ -124,7 +125,7 @@ impl Core {
             self.store.save(&next, &config).map_err(CommandError::NotKept)?;
             info!(pool = %key.pool, backend = %backend.name, address = %key.address, "by command: {said}");
             self.drained.remove(&key);
-            (self.overrides, self.config, self.changed) = (next, Arc::new(config), true);
+            (self.overrides, self.config, self.changed) = (next, Arc::new(config), Changed::All);
             self.tell_cut(&cut);
         }
         self.reconcile().map_err(CommandError::NotWritten)?;
@@ -200,7 +201,7 @@ impl Core {
         let mut overrides = self.overrides.clone();
         let cut = self.cut_off(&mut overrides, now);
         if !cut.is_empty() {
-            (self.overrides, self.changed) = (overrides, true);
+            (self.overrides, self.changed) = (overrides, Changed::All);
             self.tell_cut(&cut);
             self.keep();
         }
@@ -243,7 +244,7 @@ impl Core {
     /// Lets go of backends that have left the file and that nothing names any more. Returns whether there were any.
     pub fn let_leavers_go(&mut self) -> Result<bool, ReconcileError> {
         // While tables are not as they should be, they do not tell.
-        if self.changed {
+        if self.changed.anything() {
             return Ok(false);
         }
         self.note_named();
@@ -293,7 +294,7 @@ impl Core {
         self.fsms.retain(|key, _| !gone.contains(key));
         self.transitions.retain(|key, _| !gone.contains(key));
         self.drained.retain(|key| !gone.contains(key));
-        self.changed = true;
+        self.changed = Changed::All;
     }
 
     fn remaining_at(&self, key: &BackendKey) -> Remaining {

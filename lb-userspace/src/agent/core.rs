@@ -7,10 +7,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 use tracing::{info, warn};
 
 use super::adopt;
+use super::changed::Changed;
 use super::changeover::inherit;
 use super::commands::{Held, tell};
 use super::interfaces::{self, Refused, Wanted, WantedLink};
@@ -64,6 +65,8 @@ pub struct Core {
     pub(super) roster: Roster,
     /// Backends that are down, by their place in the roster, as of the last look at the world.
     pub(super) down: Vec<usize>,
+    /// Who is up and by which way, as of then, before policy makes something of it.
+    facts: World,
     /// Backends that take flows, and all that do not leave: as of then.
     up: (usize, usize),
     /// Of looks after slots.
@@ -92,8 +95,8 @@ pub struct Core {
     started: Instant,
     started_at: SystemTime,
     reloads: Reloads,
-    /// Whether the tables must be worked out again.
-    pub(super) changed: bool,
+    /// Whether the tables must be worked out again, and from what on.
+    pub(super) changed: Changed,
     /// The first verdict that the tables do not show yet.
     pub(super) decided: Option<Instant>,
     pub(super) tracking: Tracking,
@@ -153,8 +156,9 @@ impl Core {
             started: Instant::now(),
             started_at: SystemTime::now(),
             reloads: Reloads::none(),
-            changed: true,
+            changed: Changed::All,
             decided: None,
+            facts: World::default(),
             tracking: Tracking::new(Instant::now()),
             yielded: Yielded::default(),
             named: Named::default(),
@@ -197,7 +201,7 @@ impl Core {
         }
         self.datapath.retire_others()?;
         // Which next hops can be used depends on the interfaces that are attached.
-        self.changed = true;
+        self.changed = Changed::All;
         // Those of backends that have left the file: nobody else knows of them.
         let (neighbours_now, addresses_now) = backends(&self.image);
         resolver.unmanage(&(&neighbours - &neighbours_now), &(&addresses - &addresses_now)).await;
@@ -246,7 +250,10 @@ impl Core {
                 }
             }
         }
-        self.attached = attached;
+        if self.attached != attached {
+            // Next hops may be usable now that were not, or no longer.
+            (self.attached, self.changed) = (attached, Changed::All);
+        }
         self.refused.clear();
         Ok(())
     }
@@ -292,16 +299,23 @@ impl Core {
         // An outcome of a check that has been ended.
         let Some(fsm) = self.fsms.get_mut(key) else { return };
         let transition = fsm.on_probe(now, probe);
-        self.changed |= self.steering.on_probe(now, key, probe);
+        if self.steering.on_probe(now, key, probe) {
+            self.changed.policy();
+        }
         if let Some(transition) = transition {
-            self.changed = true;
             self.decided.get_or_insert(now);
+            let place = place_of(&self.config, key);
+            match place {
+                Some(at) => self.changed.health(at),
+                None => self.changed = Changed::All,
+            }
             self.steering.on_transition(now, key, &transition);
             let transitions = self.transitions.entry(key.clone()).or_default();
-            let backend = name_of(&self.config, key);
+            let pool = |(pool, _): BackendRef| &self.config.pools[pool];
+            let backend = place
+                .map_or_else(|| key.address.to_string(), |place| pool(place).backends[place.1].name.clone());
             let check = fsm.outcome().unwrap_or_default();
-            let pool = self.config.pools.iter().find(|pool| pool.name == key.pool);
-            let unchecked = pool.is_some_and(|pool| pool.check.kind == CheckKind::None);
+            let unchecked = place.is_some_and(|place| pool(place).check.kind == CheckKind::None);
             let check = if unchecked { "not checked" } else { check.as_str() };
             match transition.to {
                 State::Up => {
@@ -323,32 +337,68 @@ impl Core {
     }
 
     pub fn on_time(&mut self, now: Instant) {
-        self.changed |= self.steering.due(&self.config).is_some_and(|due| due <= now);
+        if self.steering.due(&self.config).is_some_and(|due| due <= now) {
+            self.changed.policy();
+        }
     }
 
     /// Seats of the configuration in effect.
     pub(super) fn seat(&mut self) {
         if !self.roster.is_of(&self.config) {
             self.roster = Roster::after(&self.config, &self.roster);
+            self.changed = Changed::All;
         }
     }
 
     /// The world with what is made of it now.
     pub(super) fn steered_world(&mut self, now: Instant) -> World {
         self.seat();
-        self.down = self.who_is_down(&self.roster);
-        let mut world = self.bare_world(&self.roster, &self.down);
+        self.look_at_facts(now);
+        let mut world = self.facts.clone();
         self.up = self.count(&world);
         self.steering.observe(now, &self.config, &world);
         self.steering.steer(&self.config, &mut world);
         world
     }
 
+    /// Brings what is known of the world up to date.
+    fn look_at_facts(&mut self, now: Instant) {
+        let judged = match &self.changed {
+            Changed::Nothing => &[][..],
+            Changed::Health(of) => of,
+            Changed::All => {
+                self.down = self.who_is_down(&self.roster);
+                self.facts = self.bare_world(&self.roster, &self.down, now);
+                return;
+            }
+        };
+        for at in judged {
+            let place = self.roster.place(*at);
+            let Some(fsm) = self.fsms.get(&self.roster.seats[place].key) else { continue };
+            // One without a way is not up, whatever it says.
+            if self.facts.up.contains_key(at) {
+                self.facts.up.insert(*at, fsm.is_up());
+            }
+            let known = self.down.binary_search(&place);
+            match (known, fsm.state() == State::Down) {
+                (Ok(known), false) => _ = self.down.remove(known),
+                (Err(before), true) => self.down.insert(before, place),
+                (Ok(_), true) | (Err(_), false) => {}
+            }
+        }
+        self.facts.old_flows = self.old_flows(&self.roster, &self.down, now);
+        debug_assert!(
+            self.down == self.who_is_down(&self.roster)
+                && self.facts == self.bare_world(&self.roster, &self.down, now),
+            "more has changed than was said"
+        );
+    }
+
     /// The same as of the last time.
     pub(super) fn world(&self) -> World {
         let made = (!self.roster.is_of(&self.config)).then(|| Roster::after(&self.config, &self.roster));
         let roster = made.as_ref().unwrap_or(&self.roster);
-        let mut world = self.bare_world(roster, &self.who_is_down(roster));
+        let mut world = self.bare_world(roster, &self.who_is_down(roster), Instant::now());
         self.steering.steer(&self.config, &mut world);
         world
     }
@@ -359,11 +409,10 @@ impl Core {
     }
 
     /// Who is up, and by which way.
-    fn bare_world(&self, roster: &Roster, down: &[usize]) -> World {
+    fn bare_world(&self, roster: &Roster, down: &[usize], now: Instant) -> World {
         let (mut world, judge) = (World::default(), self.judge());
         let (has_exits, all) = (self.overrides.has_exits(), roster.seats.len());
-        world.up.reserve(all);
-        world.next_hops.reserve(all);
+        let mut next_hops = FxHashMap::with_capacity_and_hasher(all, FxBuildHasher);
         for Seat { key, at, .. } in &roster.seats {
             if has_exits && self.overrides.exit(key).is_some() {
                 world.shares.insert(*at, 0);
@@ -371,9 +420,15 @@ impl Core {
             let Ok(hop) = self.usable_next_hop(&judge, at.0, key.address) else { continue };
             let up = self.fsms.get(key).is_some_and(Fsm::is_up);
             world.up.insert(*at, up);
-            world.next_hops.insert(key.address, hop.clone());
+            next_hops.insert(key.address, hop.clone());
         }
-        world.old_flows = self.old_flows(roster, down, Instant::now());
+        // Backends are worked out again where these are others.
+        world.next_hops = if next_hops == *self.facts.next_hops {
+            Arc::clone(&self.facts.next_hops)
+        } else {
+            next_hops.into()
+        };
+        world.old_flows = self.old_flows(roster, down, now);
         world
     }
 
@@ -557,10 +612,10 @@ pub fn keys(config: &Config) -> impl Iterator<Item = (BackendKey, usize, usize)>
     })
 }
 
-fn name_of(config: &Config, key: &BackendKey) -> String {
-    let pool = config.pools.iter().find(|pool| pool.name == key.pool);
-    let backend = pool.and_then(|pool| pool.backends.iter().find(|backend| backend.address == key.address));
-    backend.map_or_else(|| key.address.to_string(), |backend| backend.name.clone())
+fn place_of(config: &Config, key: &BackendKey) -> Option<BackendRef> {
+    let pool = config.pools.iter().position(|pool| pool.name == key.pool)?;
+    let backend = config.pools[pool].backends.iter().position(|backend| backend.address == key.address)?;
+    Some((pool, backend))
 }
 
 /// Refuses what would not fit before anything is written.

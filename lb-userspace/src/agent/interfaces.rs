@@ -8,6 +8,7 @@ use lb_common::abi::Interface;
 use lb_common::wire::Mac;
 use tracing::{info, warn};
 
+use super::changed::Changed;
 use super::core::Core;
 use super::own;
 use crate::bpf::{Attached, Links};
@@ -110,7 +111,7 @@ impl Core {
                 Ok(link) => {
                     warn!(interface = %link.name, "the program was taken off");
                     self.attached.retain(|entry| entry.name != name);
-                    self.changed = true;
+                    self.changed = Changed::All;
                     self.attach_one(&name, &link, mode, "attached again");
                 }
                 Err(crate::nexthop::LinkError::NotFound { .. }) => {
@@ -165,7 +166,7 @@ impl Core {
         }
         self.attached.retain(|entry| entry.name != attached.name);
         // Next hops through the others may be usable now, or no longer.
-        self.changed = true;
+        self.changed = Changed::All;
         self.datapath.maps.remove_interface(attached.ifindex)?;
         self.read_interfaces()
     }
@@ -179,7 +180,7 @@ impl Core {
                 self.refused.remove(name);
                 self.attached.retain(|entry| entry.name != name);
                 self.attached.push(now);
-                self.changed = true;
+                self.changed = Changed::All;
                 if let Err(error) = self.read_interfaces() {
                     warn!(%error, "the table of interfaces cannot be read");
                 }

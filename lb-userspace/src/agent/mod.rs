@@ -3,6 +3,7 @@
 //! configuration, probe results, next hops, interfaces, API requests, timers -> `Core` -> desired -> plan -> maps
 
 mod adopt;
+mod changed;
 mod changeover;
 mod commands;
 pub mod connections;

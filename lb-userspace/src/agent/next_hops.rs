@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use tracing::{debug, info, warn};
 
+use super::changed::Changed;
 use super::core::{Core, NextHops, keys};
 use super::own;
 use crate::config::model::{Config, Forward};
@@ -63,7 +64,7 @@ impl Core {
                 (Err(reason), _) => warn!(%address, %reason, "no next hop"),
             }
             self.next_hops.insert(address, answer);
-            self.changed = true;
+            self.changed = Changed::All;
         }
         if found > 0 {
             info!(found, "next hops");

@@ -22,6 +22,8 @@ pub struct Seat {
 pub struct Roster {
     config: Arc<Config>,
     pub seats: Vec<Seat>,
+    /// Where the backends of each pool begin.
+    firsts: Vec<usize>,
     draft: Draft,
 }
 
@@ -42,12 +44,28 @@ impl Roster {
             at: (pool, backend),
             pools: sets[pool],
         };
-        Self { config: Arc::clone(config), seats: keys(config).map(seat).collect(), draft }
+        let firsts = config.pools.iter().scan(0, |next, pool| {
+            let first = *next;
+            *next += pool.backends.len();
+            Some(first)
+        });
+        let seats = keys(config).map(seat).collect();
+        Self { config: Arc::clone(config), seats, firsts: firsts.collect(), draft }
     }
 
     /// Whether it is that of this very configuration.
     pub fn is_of(&self, config: &Arc<Config>) -> bool {
         Arc::ptr_eq(&self.config, config)
+    }
+
+    /// The place among the seats of a backend.
+    pub fn place(&self, (pool, backend): BackendRef) -> usize {
+        self.firsts[pool] + backend
+    }
+
+    /// As many backends and tables as there are to be room for.
+    pub fn least(&self) -> Desired {
+        self.draft.least(&self.config)
     }
 
     /// The maps as they should be.

@@ -9,6 +9,7 @@ use lb_common::abi::Pin;
 use rustc_hash::FxHashMap;
 use tracing::{debug, warn};
 
+use super::changed::Changed;
 use super::core::{BackendKey, Core, ReconcileError};
 use super::roster::Roster;
 use super::snapshot::Index;
@@ -97,7 +98,7 @@ impl Core {
     /// Brings the maps in line with what is configured and alive.
     pub fn reconcile(&mut self) -> Result<(), ReconcileError> {
         let now = Instant::now();
-        if !self.changed && !self.tracking.is_paced(now) {
+        if !self.changed.anything() && !self.tracking.is_paced(now) {
             return Ok(());
         }
         let world = self.steered_world(now);
@@ -105,7 +106,7 @@ impl Core {
         let wanted = self.roster.desired(&world);
         let (tracking, mut hands) = self.hands();
         tracking.reconcile(&mut hands, wanted)?;
-        self.changed = false;
+        self.changed = Changed::Nothing;
         if let Some(decided) = self.decided.take() {
             let after_us = decided.elapsed().as_micros() as u64;
             debug!(after_us, "the tables follow verdicts");
@@ -116,7 +117,7 @@ impl Core {
     /// Looks after slots on the move. Called every `TICK`.
     pub fn look_after_slots(&mut self) -> Result<(), ReconcileError> {
         self.ticks = self.ticks.wrapping_add(1);
-        let busy = self.changed
+        let busy = self.changed.anything()
             || !self.down.is_empty()
             || self.overrides.has_exits()
             || self.tracking.is_busy()
@@ -124,10 +125,14 @@ impl Core {
         if !busy && !self.ticks.is_multiple_of(IDLE_TICKS) {
             return Ok(());
         }
-        self.changed |= self.flows_are_due(Instant::now());
+        if self.flows_are_due(Instant::now()) {
+            self.changed.policy();
+        }
         let (tracking, mut hands) = self.hands();
         let changed = tracking.look_after(&mut hands)?;
-        self.changed |= changed;
+        if changed {
+            self.changed.policy();
+        }
         self.reconcile()?;
         self.say_who_yields(Instant::now());
         Ok(())
@@ -200,7 +205,7 @@ impl Core {
     /// Whether a grace time, or the room for pins, has run out since the last plan. Asked often: it goes by those who are
     /// known to be down, which changes with a plan.
     fn flows_are_due(&self, now: Instant) -> bool {
-        if self.changed || self.down.is_empty() && !self.overrides.has_exits() {
+        if self.changed.anything() || self.down.is_empty() && !self.overrides.has_exits() {
             return false;
         }
         let goes_on = |((pool, backend), old_flows): (BackendRef, OldFlows)| {

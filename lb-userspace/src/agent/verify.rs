@@ -95,7 +95,7 @@ pub async fn from_pins(run_dir: &Path, config_path: &Path) -> anyhow::Result<Vec
         }
         if let Some(Ok(hop)) = hops.get(&key.address) {
             world.up.insert((pool, backend), health.get(&key).is_some_and(Fsm::is_up));
-            world.next_hops.insert(key.address, hop.clone());
+            Arc::make_mut(&mut world.next_hops).insert(key.address, hop.clone());
         }
     }
     Steering::new(&config, &adopt::levels(&config, &image)).steer(&config, &mut world);

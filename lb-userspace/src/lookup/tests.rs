@@ -53,7 +53,7 @@ fn tables() -> Image {
             redirect_target: true,
         };
         world.up.insert((pool, backend), last != 13);
-        world.next_hops.insert(Ipv4Addr::new(10, 0, 0, last).into(), hop);
+        Arc::make_mut(&mut world.next_hops).insert(Ipv4Addr::new(10, 0, 0, last).into(), hop);
     }
     let capacity = Capacity::new(&config.limits);
     let LoadTime { seed, features, icmp_rate, pin_rate, source_ports: _ } = LoadTime::of(&config);

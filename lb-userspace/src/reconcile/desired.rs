@@ -14,9 +14,11 @@ use lb_common::flow::fingerprint;
 use lb_common::wire::{Address6, Be16, Mac, PROTO_TCP, PROTO_UDP};
 use rustc_hash::FxHashMap;
 
+use super::backends::Backends;
 use super::draft::Draft;
 use super::entries::{DesiredVip, VipKey};
 use super::image::Ids;
+use super::per_backend::PerBackend;
 use super::servers::ServerName;
 use super::targets::Targets;
 use crate::config::model::{
@@ -29,11 +31,12 @@ use crate::nexthop::NextHop;
 pub type BackendRef = (usize, usize);
 
 /// What the world looks like just now.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct World {
     /// Backends that have a next hop that their pool can use, and whether they pass their checks.
-    pub up: FxHashMap<BackendRef, bool>,
-    pub next_hops: FxHashMap<IpAddr, NextHop>,
+    pub up: PerBackend<bool>,
+    /// The same one as long as none has changed.
+    pub next_hops: Arc<FxHashMap<IpAddr, NextHop>>,
     /// Backends that take less than their share of new flows, of [`overlay::FULL`]; 0 takes none.
     pub shares: FxHashMap<BackendRef, u16>,
     /// Pools whose packets go to another, and to which.
@@ -116,7 +119,7 @@ pub struct DesiredTable {
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Desired {
-    pub backends: BTreeMap<u64, DesiredBackend>,
+    pub backends: Backends,
     pub tables: BTreeMap<u64, Arc<DesiredTable>>,
     pub vips: Arc<BTreeMap<VipKey, DesiredVip>>,
     /// The identity of the backend that a connection ID of QUIC names.

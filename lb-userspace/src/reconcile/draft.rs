@@ -9,14 +9,18 @@ use std::time::Duration;
 use lb_common::abi::{Backend, Discipline};
 use lb_common::wire::Mac;
 
+use super::backends::Backends;
 use super::desired::{
     BackendRef, Desired, DesiredBackend, DesiredSources, DesiredTable, OldFlows, Target, World, backend_row,
     egress, identity_of, pool_set, protocol_number, table_identity,
 };
+use rustc_hash::FxHashMap;
+
 use super::entries::{DesiredVip, VipKey, entries};
 use super::servers::{ServerName, servers};
 use super::targets::Targets;
 use crate::config::model::{Config, OnEmpty, Pool, Protocol, Scheduler};
+use crate::nexthop::NextHop;
 use crate::policy::response;
 use crate::tables::maglev::{self, Member};
 use crate::tables::overlay;
@@ -25,8 +29,10 @@ use crate::tables::sequence::{self, Turns};
 /// A configuration, as far as it decides what lies in the kernel. Every call must be given the same one.
 #[derive(Debug)]
 pub struct Draft {
-    /// In the order of identities.
+    /// In the order of identities, each once.
     backends: Vec<Fixed>,
+    /// What was made of them last.
+    made: Option<Made>,
     /// By place in the configuration.
     pools: Vec<Arc<Members>>,
     tables: Vec<TableDraft>,
@@ -43,20 +49,31 @@ struct Fixed {
     wanted: DesiredBackend,
 }
 
+/// Backends as they were asked for last, and what the world said of them.
+#[derive(Debug)]
+struct Made {
+    next_hops: Arc<FxHashMap<IpAddr, NextHop>>,
+    /// In the order of identities.
+    said: Vec<Said>,
+    backends: Backends,
+}
+
+/// What the world says of a backend, but for its next hop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Said {
+    up: Option<bool>,
+    old_flows: OldFlows,
+}
+
 /// The backends of a pool, as tables see them, and tables of them when all are well.
 #[derive(Debug)]
 struct Members {
     members: Vec<Member>,
     identities: Vec<u64>,
-    /// By the logarithm of the length, once somebody has asked.
-    bases: [OnceLock<Base>; 32],
-}
-
-/// A table when all are well, and how many slots of it each has.
-#[derive(Debug)]
-struct Base {
-    table: Arc<[u16]>,
-    counts: Vec<u32>,
+    /// What slots lead to, by what they do where nobody takes them: nothing, or to the stack. The last of them is that.
+    known: [OnceLock<Arc<[Target]>>; 2],
+    /// The table when all are well, by the logarithm of its length, once somebody has asked.
+    bases: [OnceLock<Targets>; 32],
 }
 
 impl Members {
@@ -67,16 +84,23 @@ impl Members {
         Self {
             members: pool.backends.iter().map(member).collect(),
             identities: pool.backends.iter().map(|backend| identity_of(pool, backend)).collect(),
+            known: [const { OnceLock::new() }; 2],
             bases: [const { OnceLock::new() }; 32],
         }
     }
 
-    fn base(&self, log2_length: u32) -> &Base {
-        self.bases[log2_length as usize].get_or_init(|| {
-            let table = maglev::build(log2_length, &self.members);
-            let counts = overlay::counts(&table, self.members.len());
-            Base { table: table.into(), counts }
+    fn known(&self, nobody: Target) -> &Arc<[Target]> {
+        self.known[usize::from(nobody == Target::Pass)].get_or_init(|| {
+            let known = self.identities.iter().map(|&identity| Target::Backend(identity));
+            known.chain([nobody]).collect()
         })
+    }
+
+    fn base(&self, log2_length: u32, nobody: Target) -> Targets {
+        let known = self.known(nobody);
+        let base = self.bases[log2_length as usize]
+            .get_or_init(|| Targets::new(Arc::clone(known), maglev::build(log2_length, &self.members)));
+        base.renamed(known)
     }
 }
 
@@ -146,6 +170,9 @@ impl Draft {
             both.flat_map(|(index, (pool, members))| fixed(index, pool, members)).collect();
         // Stable: of two alike, the last counts.
         backends.sort_by_key(|fixed| fixed.wanted.row.identity);
+        backends.reverse();
+        backends.dedup_by_key(|fixed| fixed.wanted.row.identity);
+        backends.reverse();
         let mut tables = tables(config, &pools);
         let mut last: HashMap<u64, &TableDraft> =
             before.iter().flat_map(|before| &before.tables).map(|table| (table.identity, table)).collect();
@@ -155,6 +182,7 @@ impl Draft {
         }
         Self {
             backends,
+            made: None,
             pools,
             tables,
             vips: Arc::new(entries(config)),
@@ -165,26 +193,83 @@ impl Draft {
 
     /// The maps as they should be.
     pub fn desired(&mut self, config: &Config, world: &World) -> Desired {
+        let backends = self.backends(config, world);
+        let table = |table: &mut TableDraft| (table.identity, table.made(config, world));
+        Desired { backends, tables: self.tables.iter_mut().map(table).collect(), ..self.constant(config) }
+    }
+
+    /// The same for a world in which nobody is up, as far as room goes by it. What was made last is not forgotten.
+    pub fn least(&self, config: &Config) -> Desired {
+        let world = World::default();
         let backend = |fixed: &Fixed| {
-            let mut wanted = fixed.wanted.clone();
-            let up = world.up.get(&fixed.at).copied();
-            // Another pool may reach the same address in a way that this one cannot use.
-            let hop = up.and_then(|_| world.next_hops.get(&fixed.address));
-            wanted.next_hop = hop.map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
-            wanted.old_flows = world.old_flows.get(&fixed.at).copied().unwrap_or_default();
-            if up == Some(true) && wanted.old_flows == OldFlows::Stay {
-                wanted.row.flags |= Backend::ACCEPTING;
-            }
-            (wanted.row.identity, wanted)
+            (fixed.wanted.row.identity, fixed.wanted(config, &world, Said::of(fixed, &world)))
         };
+        let table = |table: &TableDraft| {
+            (table.identity, Arc::new(table.plot.table(&table.plot.asked(config, &world))))
+        };
+        let tables = self.tables.iter().map(table).collect();
+        Desired { backends: self.backends.iter().map(backend).collect(), tables, ..self.constant(config) }
+    }
+
+    /// What the world does not change.
+    fn constant(&self, config: &Config) -> Desired {
         Desired {
-            backends: self.backends.iter().map(backend).collect(),
-            tables: self.tables.iter_mut().map(|table| (table.identity, table.made(config, world))).collect(),
             vips: Arc::clone(&self.vips),
             servers: Arc::clone(&self.servers),
             sources: self.sources.clone(),
             timeouts: config.timeouts,
+            ..Desired::default()
         }
+    }
+
+    /// Backends, of which those are made again that the world says something else of than the last time.
+    fn backends(&mut self, config: &Config, world: &World) -> Backends {
+        let said = |fixed: &Fixed| Said::of(fixed, world);
+        let made = match self.made.take() {
+            Some(mut made) if Arc::ptr_eq(&made.next_hops, &world.next_hops) => {
+                for (place, (fixed, before)) in self.backends.iter().zip(&mut made.said).enumerate() {
+                    let said = said(fixed);
+                    if said != *before {
+                        made.backends.set(place, fixed.wanted(config, world, said));
+                        *before = said;
+                    }
+                }
+                made
+            }
+            _ => {
+                let said: Vec<Said> = self.backends.iter().map(said).collect();
+                let both = self.backends.iter().zip(&said);
+                let wanted = |(fixed, said): (&Fixed, &Said)| {
+                    (fixed.wanted.row.identity, fixed.wanted(config, world, *said))
+                };
+                let backends = both.map(wanted).collect();
+                Made { next_hops: Arc::clone(&world.next_hops), said, backends }
+            }
+        };
+        self.made.insert(made).backends.clone()
+    }
+}
+
+impl Said {
+    fn of(fixed: &Fixed, world: &World) -> Self {
+        Self {
+            up: world.up.get(&fixed.at).copied(),
+            old_flows: world.old_flows.get(&fixed.at).copied().unwrap_or_default(),
+        }
+    }
+}
+
+impl Fixed {
+    fn wanted(&self, config: &Config, world: &World, Said { up, old_flows }: Said) -> DesiredBackend {
+        let mut wanted = self.wanted.clone();
+        // Another pool may reach the same address in a way that this one cannot use.
+        let hop = up.and_then(|_| world.next_hops.get(&self.address));
+        wanted.next_hop = hop.map(|hop| (Mac::from_bytes(hop.mac), egress(hop, &config.outer_source)));
+        wanted.old_flows = old_flows;
+        if up == Some(true) && old_flows == OldFlows::Stay {
+            wanted.row.flags |= Backend::ACCEPTING;
+        }
+        wanted
     }
 }
 
@@ -254,20 +339,17 @@ impl Plot {
     /// laid over it; or turns by weight, with such a table below.
     fn table(&self, asked: &Asked) -> DesiredTable {
         let members = &self.members[asked.level];
-        let known = members.identities.iter().map(|&identity| Target::Backend(identity));
-        let known: Arc<[Target]> = known.chain([self.nobody]).collect();
+        let known = members.known(self.nobody);
         let length = 1usize << self.log2_length;
-        let nowhere = || -> Arc<[u16]> { vec![known.len() as u16 - 1; length].into() };
+        let nowhere = || Targets::new(Arc::clone(known), vec![known.len() as u16 - 1; length]);
         let takes = |(member, &share): (&Member, &u16)| member.weight > 0 && share > 0;
         let by_hash = if members.members.iter().zip(&asked.shares).any(takes) {
-            let base = members.base(self.log2_length);
-            let laid_over =
-                overlay::apply_counted(&base.table, &base.counts, &members.members, &asked.shares);
-            laid_over.unwrap_or_else(|| Arc::clone(&base.table))
+            let base = members.base(self.log2_length, self.nobody);
+            let moved = overlay::moved(&base.places(), base.counts(), &members.members, &asked.shares);
+            moved.map_or_else(nowhere, |moved| base.with_moved(moved))
         } else {
             nowhere()
         };
-        let by_hash = Targets::new(Arc::clone(&known), by_hash);
         let discipline = discipline(self.scheduler);
         let (cur, est) = if discipline == Discipline::Hash {
             (by_hash, None)
@@ -275,8 +357,8 @@ impl Plot {
             let turn = |(member, &weight): (&Member, &u32)| Turns { key: member.key, weight };
             let turns: Vec<_> = members.members.iter().zip(&asked.turns).map(turn).collect();
             let turns = sequence::build(length, &turns);
-            let turns = if turns.is_empty() { nowhere() } else { turns.into() };
-            (Targets::new(known, turns), Some(by_hash))
+            let turns = if turns.is_empty() { nowhere() } else { Targets::new(Arc::clone(known), turns) };
+            (turns, Some(by_hash))
         };
         DesiredTable {
             log2_length: self.log2_length,

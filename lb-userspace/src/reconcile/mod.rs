@@ -4,6 +4,7 @@
 //! is, gives out ids and places, and yields an ordered list of [`op::MapOp`]. Both are pure; planning
 //! again on the result yields nothing. `bpf::Maps` is the only place that carries operations out.
 
+pub mod backends;
 pub mod connections;
 pub mod desired;
 pub mod draft;
@@ -12,6 +13,7 @@ pub mod image;
 pub mod memory;
 pub mod moves;
 pub mod op;
+pub mod per_backend;
 pub mod pins;
 pub mod plan;
 pub mod repin;

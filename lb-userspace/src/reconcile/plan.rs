@@ -4,6 +4,7 @@
 //! words, VIPs. Removals come last, after a grace, in the opposite order: what is cleared is what no
 //! packet can reach any more. A next hop that is lost is a removal.
 
+mod at_rest;
 mod carry;
 mod places;
 mod servers;
@@ -30,9 +31,10 @@ use super::image::{Ids, Image};
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
+pub use at_rest::{AtRest, Led};
 pub use carry::{carried, image_of};
 use places::Places;
-use slots::Going;
+use slots::{Going, Left};
 pub use vips::{VipEntry, VipMap, counter_rows, ports, present_vips};
 
 /// Why a desired state cannot be planned. Nothing has been written then.
@@ -69,18 +71,8 @@ pub struct Leave {
     pub unpinned: Unpinned,
     /// Slots that may be made dirty for no other reason than a better spread. What must move moves anyway.
     pub moves: usize,
-    /// Tables that need no look.
+    /// What needs no look.
     pub at_rest: AtRest,
-}
-
-/// Tables that an earlier plan found nothing to do of, and nothing has changed that could: by row, as they should be.
-#[derive(Debug, Clone, Default)]
-pub struct AtRest(pub HashMap<u16, Arc<DesiredTable>>);
-
-impl AtRest {
-    fn holds(&self, row: u16, wanted: &Arc<DesiredTable>) -> bool {
-        self.0.get(&row).is_some_and(|known| Arc::ptr_eq(known, wanted))
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -111,6 +103,10 @@ pub struct Plan {
     pub yielded: BTreeMap<u16, usize>,
     /// Rows of tables that there was nothing to do of, of those that were looked at.
     pub idle: Vec<u16>,
+    /// Rows of tables that are as they should be once the plan is carried out.
+    pub written: Vec<u16>,
+    /// VIPs, if there was nothing to do of them.
+    pub led: Option<Led>,
 }
 
 /// The writes that turn the image into what is desired; none if it is that already, or on its way.
@@ -118,7 +114,8 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     let mut planner = Planner::new(image, desired, capacity, leave);
     planner.look()?;
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, .. } = planner;
+    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, written, led, .. } =
+        planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -131,7 +128,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting, moves, again, yielded, idle })
+    Ok(Plan { ops, waiting, moves, again, yielded, idle, written, led })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
@@ -168,10 +165,12 @@ struct Planner<'a> {
     named: HashSet<u16>,
     names: bool,
     going: Going,
-    /// Tables by their pools, and whether they lead to anybody who takes flows.
-    takers: OnceCell<Vec<([u64; 3], bool)>>,
-    /// Rows of tables that nothing was left to do of.
+    /// Tables, and whether they lead to anybody who takes flows, once somebody has asked.
+    takers: OnceCell<Vec<(&'a DesiredTable, OnceCell<bool>)>>,
+    /// As in `Plan`.
     idle: Vec<u16>,
+    written: Vec<u16>,
+    led: Option<Led>,
     add: Vec<MapOp>,
     /// Pins of backends whose flows move: slots leave them first.
     turn: Vec<MapOp>,
@@ -205,6 +204,8 @@ impl<'a> Planner<'a> {
             going: Going::default(),
             takers: OnceCell::new(),
             idle: Vec::new(),
+            written: Vec::new(),
+            led: None,
             add: Vec::new(),
             turn: Vec::new(),
             emptied: HashSet::new(),
@@ -222,16 +223,38 @@ impl<'a> Planner<'a> {
     fn look(&mut self) -> Result<(), PlanError> {
         let ids = self.backends()?;
         self.going = Going::of(self.desired, &ids);
-        let present = present_vips(self.image);
-        let places = self.tables(&ids, &present)?;
+        let mut regions = Regions::of(self.image, self.capacity);
+        let (places, present) = match self.leave.at_rest.led(self.desired) {
+            Some(places) => (Arc::clone(places), None),
+            None => {
+                let (present, before) = (present_vips(self.image), self.writes());
+                let places = Arc::new(self.places(&present, &mut regions)?);
+                // Copies wait for slots to be equal.
+                if self.writes() == before && places.are_shared() {
+                    self.led = Some(Led::of(self.desired, &places));
+                }
+                (places, Some(present))
+            }
+        };
+        self.tables(&ids, &places, &mut regions)?;
         for &id in self.left.iter().filter(|id| self.emptied.contains(id)) {
             self.turn.extend([MapOp::DropPins { id }, MapOp::Grace]);
         }
         let gone = self.servers(&ids, &places)?;
-        self.vips(&present, &places)?;
+        if let Some(present) = present {
+            let before = self.writes();
+            self.vips(&present, &places)?;
+            if self.writes() != before {
+                self.led = None;
+            }
+        }
         self.leaving(&ids);
         self.add.extend(gone);
         Ok(())
+    }
+
+    fn writes(&self) -> usize {
+        self.add.len() + self.remove.len()
     }
 
     /// Backend rows and the egress rows they name. Returns the id of each identity.
@@ -272,7 +295,7 @@ impl<'a> Planner<'a> {
         self.names = !leaving.is_empty();
         self.lead_leaving(&leaving, path_of);
         let mut free = free.into_iter();
-        for (identity, wanted) in &desired.backends {
+        for (identity, wanted) in desired.backends.iter() {
             if ids.contains_key(identity) {
                 continue;
             }
@@ -354,9 +377,12 @@ impl<'a> Planner<'a> {
                 other.is_some_and(|other| matches!(other.old_flows, OldFlows::Stay))
             }
         };
-        let tables = || desired.tables.values().map(|table| (table.pool_set, table.cur.used().any(takes)));
-        let takers = self.takers.get_or_init(|| tables().collect());
-        takers.iter().any(|(pools, takes)| *takes && meet(*pools, failed.pool))
+        let tables = || desired.tables.values().map(|table| (&**table, OnceCell::new())).collect();
+        let takers = self.takers.get_or_init(tables);
+        let leads_to_some = |table: &DesiredTable| table.cur.used().any(takes);
+        takers.iter().any(|(table, takes)| {
+            meet(table.pool_set, failed.pool) && *takes.get_or_init(|| leads_to_some(table))
+        })
     }
 
     /// Backends that are in no configuration any more go once nothing names them; their ways out with them.
@@ -424,10 +450,8 @@ impl<'a> Planner<'a> {
         Ok(rows)
     }
 
-    /// Tables and their slots. Returns the rows that services go by.
-    fn tables(&mut self, ids: &Ids, present: &VipMap) -> Result<Places, PlanError> {
-        let mut regions = Regions::of(self.image, self.capacity);
-        let places = self.places(present, &mut regions)?;
+    /// Tables and their slots.
+    fn tables(&mut self, ids: &Ids, places: &Places, regions: &mut Regions) -> Result<(), PlanError> {
         for (row, identity) in &places.rows {
             // A copy that is not live yet moves with the next plan.
             if self.copied.contains_key(row) {
@@ -438,15 +462,17 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let wanted = &self.desired.tables[identity];
+            let pools = self.image.table_states[usize::from(*row)].pools;
             // What is leaving goes once no slot names it: then all are looked at.
-            if self.names || !self.leave.at_rest.holds(*row, wanted) {
-                let waiting = self.waiting;
-                if self.table(*row, wanted, ids, &mut regions)? && self.waiting == waiting {
-                    self.idle.push(*row);
+            if self.names || !self.leave.at_rest.holds(*row, wanted, pools) {
+                match self.table(*row, wanted, ids, regions)? {
+                    Left::Nothing => self.idle.push(*row),
+                    Left::ToWrite => self.written.push(*row),
+                    Left::More => {}
                 }
             }
         }
-        Ok(places)
+        Ok(())
     }
 }
 

@@ -77,10 +77,12 @@ pub struct Tracking {
     written: HashSet<u16>,
     /// Which table's slots begin there.
     first_slots: BTreeMap<u32, u16>,
-    /// Tables that the next plan need not look at.
+    /// What the next plan need not look at.
     at_rest: AtRest,
     /// Ids of backends that are in no configuration any more.
     leaving: HashSet<u16>,
+    /// Whether others are wanted, or lie there, since these were found.
+    others: bool,
     /// Whether `est` followed with the last look.
     followed: bool,
     /// What the tables are on their way to.
@@ -115,6 +117,7 @@ impl Tracking {
             first_slots: BTreeMap::new(),
             at_rest: AtRest::default(),
             leaving: HashSet::new(),
+            others: true,
             followed: false,
             desired: Arc::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
@@ -178,36 +181,41 @@ impl Tracking {
         wanted: impl Into<Arc<Desired>>,
     ) -> Result<(), H::Error> {
         let wanted = wanted.into();
-        self.look_at_turned(hands.image(), &wanted);
+        self.look_at_turned(&wanted);
         // What a plan changes may have to be live before the next can go on from there.
         loop {
             let plan = self.plan(hands, &wanted)?;
             self.desired = Arc::clone(&wanted);
-            self.at_rest.0.extend(plan.idle.iter().filter_map(|row| {
-                let identity = hands.image().table_states[usize::from(*row)].identity;
-                Some((*row, Arc::clone(wanted.tables.get(&identity)?)))
-            }));
-            if !self.carry_out_plan(hands, plan)? {
-                return Ok(());
+            let (image, tables) = (hands.image(), &wanted.tables);
+            let wanted = |row: u16| {
+                let identity = image.table_states[usize::from(row)].identity;
+                Some((row, Arc::clone(tables.get(&identity)?)))
+            };
+            self.at_rest.found(plan.idle.iter().filter_map(|row| wanted(*row)), plan.led.clone());
+            let written: Vec<_> = plan.written.iter().filter_map(|row| wanted(*row)).collect();
+            match self.carry_out_plan(hands, plan) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.at_rest.are(written);
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.at_rest = AtRest::default();
+                    return Err(error);
+                }
             }
         }
     }
 
-    /// Tables that may lead to backends whose flows have another fate now are no longer at rest.
-    fn look_at_turned(&mut self, image: &Image, wanted: &Desired) {
-        if !self.desired.backends.keys().eq(wanted.backends.keys()) {
+    /// Slots that name backends whose flows have another fate now are no longer at rest.
+    fn look_at_turned(&mut self, wanted: &Desired) {
+        let Some(changed) = wanted.backends.changed_since(&self.desired.backends) else {
             self.at_rest = AtRest::default();
+            self.others = true;
             return;
-        }
-        let both = self.desired.backends.values().zip(wanted.backends.values());
-        let turned = both.filter(|(before, now)| before.old_flows != now.old_flows);
-        let sets: Vec<[u64; 3]> = turned.map(|(_, now)| now.pool).collect();
-        if !sets.is_empty() {
-            self.at_rest.0.retain(|row, table| {
-                let before = image.table_states[usize::from(*row)].pools;
-                !sets.iter().any(|set| meet(*set, before) || meet(*set, table.pool_set))
-            });
-        }
+        };
+        let turned = changed.into_iter().filter(|(now, before)| before.old_flows != now.old_flows);
+        self.at_rest.turn(turned.map(|(now, _)| (now.row.identity, now.pool)).collect());
     }
 
     fn plan<H: Hands>(&mut self, hands: &mut H, wanted: &Desired) -> Result<Plan, H::Error> {
@@ -228,12 +236,14 @@ impl Tracking {
         self.waiting = plan.waiting;
         self.moves_left -= plan.moves;
         // One that comes back may have pins that the sweep has passed.
-        if !self.resting.is_empty() {
+        if !self.resting.is_empty() && self.others {
             let leaving = leaving_ids(&self.desired, hands.image());
             self.resting.retain(|id| leaving.contains(id));
         }
         self.carry_out(hands, &plan.ops)?;
-        self.leaving = leaving_ids(&self.desired, hands.image());
+        if std::mem::take(&mut self.others) {
+            self.leaving = leaving_ids(&self.desired, hands.image());
+        }
         for (id, slots) in plan.yielded {
             let identity = hands.image().backends[usize::from(id)].identity;
             *self.yielded.entry(identity).or_default() += slots;
@@ -305,15 +315,30 @@ impl Tracking {
                 if *word != TableWord::default() {
                     self.first_slots.insert(first_slot(*word), *table);
                 }
+                self.at_rest.forget_vips();
                 vec![*table]
             }
             MapOp::WriteTableState { table, .. } | MapOp::SetPools { table, .. } => {
-                self.at_rest.0.remove(table);
+                self.at_rest.forget_table(*table);
+                self.at_rest.forget_vips();
                 return;
             }
             // Its identity may have another id from now on.
             MapOp::WriteBackend { .. } => {
                 self.at_rest = AtRest::default();
+                self.others = true;
+                return;
+            }
+            MapOp::WriteSource { .. }
+            | MapOp::WriteVips4 { .. }
+            | MapOp::WriteVips6 { .. }
+            | MapOp::WriteRules { .. }
+            | MapOp::SetFilterWord { .. }
+            | MapOp::SetVipWord4 { .. }
+            | MapOp::SetVipWord6 { .. }
+            | MapOp::SetPrefixLengths4 { .. }
+            | MapOp::SetPrefixLengths6 { .. } => {
+                self.at_rest.forget_vips();
                 return;
             }
             MapOp::WriteEgress { .. }
@@ -325,23 +350,14 @@ impl Tracking {
             | MapOp::SetFlags { .. }
             | MapOp::DropPins { .. }
             | MapOp::DropConnections { .. }
-            | MapOp::WriteSource { .. }
             | MapOp::SetLoadWeight { .. }
-            | MapOp::WriteVips4 { .. }
-            | MapOp::WriteVips6 { .. }
-            | MapOp::WriteRules { .. }
-            | MapOp::SetFilterWord { .. }
-            | MapOp::SetVipWord4 { .. }
-            | MapOp::SetVipWord6 { .. }
-            | MapOp::SetPrefixLengths4 { .. }
-            | MapOp::SetPrefixLengths6 { .. }
             | MapOp::SetServer { .. }
             | MapOp::RemoveServer { .. }
             | MapOp::Grace => return,
         };
         (self.recount, self.unseen) = (true, true);
         for table in &tables {
-            self.at_rest.0.remove(table);
+            self.at_rest.forget_table(*table);
         }
         self.written.extend(tables);
     }
@@ -454,7 +470,7 @@ impl Tracking {
             return;
         }
         let ids = hands.image().ids();
-        for (identity, backend) in &self.desired.backends {
+        for (identity, backend) in self.desired.backends.iter() {
             if let Some(&id) = ids.get(identity)
                 && sets.iter().any(|set| meet(*set, backend.pool))
             {

@@ -4,6 +4,8 @@
 //! it brings exactly those back. A share that grows brings slots back, one that shrinks gives slots away, and while nobody
 //! has taken over as much as it may, nothing else moves. A pure function of (base, weights, shares): balancers that see the same agree.
 
+use std::cell::LazyCell;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use super::maglev::Member;
@@ -29,7 +31,13 @@ const KEEPS: u32 = 1 << 16;
 /// has a part of [`FULL`] for each member, and counts relative to the largest: where nobody is at full share, nobody is
 /// spared. With nobody left every slot goes to `NOBODY`.
 pub fn apply(base: &[u16], members: &[Member], shares: &[u16]) -> Option<Arc<[u16]>> {
-    apply_counted(base, &counts(base, members.len()), members, shares)
+    let Some(moved) = moved(base, &counts(base, members.len()), members, shares) else {
+        return Some(vec![NOBODY; base.len()].into());
+    };
+    let mut table: Arc<[u16]> = (!moved.is_empty()).then(|| base.into())?;
+    let slots = Arc::make_mut(&mut table);
+    moved.into_iter().for_each(|(slot, heir)| slots[slot as usize] = heir);
+    Some(table)
 }
 
 /// How many slots of a table each member has.
@@ -39,25 +47,22 @@ pub fn counts(base: &[u16], members: usize) -> Vec<u32> {
     counts
 }
 
-/// The same, with what [`counts`] says of the base.
-pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Arc<[u16]>> {
-    let Some(takers) = Takers::new(members, shares) else {
-        return Some(vec![NOBODY; base.len()].into());
-    };
+/// Slots that another takes over, in their order, and who; nothing where nobody takes any. `counts` is what [`counts`] says
+/// of the base.
+pub fn moved(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Vec<(u32, u16)>> {
+    let takers = Takers::new(members, shares)?;
     if takers.all_take_all(members) {
-        return None;
+        return Some(Vec::new());
     }
     // Who takes all takes what is its own; of the others, the slots are looked at.
     let room = |(index, &count): (usize, &u32)| {
         let own = if takers.shares[index] >= FULL { i64::from(count) } else { 0 };
         takers.cap(base.len(), index) - own
     };
-    let mut room: Vec<i64> = counts.iter().enumerate().map(room).collect();
+    let mut room: Vec<i64> = counts.iter().take(members.len()).enumerate().map(room).collect();
     let mut left = Vec::new();
-    for (slot, &index) in base.iter().enumerate() {
-        if takers.shares[usize::from(index)] >= FULL {
-            continue;
-        }
+    for slot in takers.looked_at(base) {
+        let index = base[slot];
         if takers.keeps(slot, index) {
             room[usize::from(index)] -= 1;
         } else {
@@ -65,18 +70,19 @@ pub fn apply_counted(base: &[u16], counts: &[u32], members: &[Member], shares: &
         }
     }
     // By key: the order of the configuration must not matter.
-    let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
-    ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
-    let mut table: Arc<[u16]> = base.into();
-    let slots = Arc::make_mut(&mut table);
-    for slot in left {
+    let ranks = LazyCell::new(|| {
+        let mut ranks: Vec<u16> = (0..members.len() as u16).collect();
+        ranks.sort_unstable_by_key(|&index| members[usize::from(index)].key);
+        ranks
+    });
+    let give = |slot: usize| {
         let heir = heir(base, slot, &ranks, &room, &takers);
-        slots[slot] = heir;
         if let Some(room) = room.get_mut(usize::from(heir)) {
             *room -= 1;
         }
-    }
-    Some(table)
+        (slot as u32, heir)
+    };
+    Some(left.into_iter().map(give).collect())
 }
 
 /// Backends that take slots, and how many.
@@ -116,6 +122,22 @@ impl Takers {
         self.takes(index, || dice(slot as u64, KEEPS))
     }
 
+    /// Slots of those that do not take all that is their own.
+    fn looked_at(&self, base: &[u16]) -> Vec<usize> {
+        let mut part = [false; 1 << 16];
+        part.iter_mut().zip(&self.shares).for_each(|(part, share)| *part = *share < FULL);
+        // Of most stretches there is none.
+        const STRETCH: usize = 32;
+        let mut slots = Vec::new();
+        for (number, stretch) in base.chunks(STRETCH).enumerate() {
+            if stretch.iter().fold(false, |any, &index| any | part[usize::from(index)]) {
+                let of_it = (number * STRETCH..).zip(stretch);
+                slots.extend(of_it.filter(|(_, index)| part[usize::from(**index)]).map(|(slot, _)| slot));
+            }
+        }
+        slots
+    }
+
     /// Whether no slot changes hands.
     fn all_take_all(&self, members: &[Member]) -> bool {
         members.iter().zip(&self.shares).all(|(member, share)| member.weight == 0 || *share >= FULL)
@@ -132,7 +154,13 @@ impl Takers {
 }
 
 /// Who takes over a slot. Rolling on the base table gives each backend chances by its weight.
-fn heir(base: &[u16], slot: usize, ranks: &[u16], room: &[i64], takers: &Takers) -> u16 {
+fn heir(
+    base: &[u16],
+    slot: usize,
+    ranks: &impl Deref<Target = Vec<u16>>,
+    room: &[i64],
+    takers: &Takers,
+) -> u16 {
     let has_room = |index: u16| room[usize::from(index)] > 0;
     for roll in 0..ROLLS {
         let candidate = base[dice(slot as u64, roll) as usize & (base.len() - 1)];

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -297,7 +298,7 @@ fn world(config: &Config) -> World {
                 redirect_target: true,
             };
             world.up.insert((pool_index, index), true);
-            world.next_hops.insert(backend.address, hop);
+            Arc::make_mut(&mut world.next_hops).insert(backend.address, hop);
         }
     }
     world

@@ -61,8 +61,8 @@ fn identity(place: u16) -> u64 {
 /// What should lie in the maps for a pool.
 fn desired(pool: &Pool) -> Desired {
     const POOL: [u64; 3] = [1, 0, 0];
-    let mut desired = Desired::default();
-    for (place, backend) in (0..).zip(&pool.backends).filter(|(_, backend)| backend.configured) {
+    let configured = (0..).zip(&pool.backends).filter(|(_, backend)| backend.configured);
+    let wanted = |(place, backend): (u16, &model::Backend)| {
         let row = Backend {
             kind: BackendKind::Ipip4 as u8,
             flags: u8::from(backend.up) * Backend::ACCEPTING,
@@ -72,8 +72,9 @@ fn desired(pool: &Pool) -> Desired {
         // A failed check alone would leave them there for a while; this one is dead.
         let old_flows = if backend.up { OldFlows::Stay } else { OldFlows::Fail };
         let wanted = DesiredBackend { row, next_hop: None, pool: POOL, old_flows, weight: backend.weight };
-        desired.backends.insert(identity(place), wanted);
-    }
+        (identity(place), wanted)
+    };
+    let mut desired = Desired { backends: configured.map(wanted).collect(), ..Desired::default() };
     let table = DesiredTable {
         log2_length: model::log2_length(),
         cur: pool.table().into_iter().map(|place| Target::Backend(identity(place))).collect(),

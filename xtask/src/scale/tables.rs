@@ -1,6 +1,7 @@
 //! Tables, plans and writes in this process: what they take, and how well they spread.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ::tests::lab::Lab;
@@ -116,7 +117,7 @@ fn all_up(config: &Config) -> World {
     for (index, pool) in config.pools.iter().enumerate() {
         for (place, backend) in pool.backends.iter().enumerate() {
             world.up.insert((index, place), true);
-            world.next_hops.insert(backend.address, hop());
+            Arc::make_mut(&mut world.next_hops).insert(backend.address, hop());
         }
     }
     world

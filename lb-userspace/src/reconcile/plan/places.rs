@@ -15,7 +15,7 @@ use crate::reconcile::op::MapOp;
 
 /// Rows of tables, by number.
 #[derive(Debug, Default)]
-pub(super) struct Places {
+pub struct Places {
     /// By identity.
     shared: HashMap<u64, u16>,
     /// Of services that do not go by the shared one.
@@ -27,6 +27,11 @@ pub(super) struct Places {
 impl Places {
     pub fn of(&self, lead: &Lead) -> u16 {
         self.own.get(&lead.counted).or_else(|| self.shared.get(&lead.table)).copied().unwrap_or_default()
+    }
+
+    /// Whether all services go by shared tables.
+    pub fn are_shared(&self) -> bool {
+        self.own.is_empty()
     }
 
     /// Rows that stand for an identity.

@@ -1,6 +1,7 @@
 //! The part of a plan that turns the slots of tables: which of them differ, where they lead from now on, and which old flows
 //! leave. Knows backends by their ids only.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, SlotRow, TableWord};
@@ -24,42 +25,55 @@ struct Wanted<'t> {
 /// Targets as ids.
 struct Leads<'t> {
     ids: Vec<u16>,
-    places: &'t [u16],
+    targets: &'t Targets,
+    /// By slot, where many are looked at.
+    places: Option<Cow<'t, [u16]>>,
 }
 
 impl<'t> Leads<'t> {
-    fn of(targets: &'t Targets, ids: &Ids) -> Self {
+    fn of(targets: &'t Targets, ids: &Ids, all: bool) -> Self {
+        let places = all.then(|| targets.places());
         let ids = targets.known().iter().map(|target| target.id(ids)).collect();
-        Self { ids, places: targets.places() }
+        Self { ids, targets, places }
+    }
+
+    fn place(&self, slot: usize) -> usize {
+        usize::from(match &self.places {
+            Some(places) => places[slot],
+            None => self.targets.place(slot).unwrap_or_default(),
+        })
     }
 
     fn at(&self, slot: usize) -> u16 {
-        self.ids[usize::from(self.places[slot])]
+        self.ids[self.place(slot)]
     }
 
     /// For each id, whether some slot leads to it. Ids beyond the last have none.
     fn used(&self) -> Vec<bool> {
-        let mut places = vec![false; self.ids.len()];
-        self.places.iter().for_each(|&place| places[usize::from(place)] = true);
         let last = self.ids.iter().copied().max().map_or(0, usize::from);
         let mut used = vec![false; last + 1];
-        let ids = self.ids.iter().zip(places).filter(|(_, used)| *used);
+        let ids = self.ids.iter().zip(self.targets.counts()).filter(|(_, count)| **count > 0);
         ids.for_each(|(&id, _)| used[usize::from(id)] = true);
         used
     }
 }
 
 impl<'t> Wanted<'t> {
-    fn of(table: &'t DesiredTable, ids: &Ids) -> Self {
-        let cur = Leads::of(&table.cur, ids);
+    fn of(table: &'t DesiredTable, ids: &Ids, all: bool) -> Self {
+        let cur = Leads::of(&table.cur, ids, all);
         let clean = cur.ids.iter().map(|&id| Slot::clean(id).bits()).collect();
-        Self { cur, est: table.est.as_ref().map(|est| Leads::of(est, ids)), clean }
+        Self { cur, est: table.est.as_ref().map(|est| Leads::of(est, ids, all)), clean }
+    }
+
+    /// The word of a slot that leads all flows there and rests.
+    fn clean(&self, slot: usize) -> u32 {
+        self.clean[self.cur.place(slot)]
     }
 
     /// The word of a slot with nothing left to do, before any packet.
     fn fresh(&self, slot: usize) -> u32 {
         match &self.est {
-            None => self.clean[usize::from(self.cur.places[slot])],
+            None => self.clean(slot),
             Some(est) => Slot::new(self.cur.at(slot), est.at(slot), true, true).bits(),
         }
     }
@@ -84,32 +98,31 @@ impl Lying<'_> {
 }
 
 impl Planner<'_> {
-    /// One table: the slots that differ, in a longer place where its content outgrew the one it has. Whether nothing was left
-    /// to do, now or later.
+    /// One table: the slots that differ, in a longer place where its content outgrew the one it has.
     pub(super) fn table(
         &mut self,
         table: u16,
         table_wanted: &DesiredTable,
         ids: &Ids,
         regions: &mut Regions,
-    ) -> Result<bool, PlanError> {
+    ) -> Result<Left, PlanError> {
         let word = TableWord::from_bits(self.image.tables[usize::from(table)]);
         let (discipline, log2_wanted) = (table_wanted.discipline, table_wanted.log2_length);
         if self.measures {
             if word == TableWord::default() || log2_wanted > word.log2_length() {
                 self.place(log2_wanted, regions)?;
             }
-            return Ok(false);
+            return Ok(Left::More);
         }
-        let wanted = Wanted::of(table_wanted, ids);
         if word == TableWord::default() {
+            let wanted = Wanted::of(table_wanted, ids, true);
             let words: Vec<u32> = (0..1 << log2_wanted).map(|slot| wanted.fresh(slot)).collect();
             let first_row = self.place(log2_wanted, regions)?;
             self.name(words.iter().map(|&word| Slot::from_bits(word)));
             self.add.push(MapOp::WriteSlots { first: first_row * SLOTS_PER_ROW, words });
             let word = TableWord::new(first_row, log2_wanted, discipline);
             self.add.push(MapOp::SetTableWord { table, word });
-            return Ok(false);
+            return Ok(Left::More);
         }
         let old_first = word.first_row() * SLOTS_PER_ROW;
         let grown = log2_wanted.saturating_sub(word.log2_length());
@@ -129,25 +142,39 @@ impl Planner<'_> {
             self.moved = true;
         }
         let shift = length.ilog2() - log2_wanted;
-        let (words, rests) = self.turns(&now, length, shift, &wanted);
-        let idle = !self.pools(table, table_wanted.pool_set, rests) && words.is_empty() && grown == 0;
+        let some = if grown == 0 && shift == 0 {
+            self.at_rest_but_for(table, table_wanted, ids, &now)
+        } else {
+            None
+        };
+        let wanted = Wanted::of(table_wanted, ids, some.is_none());
+        // Of the others it is not known.
+        let all = some.is_none();
+        let looked_at = some.unwrap_or_else(|| self.unlike(&now, length, shift, &wanted));
+        let waiting = self.waiting;
+        let (words, rests) = self.turns(&now, looked_at, shift, &wanted);
+        let same = !self.pools(table, table_wanted.pool_set, rests && all) && words.is_empty();
         self.add.extend(runs(words.into_iter().map(|(offset, word)| (first + offset, word))));
-        Ok(idle)
+        Ok(match () {
+            () if grown > 0 || self.waiting > waiting => Left::More,
+            () if same => Left::Nothing,
+            () => Left::ToWrite,
+        })
     }
 
-    /// The slots that change, by offset, and whether all lie at rest where they should.
+    /// The slots that change of those that are looked at, by offset, and whether these lie at rest where they should.
     fn turns(
         &mut self,
         now: &Lying<'_>,
-        length: u32,
+        looked_at: Vec<u32>,
         shift: u32,
         wanted: &Wanted<'_>,
     ) -> (Vec<(u32, u32)>, bool) {
         let (mut words, mut rests) = (Vec::new(), true);
         let mut taking: Option<Vec<bool>> = None;
-        for offset in self.unlike(now, length, shift, wanted) {
+        for offset in looked_at {
             let (slot, content) = (now.at(offset), (offset >> shift) as usize);
-            rests &= slot.bits() == wanted.clean[usize::from(wanted.cur.places[content])];
+            rests &= slot.bits() == wanted.clean(content);
             if slot.bits() == wanted.fresh(content) {
                 self.name([slot]);
                 continue;
@@ -182,13 +209,54 @@ impl Planner<'_> {
             return (0..length).collect();
         }
         let first = (now.first / SLOTS_PER_ROW) as usize;
-        let rows = self.image.slots[first..].iter().zip(wanted.cur.places.chunks(SLOTS_PER_ROW as usize));
+        let places = wanted.cur.targets.places();
+        let rows = self.image.slots[first..].iter().zip(places.chunks(SLOTS_PER_ROW as usize));
         let differs = |(row, places): &(&SlotRow, &[u16])| {
             let unlike = |(word, place): (&u32, &u16)| word ^ wanted.clean[usize::from(*place)];
             row.0.iter().zip(*places).map(unlike).fold(0, |all, one| all | one) != 0
         };
         let differing = (0..).step_by(SLOTS_PER_ROW as usize).zip(rows).filter(|(_, row)| differs(row));
         differing.flat_map(|(offset, (_, places))| offset..offset + places.len() as u32).collect()
+    }
+
+    /// Slots that have to be looked at, by offset, of a table that an earlier plan left as it should have been; nothing
+    /// where all of them do.
+    fn at_rest_but_for(
+        &self,
+        table: u16,
+        wanted: &DesiredTable,
+        ids: &Ids,
+        now: &Lying<'_>,
+    ) -> Option<Vec<u32>> {
+        let known = self.leave.at_rest.table(table).filter(|_| !self.names)?;
+        let alike = known.pool_set == wanted.pool_set
+            && (known.discipline, known.log2_length) == (wanted.discipline, wanted.log2_length);
+        if !alike || known.est.is_some() || wanted.est.is_some() {
+            return None;
+        }
+        let mut slots = wanted.cur.differing(&known.cur)?;
+        let pools = self.image.table_states[usize::from(table)].pools;
+        let turned = self.leave.at_rest.turned(wanted, pools).filter_map(|identity| ids.get(&identity));
+        let turned: Vec<u32> = turned.map(|id| u32::from(*id)).collect();
+        let names = |word: u32| {
+            let slot = Slot::from_bits(word);
+            turned
+                .iter()
+                .fold(false, |any, id| any | (u32::from(slot.cur()) == *id) | (u32::from(slot.est()) == *id))
+        };
+        if !turned.is_empty() {
+            let first = (now.first / SLOTS_PER_ROW) as usize;
+            let rows = &self.image.slots[first..][..wanted.cur.len().div_ceil(SLOTS_PER_ROW as usize)];
+            for (offset, row) in (0..).step_by(SLOTS_PER_ROW as usize).zip(rows) {
+                if row.0.iter().fold(false, |any, word| any | names(*word)) {
+                    let end = (offset + SLOTS_PER_ROW).min(wanted.cur.len() as u32);
+                    slots.extend(offset..end);
+                }
+            }
+            slots.sort_unstable();
+            slots.dedup();
+        }
+        Some(slots)
     }
 
     /// Slots that there are once the plan is carried out.
@@ -240,6 +308,16 @@ impl Planner<'_> {
     }
 }
 
+/// What is left to do of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    Nothing,
+    /// What the plan writes.
+    ToWrite,
+    /// What another plan has to find.
+    More,
+}
+
 /// Backends whose old flows go.
 #[derive(Debug, Default)]
 pub(super) struct Going {
@@ -253,7 +331,7 @@ pub(super) struct Going {
 impl Going {
     pub fn of(desired: &Desired, ids: &Ids) -> Self {
         let mut going = Self::default();
-        for (identity, backend) in &desired.backends {
+        for (identity, backend) in desired.backends.iter() {
             let Some(&id) = ids.get(identity).filter(|_| backend.old_flows != OldFlows::Stay) else {
                 continue;
             };

@@ -329,7 +329,7 @@ pub fn another_port_of_the_tunnel_is_another_backend() {
         assert!(read_back(&image, &state.desired()) == state.desired(), "{forward:?}");
         let id = words(&image)[0].cur();
         assert_eq!(forward_of(&image.backends[usize::from(id)]), Some(forward));
-        assert!(ids_met.insert(state.desired().backends.into_keys().next().unwrap()), "{forward:?}");
+        assert!(ids_met.insert(*state.desired().backends.keys().next().unwrap()), "{forward:?}");
     }
 }
 

@@ -12,13 +12,22 @@ const BACKENDS: usize = 5;
 
 /// Pools with a service each; those from `edited` on have another last backend.
 fn config(edited: usize, scheduler: &str) -> Config {
+    config_of(POOLS, edited, scheduler, "")
+}
+
+/// So many, of which each but the last says this, too.
+fn config_of(pools: usize, edited: usize, scheduler: &str, more: &str) -> Config {
     let pool = |pool: usize| {
         let hosts = (0..BACKENDS).map(|backend| {
             let last = usize::from(pool >= edited && backend + 1 == BACKENDS);
             format!("10.{pool}.0.{}", 1 + backend + last)
         });
         let hosts: Vec<_> = hosts.collect();
-        format!("  p{pool}: {{forward: ipip, health: {{type: none}}, backends: [{}]}}\n", hosts.join(", "))
+        let more = if pool + 1 < pools { more } else { "" };
+        format!(
+            "  p{pool}: {{forward: ipip, health: {{type: none}}, backends: [{}]{more}}}\n",
+            hosts.join(", ")
+        )
     };
     let service = |pool: usize| {
         format!(
@@ -27,9 +36,9 @@ fn config(edited: usize, scheduler: &str) -> Config {
     };
     let text = format!(
         "interfaces: [eth0]\nseed: 7\nlimits: {{vips: 256, backends: 512, slots: {}, pins: 4096}}\npools:\n{}services:\n{}",
-        (2 * POOLS) << 12,
-        (0..POOLS).map(pool).collect::<String>(),
-        (0..POOLS).map(service).collect::<String>()
+        (2 * pools) << 12,
+        (0..pools).map(pool).collect::<String>(),
+        (0..pools).map(service).collect::<String>()
     );
     crate::config::parse("test", &text).unwrap_or_else(|problems| panic!("{problems}")).config
 }
@@ -40,7 +49,7 @@ fn world(config: &Config, down: &[(usize, usize)]) -> World {
     for (index, pool) in config.pools.iter().enumerate() {
         for (place, backend) in pool.backends.iter().enumerate() {
             world.up.insert((index, place), !down.contains(&(index, place)));
-            world.next_hops.insert(backend.address, next_hop((INGRESS, 1500, 1)));
+            Arc::make_mut(&mut world.next_hops).insert(backend.address, next_hop((INGRESS, 1500, 1)));
         }
     }
     world
@@ -146,4 +155,57 @@ fn tables_side_by_side_that_lose_their_pins_together_are_all_at_rest() {
         !tracking.has_to_sweep(&hands.held.image),
         "every slot is at rest, and pins are swept all the same"
     );
+}
+
+/// What becomes of a backend, in the order of the numbers that are made up for it.
+fn befall(world: &mut World, at: (usize, usize), what: u8) {
+    world.old_flows.remove(&at);
+    world.shares.remove(&at);
+    world.up.insert(at, what < 3);
+    match what {
+        0 => {}
+        1 => _ = world.shares.insert(at, 0),
+        2 => _ = world.shares.insert(at, 100),
+        3 => {}
+        4 => _ = world.old_flows.insert(at, OldFlows::Yield),
+        5 => _ = world.old_flows.insert(at, OldFlows::Fail),
+        _ => _ = world.old_flows.insert(at, OldFlows::Move),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_plan_that_looks_at_everything_finds_no_more_than_one_that_knows_what_changed(
+        steps in prop::collection::vec(
+            (prop::collection::vec((0..3usize, 0..BACKENDS, 0..7u8), 0..4), 0..4usize, any::<bool>(), any::<bool>()),
+            1..24,
+        ),
+        takes_turns in any::<bool>(),
+    ) {
+        const TIMES: [Duration; 4] =
+            [Duration::ZERO, Duration::from_millis(300), Duration::from_secs(2), Duration::from_secs(1000)];
+        let scheduler = if takes_turns { "round-robin" } else { "maglev" };
+        let config = config_of(4, 3, scheduler, ", fallback: p3");
+        let (mut hands, mut tracking, mut draft) = settled(&config);
+        let mut world = world(&config, &[]);
+        for (changes, passes, falls_back, hop) in steps {
+            changes.into_iter().for_each(|(pool, backend, what)| befall(&mut world, (pool, backend), what));
+            world.levels = if falls_back { [(1, 3)].into_iter().collect() } else { Default::default() };
+            if hop {
+                let other = next_hop((INGRESS, 1400 + passes as u16, 1));
+                Arc::make_mut(&mut world.next_hops).insert(config.pools[1].backends[0].address, other);
+            }
+            hands.held.memory.pass(TIMES[passes]);
+            tracking.look_after(&mut hands).expect("a look");
+            let wanted = draft.desired(&config, &world);
+            tracking.reconcile(&mut hands, wanted.clone()).expect("within the limits");
+            let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: 0, ..Leave::all() };
+            let more = plan(&hands.held.image, &wanted, hands.capacity(), &leave).expect("within the limits");
+            prop_assert_eq!(more.waiting, tracking.waiting);
+            prop_assert!(more.ops.is_empty(), "{:?}", more.ops);
+        }
+        prop_assert!(draft.desired(&config, &world) == desired(&config, &world));
+    }
 }

@@ -22,7 +22,7 @@ fn wanted(config: &Config) -> Desired {
     let mut world = World::default();
     for (index, backend) in config.pools[0].backends.iter().enumerate() {
         world.up.insert((0, index), true);
-        world.next_hops.insert(backend.address, next_hop((INGRESS, 1500, 1)));
+        Arc::make_mut(&mut world.next_hops).insert(backend.address, next_hop((INGRESS, 1500, 1)));
     }
     desired(config, &world)
 }

@@ -121,7 +121,7 @@ impl State {
                 // What the agent says of a backend without a next hop.
                 world.up.insert((index, backend), up && hop.is_some());
                 if let Some(hop) = hop {
-                    world.next_hops.insert(backend_address(host), next_hop(hop));
+                    Arc::make_mut(&mut world.next_hops).insert(backend_address(host), next_hop(hop));
                 }
             }
         }
