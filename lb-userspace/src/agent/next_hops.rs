@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tracing::{debug, info, warn};
 
 use super::changed::Changed;
-use super::core::{Core, NextHops, keys};
+use super::core::{Core, NextHops};
 use super::own;
 use crate::config::model::{Config, Forward};
 use crate::nexthop::{Answer, Known, NextHop, Unresolved};
@@ -102,5 +102,5 @@ impl Core {
 }
 
 fn addresses(config: &Config) -> HashSet<IpAddr> {
-    keys(config).map(|(key, ..)| key.address).collect()
+    config.pools.iter().flat_map(|pool| &pool.backends).map(|backend| backend.address).collect()
 }

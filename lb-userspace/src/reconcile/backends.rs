@@ -13,6 +13,8 @@ const STRETCH: usize = 32;
 #[derive(Debug, Clone, Default)]
 pub struct Backends {
     stretches: Vec<Arc<[(u64, DesiredBackend)]>>,
+    /// The first identity of each.
+    begins: Arc<[u64]>,
 }
 
 impl Backends {
@@ -72,8 +74,7 @@ impl Backends {
 
     /// Where one lies.
     fn find(&self, identity: &u64) -> Option<(usize, usize)> {
-        let begins = |stretch: &Arc<[(u64, DesiredBackend)]>| stretch[0].0 <= *identity;
-        let stretch = self.stretches.partition_point(begins).checked_sub(1)?;
+        let stretch = self.begins.partition_point(|first| first <= identity).checked_sub(1)?;
         let place = self.stretches[stretch].binary_search_by_key(identity, |(identity, _)| *identity);
         Some((stretch, place.ok()?))
     }
@@ -137,7 +138,9 @@ impl FromIterator<(u64, DesiredBackend)> for Backends {
             let stretch: Arc<[_]> = all.by_ref().take(STRETCH).collect();
             (!stretch.is_empty()).then_some(stretch)
         });
-        Self { stretches: stretches.collect() }
+        let stretches: Vec<Arc<[(u64, DesiredBackend)]>> = stretches.collect();
+        let begins = stretches.iter().map(|stretch| stretch[0].0).collect();
+        Self { stretches, begins }
     }
 }
 

@@ -31,7 +31,7 @@ use super::image::{Ids, Image};
 use super::op::MapOp;
 use crate::capacity::{Capacity, RESERVED_SLOT_ROWS};
 
-pub use at_rest::{AtRest, Led};
+pub use at_rest::{AtRest, Led, Rows};
 pub use carry::{carried, image_of};
 use places::Places;
 use slots::{Going, Left};
@@ -105,6 +105,8 @@ pub struct Plan {
     pub idle: Vec<u16>,
     /// Rows of tables that are as they should be once the plan is carried out.
     pub written: Vec<u16>,
+    /// Backends as they are once the plan is carried out, if they are as they should be then.
+    pub rows: Option<Rows>,
     /// VIPs, if there was nothing to do of them.
     pub led: Option<Led>,
 }
@@ -114,8 +116,9 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     let mut planner = Planner::new(image, desired, capacity, leave);
     planner.look()?;
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner { add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, written, led, .. } =
-        planner;
+    let Planner {
+        add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, written, rows, led, ..
+    } = planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -128,7 +131,7 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
         ops.push(MapOp::Grace);
         ops.extend(group);
     }
-    Ok(Plan { ops, waiting, moves, again, yielded, idle, written, led })
+    Ok(Plan { ops, waiting, moves, again, yielded, idle, written, rows, led })
 }
 
 /// The writes for maps that carry no traffic, or whose moves nobody waits for.
@@ -170,6 +173,7 @@ struct Planner<'a> {
     /// As in `Plan`.
     idle: Vec<u16>,
     written: Vec<u16>,
+    rows: Option<Rows>,
     led: Option<Led>,
     add: Vec<MapOp>,
     /// Pins of backends whose flows move: slots leave them first.
@@ -205,6 +209,7 @@ impl<'a> Planner<'a> {
             takers: OnceCell::new(),
             idle: Vec::new(),
             written: Vec::new(),
+            rows: None,
             led: None,
             add: Vec::new(),
             turn: Vec::new(),
@@ -221,8 +226,10 @@ impl<'a> Planner<'a> {
 
     /// Works everything out.
     fn look(&mut self) -> Result<(), PlanError> {
-        let ids = self.backends()?;
-        self.going = Going::of(self.desired, &ids);
+        let ids = match self.backends_at_rest() {
+            Some(ids) => ids,
+            None => self.backends()?,
+        };
         let mut regions = Regions::of(self.image, self.capacity);
         let (places, present) = match self.leave.at_rest.led(self.desired) {
             Some(places) => (Arc::clone(places), None),
@@ -257,8 +264,37 @@ impl<'a> Planner<'a> {
         self.add.len() + self.remove.len()
     }
 
+    /// Backend rows where an earlier plan left all as they should have been, by those that are to be something else now.
+    /// Returns the id of each identity; nothing where all have to be looked at.
+    fn backends_at_rest(&mut self) -> Option<Arc<Ids>> {
+        let (desired, Rows { backends, ids, going }) = (self.desired, self.leave.at_rest.rows()?);
+        let changed = desired.backends.changed_since(backends)?;
+        let alike = |now: &DesiredBackend, before: &DesiredBackend| {
+            let constant = Backend { flags: before.row.flags, ..now.row };
+            constant == before.row && now.next_hop == before.next_hop
+        };
+        if !changed.iter().all(|(now, before)| alike(now, before)) {
+            return None;
+        }
+        let changed = changed.iter().filter_map(|(now, _)| ids.get(&now.row.identity));
+        let looked_at: BTreeSet<u16> = changed.chain(going).copied().collect();
+        let row = |id: u16| &self.image.backends[usize::from(id)];
+        let wanted: Vec<(u16, &DesiredBackend)> = looked_at
+            .into_iter()
+            .map(|id| Some((id, desired.backends.get(&row(id).identity)?)))
+            .collect::<Option<_>>()?;
+        for &(id, wanted) in &wanted {
+            self.flags(id, self.image.backends[usize::from(id)].flags, wanted);
+            self.weight(id, wanted.weight);
+        }
+        self.going = Going::of(wanted);
+        self.rows =
+            Some(Rows { backends: desired.backends.clone(), ids: Arc::clone(ids), going: self.going.ids() });
+        Some(Arc::clone(ids))
+    }
+
     /// Backend rows and the egress rows they name. Returns the id of each identity.
-    fn backends(&mut self) -> Result<Ids, PlanError> {
+    fn backends(&mut self) -> Result<Arc<Ids>, PlanError> {
         let egress_rows = self.egress_rows()?;
         let path_of = |next_hop: &Option<(_, Egress)>| {
             let Some((mac, egress)) = next_hop else { return Path::default() };
@@ -307,6 +343,13 @@ impl<'a> Planner<'a> {
             self.add.push(MapOp::WriteBackend { id, backend });
             self.weight(id, wanted.weight);
             ids.insert(*identity, id);
+        }
+        let id_of = |(identity, wanted): (&u64, &'a DesiredBackend)| Some((*ids.get(identity)?, wanted));
+        self.going = Going::of(desired.backends.iter().filter_map(id_of));
+        let ids = Arc::new(ids);
+        if !self.names {
+            let (backends, ids) = (desired.backends.clone(), Arc::clone(&ids));
+            self.rows = Some(Rows { backends, ids, going: self.going.ids() });
         }
         Ok(ids)
     }

@@ -191,7 +191,8 @@ impl Tracking {
                 let identity = image.table_states[usize::from(row)].identity;
                 Some((row, Arc::clone(tables.get(&identity)?)))
             };
-            self.at_rest.found(plan.idle.iter().filter_map(|row| wanted(*row)), plan.led.clone());
+            let idle = plan.idle.iter().filter_map(|row| wanted(*row));
+            self.at_rest.found(idle, plan.rows.clone(), plan.led.clone());
             let written: Vec<_> = plan.written.iter().filter_map(|row| wanted(*row)).collect();
             match self.carry_out_plan(hands, plan) {
                 Ok(true) => {}

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::places::Places;
+use crate::reconcile::backends::Backends;
 use crate::reconcile::desired::{Desired, DesiredSources, DesiredTable, meet};
 use crate::reconcile::entries::{DesiredVip, VipKey};
+use crate::reconcile::image::Ids;
 
 #[derive(Debug, Clone, Default)]
 pub struct AtRest {
@@ -14,7 +16,17 @@ pub struct AtRest {
     tables: HashMap<u16, Arc<DesiredTable>>,
     /// Identities of backends whose old flows have another fate since, and their pools (`pool_set`).
     turned: Vec<(u64, [u64; 3])>,
+    rows: Option<Rows>,
     led: Option<Led>,
+}
+
+/// Backends as they should be and are, and no others.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    pub(super) backends: Backends,
+    pub(super) ids: Arc<Ids>,
+    /// Ids of those whose old flows do not stay, in their order.
+    pub(super) going: Vec<u16>,
 }
 
 /// VIPs and sources, and the rows of tables that VIPs lead to.
@@ -54,6 +66,10 @@ impl AtRest {
         met.map(|(identity, _)| *identity)
     }
 
+    pub(super) fn rows(&self) -> Option<&Rows> {
+        self.rows.as_ref()
+    }
+
     /// Rows of tables that VIPs lead to, where nothing is to be done of VIPs.
     pub(super) fn led(&self, desired: &Desired) -> Option<&Arc<Places>> {
         let led = self.led.as_ref()?;
@@ -70,10 +86,17 @@ impl AtRest {
         }
     }
 
-    /// Takes in that a plan has looked: it found nothing to do of these.
-    pub fn found(&mut self, tables: impl IntoIterator<Item = (u16, Arc<DesiredTable>)>, led: Option<Led>) {
+    /// Takes in that a plan has looked: it found nothing to do of these tables and VIPs, and backends are as they should be once
+    /// it is carried out.
+    pub fn found(
+        &mut self,
+        tables: impl IntoIterator<Item = (u16, Arc<DesiredTable>)>,
+        rows: Option<Rows>,
+        led: Option<Led>,
+    ) {
         self.turned.clear();
         self.are(tables);
+        self.rows = rows;
         self.led = led.or(self.led.take());
     }
 

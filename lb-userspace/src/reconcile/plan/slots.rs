@@ -8,7 +8,7 @@ use lb_common::abi::{BACKEND_NOBODY, SLOTS_PER_ROW, SlotRow, TableWord};
 use lb_common::slots::Slot;
 
 use super::{PlanError, Planner, Regions, units};
-use crate::reconcile::desired::{Desired, DesiredTable, OldFlows};
+use crate::reconcile::desired::{DesiredBackend, DesiredTable, OldFlows};
 use crate::reconcile::image::{Ids, Image};
 use crate::reconcile::moves::runs;
 use crate::reconcile::op::MapOp;
@@ -329,12 +329,9 @@ pub(super) struct Going {
 }
 
 impl Going {
-    pub fn of(desired: &Desired, ids: &Ids) -> Self {
+    pub fn of<'d>(backends: impl IntoIterator<Item = (u16, &'d DesiredBackend)>) -> Self {
         let mut going = Self::default();
-        for (identity, backend) in desired.backends.iter() {
-            let Some(&id) = ids.get(identity).filter(|_| backend.old_flows != OldFlows::Stay) else {
-                continue;
-            };
+        for (id, backend) in backends {
             match backend.old_flows {
                 OldFlows::Stay => {}
                 OldFlows::Yield => _ = (going.failed.insert(id), going.yielding.insert(id)),
@@ -343,6 +340,13 @@ impl Going {
             }
         }
         going
+    }
+
+    /// All of them, in the order of their ids.
+    pub fn ids(&self) -> Vec<u16> {
+        let mut ids: Vec<u16> = self.failed.union(&self.moved).copied().collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Whether flows on `est` go to `to`. From one that failed, only to one that did not.

@@ -5,7 +5,7 @@ use super::many::Witness;
 use super::*;
 use crate::reconcile::desired::OldFlows;
 use crate::reconcile::draft::Draft;
-use crate::reconcile::tracking::Tracking;
+use crate::reconcile::tracking::{Hands, Tracking};
 
 const POOLS: usize = 40;
 const BACKENDS: usize = 5;
