@@ -53,8 +53,8 @@ struct Fixed {
 #[derive(Debug)]
 struct Made {
     next_hops: Arc<FxHashMap<IpAddr, NextHop>>,
-    /// In the order of identities.
-    said: Vec<Said>,
+    /// In the order of identities, by their place in the configuration.
+    said: Vec<(BackendRef, Said)>,
     backends: Backends,
 }
 
@@ -202,7 +202,7 @@ impl Draft {
     pub fn least(&self, config: &Config) -> Desired {
         let world = World::default();
         let backend = |fixed: &Fixed| {
-            (fixed.wanted.row.identity, fixed.wanted(config, &world, Said::of(fixed, &world)))
+            (fixed.wanted.row.identity, fixed.wanted(config, &world, Said::of(&fixed.at, &world)))
         };
         let table = |table: &TableDraft| {
             (table.identity, Arc::new(table.plot.table(&table.plot.asked(config, &world))))
@@ -224,22 +224,22 @@ impl Draft {
 
     /// Backends, of which those are made again that the world says something else of than the last time.
     fn backends(&mut self, config: &Config, world: &World) -> Backends {
-        let said = |fixed: &Fixed| Said::of(fixed, world);
         let made = match self.made.take() {
             Some(mut made) if Arc::ptr_eq(&made.next_hops, &world.next_hops) => {
-                for (place, (fixed, before)) in self.backends.iter().zip(&mut made.said).enumerate() {
-                    let said = said(fixed);
+                for (place, (at, before)) in made.said.iter_mut().enumerate() {
+                    let said = Said::of(at, world);
                     if said != *before {
-                        made.backends.set(place, fixed.wanted(config, world, said));
+                        made.backends.set(place, self.backends[place].wanted(config, world, said));
                         *before = said;
                     }
                 }
                 made
             }
             _ => {
-                let said: Vec<Said> = self.backends.iter().map(said).collect();
+                let said = |fixed: &Fixed| (fixed.at, Said::of(&fixed.at, world));
+                let said: Vec<_> = self.backends.iter().map(said).collect();
                 let both = self.backends.iter().zip(&said);
-                let wanted = |(fixed, said): (&Fixed, &Said)| {
+                let wanted = |(fixed, (_, said)): (&Fixed, &(BackendRef, Said))| {
                     (fixed.wanted.row.identity, fixed.wanted(config, world, *said))
                 };
                 let backends = both.map(wanted).collect();
@@ -251,10 +251,10 @@ impl Draft {
 }
 
 impl Said {
-    fn of(fixed: &Fixed, world: &World) -> Self {
+    fn of(at: &BackendRef, world: &World) -> Self {
         Self {
-            up: world.up.get(&fixed.at).copied(),
-            old_flows: world.old_flows.get(&fixed.at).copied().unwrap_or_default(),
+            up: world.up.get(at).copied(),
+            old_flows: world.old_flows.get(at).copied().unwrap_or_default(),
         }
     }
 }

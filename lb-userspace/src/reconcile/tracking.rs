@@ -274,10 +274,18 @@ impl Tracking {
         // Ids may rest from now on. Not before the last table has its turn: a plan looks at all of them.
         let mut changed = followed && due.is_empty();
         if !due.is_empty() {
-            self.carry_out(hands, &finish(due))?;
+            self.carry_out_at_rest(hands, &finish(due))?;
         }
         changed |= self.sweep(hands)?;
         Ok(changed)
+    }
+
+    /// Carries operations out that change nothing of where new flows go.
+    fn carry_out_at_rest<H: Hands>(&mut self, hands: &mut H, ops: &[MapOp]) -> Result<(), H::Error> {
+        let resting = self.at_rest.resting(hands.image());
+        self.carry_out(hands, ops)?;
+        self.at_rest.are(resting);
+        Ok(())
     }
 
     /// Carries operations out. A table whose pin has failed is open again at once, and its slots wait anew.
@@ -450,7 +458,7 @@ impl Tracking {
     /// Whether ids may be freed.
     fn end_cycle<H: Hands>(&mut self, hands: &mut H, found: Found) -> Result<bool, H::Error> {
         if !found.clear.is_empty() {
-            self.carry_out(hands, &runs(found.clear.iter().copied()))?;
+            self.carry_out_at_rest(hands, &runs(found.clear.iter().copied()))?;
         }
         self.counted = std::mem::take(&mut self.unnamed);
         let resting = std::mem::take(&mut self.resting);

@@ -8,7 +8,7 @@ use super::places::Places;
 use crate::reconcile::backends::Backends;
 use crate::reconcile::desired::{Desired, DesiredSources, DesiredTable, meet};
 use crate::reconcile::entries::{DesiredVip, VipKey};
-use crate::reconcile::image::Ids;
+use crate::reconcile::image::{Ids, Image};
 
 #[derive(Debug, Clone, Default)]
 pub struct AtRest {
@@ -103,6 +103,17 @@ impl AtRest {
     /// These are as they should be.
     pub fn are(&mut self, tables: impl IntoIterator<Item = (u16, Arc<DesiredTable>)>) {
         self.tables.extend(tables);
+    }
+
+    /// Tables that stay as they should be when `est` follows or pins of their slots are gone: what they are by hash, with
+    /// pins of no other pools than they should have.
+    pub fn resting(&self, image: &Image) -> Vec<(u16, Arc<DesiredTable>)> {
+        let rests = |row: u16, known: &DesiredTable| {
+            let state = image.table_states.get(usize::from(row));
+            known.est.is_none() && state.is_some_and(|state| state.pools == known.pool_set)
+        };
+        let tables = self.tables.iter().filter(|(row, known)| rests(**row, known));
+        tables.map(|(row, known)| (*row, Arc::clone(known))).collect()
     }
 
     pub fn forget_table(&mut self, row: u16) {

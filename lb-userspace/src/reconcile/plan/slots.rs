@@ -205,11 +205,11 @@ impl Planner<'_> {
     /// Slots that have to be looked at, by offset: all but the rows that rest as they should.
     fn unlike(&self, now: &Lying<'_>, length: u32, shift: u32, wanted: &Wanted<'_>) -> Vec<u32> {
         // Whoever asks for names asks all.
-        if shift != 0 || now.grown != 0 || self.names || wanted.est.is_some() {
+        let rows = shift == 0 && now.grown == 0 && !self.names && wanted.est.is_none();
+        let Some(places) = wanted.cur.places.as_deref().filter(|_| rows) else {
             return (0..length).collect();
-        }
+        };
         let first = (now.first / SLOTS_PER_ROW) as usize;
-        let places = wanted.cur.targets.places();
         let rows = self.image.slots[first..].iter().zip(places.chunks(SLOTS_PER_ROW as usize));
         let differs = |(row, places): &(&SlotRow, &[u16])| {
             let unlike = |(word, place): (&u32, &u16)| word ^ wanted.clean[usize::from(*place)];

@@ -198,7 +198,10 @@ proptest! {
                 Arc::make_mut(&mut world.next_hops).insert(config.pools[1].backends[0].address, other);
             }
             hands.held.memory.pass(TIMES[passes]);
-            tracking.look_after(&mut hands).expect("a look");
+            // `est` follows, a sweep begins and ends.
+            for _ in 0..3 {
+                tracking.look_after(&mut hands).expect("a look");
+            }
             let wanted = draft.desired(&config, &world);
             tracking.reconcile(&mut hands, wanted.clone()).expect("within the limits");
             let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: 0, ..Leave::all() };
