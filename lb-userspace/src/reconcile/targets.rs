@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn slots_that_moved_lead_elsewhere_and_all_others_where_they_led() {
         let known: Arc<[Target]> = vec![A, B, Target::Nobody].into();
-        let base = Targets::new(Arc::clone(&known), vec![0, 0, 1, 1].repeat(8));
+        let base = Targets::new(Arc::clone(&known), [0, 0, 1, 1].repeat(8));
         for moved in
             [vec![], vec![(0, 1)], vec![(1, 2), (2, 0), (31, 1)], (0..32).map(|slot| (slot, 2)).collect()]
         {
