@@ -278,6 +278,8 @@ impl VipIndex {
 }
 
 const _: () = assert!(FILTER_WORDS.is_power_of_two());
+const _: () =
+    assert!(size_of::<VipIndex>() == 8224 && core::mem::offset_of!(VipIndex, filter) == VIP_WORDS * 8);
 
 /// Lengths of the prefixes that are VIPs, one in a byte, longest first in the lowest; 0 ends them.
 ///
@@ -829,7 +831,8 @@ impl Backend {
 /// A row of `XLB_EGRESS`: one way out of the host, shared by all backends behind it.
 ///
 /// Immutable while a backend's path names it: a change fills another row and moves the paths. Row 0
-/// is never filled: its interface index is 0, which is no interface.
+/// is never filled: its interface index is 0, which is no interface, and its MTU is 0, which nothing fits. No row has
+/// one of them without the other: packets ask for the MTU alone.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Egress {

@@ -57,14 +57,16 @@ impl From<Outcome> for Refusal {
     }
 }
 
-/// Decides on a frame, rewrites it, counts it. The one entry and the one exit of the packet path.
+/// `try_forward`, for callers to whom one answer is as good as another.
 #[inline(always)]
 pub fn forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Decision {
     try_forward(packet, tables).unwrap_or_else(Decision::of)
 }
 
-/// As `forward`: what is sent, or what becomes of the frame instead. A caller that ends each on its own keeps the way to
-/// a backend from carrying what the others have to say.
+/// Decides on a frame, rewrites it, counts it. The one entry and the one exit of the packet path.
+///
+/// `Ok` is sent, by the interface that it names, or where that is 0 by the one that the frame came in on; all else is
+/// `Err`. A caller that ends each on its own keeps the way to a backend from carrying what the others have to say.
 #[inline(always)]
 pub fn try_forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let vlan = tables.features().has(Features::VLAN);
@@ -418,13 +420,15 @@ fn send<P: Packet, T: Tables>(
 
     tables.count_vip(vip, inner.ip_length as u64);
     tables.count_backend(to.id, inner.ip_length as u64);
-    let transmitted = match role {
-        Role::Packet => Outcome::ForwardTransmit,
-        Role::Error => Outcome::ForwardErrorTransmit,
-        Role::FirstFragment | Role::LaterFragment => Outcome::ForwardFragmentTransmit,
+    let (transmitted, redirected) = match role {
+        Role::Packet => (Outcome::ForwardTransmit, Outcome::ForwardRedirect),
+        Role::Error => (Outcome::ForwardErrorTransmit, Outcome::ForwardErrorRedirect),
+        Role::FirstFragment | Role::LaterFragment => {
+            (Outcome::ForwardFragmentTransmit, Outcome::ForwardFragmentRedirect)
+        }
     };
     let here = egress.ifindex == packet.ingress_ifindex();
-    let (outcome, ifindex) = if here { (transmitted, 0) } else { (transmitted.redirected(), egress.ifindex) };
+    let (outcome, ifindex) = if here { (transmitted, 0) } else { (redirected, egress.ifindex) };
     Ok(Decision { outcome, ifindex, backend: u32::from(to.id) })
 }
 

@@ -198,16 +198,6 @@ outcomes! {
 }
 
 impl Outcome {
-    /// Of what is transmitted: the same, through another interface.
-    #[inline(always)]
-    pub const fn redirected(self) -> Self {
-        match self {
-            Self::ForwardErrorTransmit => Self::ForwardErrorRedirect,
-            Self::ForwardFragmentTransmit => Self::ForwardFragmentRedirect,
-            _ => Self::ForwardRedirect,
-        }
-    }
-
     /// Whether the sender gets an ICMP message back.
     #[inline(always)]
     pub const fn is_answer(self) -> bool {

@@ -175,7 +175,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut slots_failed: Option<Instant> = None;
     loop {
         tokio::select! {
-            Some(first) = probes.recv() => {
+            first = probes.recv() => {
+                // Nobody would be found to be down any more. Packets go on as they do, and a manager starts another agent.
+                let first = first.context("the thread of the checks has ended")?;
                 let mut heard = |Outcome { key, at, probe }| core.on_probe(at, &key, &probe);
                 heard(first);
                 drain(&mut probes, heard);

@@ -101,6 +101,8 @@ impl Core {
         if !self.changed.anything() && !self.tracking.is_paced(now) {
             return Ok(());
         }
+        // What breaks off is tried again.
+        self.changed.policy();
         let world = self.steered_world(now);
         self.say_who_is_empty(&world);
         let wanted = self.roster.desired(&world);

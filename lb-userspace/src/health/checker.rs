@@ -101,7 +101,7 @@ struct Course<K, A> {
 #[derive(Debug)]
 struct Now {
     filter: Filter,
-    /// How long the last probe took.
+    /// How long the last probe that was answered took.
     took: Option<Duration>,
     /// Being asked.
     task: Option<AbortHandle>,
@@ -163,7 +163,7 @@ impl<K: Clone + Send + Sync + 'static, A: Ask> Course<K, A> {
         if now.ended {
             return false;
         }
-        if now.task.is_some() {
+        if now.task.as_ref().is_some_and(|task| !task.is_finished()) {
             now.late = true;
         } else {
             now.task = Some(tokio::spawn(Arc::clone(self).run(shared.clone())).abort_handle());
@@ -200,7 +200,9 @@ impl<K: Clone + Send + Sync + 'static, A: Ask> Course<K, A> {
     /// What is to be handed on of it.
     fn heard(&self, probe: Probe) -> Option<Outcome<K>> {
         let mut now = self.now();
-        now.took = Some(probe.took);
+        if probe.result.is_ok() {
+            now.took = Some(probe.took);
+        }
         (!now.ended && now.filter.hands_on(&probe.result)).then(|| Outcome {
             key: self.key.clone(),
             at: std::time::Instant::now(),
@@ -279,12 +281,14 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
             };
             self.running.insert(key, running);
         }
+        // Before the agenda looks for those that ended.
+        drop(previous);
         // One that ends has taken the checks with it.
         let _ = self.agenda.send(entries);
         debug!(kept, started = self.running.len() - kept, ended = before - kept, "health checks set");
     }
 
-    /// How long the last probe of a target took.
+    /// How long the last probe of a target took that was answered.
     pub fn took(&self, key: &K) -> Option<Duration> {
         self.running.get(key)?.course.as_ref()?.now().took
     }

@@ -260,7 +260,8 @@ async fn within<T>(
         // What is there in time counts, however late it is looked at.
         biased;
         done = work => done.map_err(|error| Failure::from_io(&error, phase)),
-        () = deadline => Err(Failure::TimedOut(phase)),
+        // Work that always finds something ready uses up what a task may do at a time, and a timer is not looked at then.
+        () = tokio::task::coop::unconstrained(deadline) => Err(Failure::TimedOut(phase)),
     }
 }
 
@@ -314,13 +315,20 @@ struct Head {
 impl Head {
     /// Reads until the head of the response is complete. A response that cannot be used is an error of its own kind.
     async fn read(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Result<Self, Failure>> {
+        let mut interim = 0;
         loop {
             if stream.read_buf(buffer).await? == 0 {
                 return Ok(Err(Failure::ClosedEarly));
             }
             loop {
                 match Self::parse(buffer) {
-                    Ok(Some((head, length))) if head.is_interim() => _ = buffer.drain(..length),
+                    Ok(Some((head, length))) if head.is_interim() => {
+                        buffer.drain(..length);
+                        interim += length;
+                        if interim >= MAX_HEAD_BYTES {
+                            return Ok(Err(too_large()));
+                        }
+                    }
                     Ok(Some((mut head, length))) => {
                         let read = (buffer.len() - length) as u64;
                         head.rest = head.rest.map(|body| body.saturating_sub(read));

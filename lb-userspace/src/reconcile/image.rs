@@ -37,7 +37,6 @@ pub type Ids = FxHashMap<u64, u16>;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Image {
     pub meta: Meta,
-    /// The VIP words of both families, then their prefix lengths.
     pub vip_index: Box<VipIndex>,
     pub port_rules: Vec<RuleRow>,
     pub vips4: Vec<Vip4Bucket>,

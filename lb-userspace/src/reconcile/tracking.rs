@@ -188,8 +188,10 @@ impl Tracking {
             self.desired = Arc::clone(&wanted);
             let (image, tables) = (hands.image(), &wanted.tables);
             let wanted = |row: u16| {
-                let identity = image.table_states[usize::from(row)].identity;
-                Some((row, Arc::clone(tables.get(&identity)?)))
+                let state = &image.table_states[usize::from(row)];
+                let table = tables.get(&state.identity)?;
+                // Pools that it had before go once all of it rests: until then all of it is looked at.
+                (state.pools == table.pool_set).then(|| (row, Arc::clone(table)))
             };
             let idle = plan.idle.iter().filter_map(|row| wanted(*row));
             self.at_rest.found(idle, plan.rows.clone(), plan.led.clone());
@@ -271,7 +273,7 @@ impl Tracking {
         let (desired, image, now) = (&self.desired, hands.image(), hands.now());
         let due = self.moves.due(image, now, |table| Course::of(desired, image, table));
         let followed = std::mem::replace(&mut self.followed, !due.is_empty());
-        // Ids may rest from now on. Not before the last table has its turn: a plan looks at all of them.
+        // Ids may rest from now on. Not before the last table has its turn: where a backend leaves, a plan looks at all of them.
         let mut changed = followed && due.is_empty();
         if !due.is_empty() {
             self.carry_out_at_rest(hands, &finish(due))?;

@@ -47,7 +47,7 @@ pub fn counts(base: &[u16], members: usize) -> Vec<u32> {
     counts
 }
 
-/// Slots that another takes over, in their order, and who; nothing where nobody takes any. `counts` is what [`counts`] says
+/// Slots whose backend does not take them, in their order, and who does; nothing where nobody takes any. `counts` is what [`counts`] says
 /// of the base.
 pub fn moved(base: &[u16], counts: &[u32], members: &[Member], shares: &[u16]) -> Option<Vec<(u32, u16)>> {
     let takers = Takers::new(members, shares)?;

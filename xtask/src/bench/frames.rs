@@ -122,7 +122,7 @@ fn not_ip() -> Result<Packets> {
     bytes.extend([2, 0, 0, 0, 0, 3]);
     bytes.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
     bytes.resize(FRAME_BYTES, 0);
-    // The end of the sender's MAC, and the target's address.
+    // The end of the sender's MAC with the beginning of its address, and the target's address.
     Ok(Packets { frame: whole(bytes)?, source_offset: 26, destination_offset: 38, growth: 0 })
 }
 
@@ -183,4 +183,21 @@ fn transport(
 
 fn whole(bytes: Vec<u8>) -> Result<[u8; FRAME_BYTES]> {
     bytes.try_into().map_err(|bytes: Vec<u8>| anyhow!("the frame has {} bytes", bytes.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::abi::BenchPlace;
+
+    use super::*;
+
+    #[test]
+    fn one_word_of_the_driver_has_each_number_that_is_laid_over_a_frame() {
+        for line in super::super::lines::lines() {
+            let packets = packets(&line, None).unwrap();
+            for offset in [packets.source_offset, packets.destination_offset] {
+                assert!(BenchPlace::at(offset as usize).is_some(), "{}: {offset}", line.name());
+            }
+        }
+    }
 }

@@ -31,7 +31,13 @@ pub struct Scene {
     pub program: Program,
     /// Room for this many connections, where addresses are translated.
     pub connections: u32,
+    /// Room for this many pins.
+    pub pins: u32,
 }
+
+/// Room for pins of a million flows, 32 MB, which is more than a core's own caches hold; and 1 MB of them.
+const MANY_PINS: u32 = 1 << 22;
+const FEW_PINS: u32 = 1 << 17;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -153,6 +159,9 @@ impl Line {
             Program::Fullest => ", fullest program",
             Program::Look => ", one look alone",
         };
+        if moved && self.scene.pins == FEW_PINS {
+            name += ", 1 MB of pins";
+        }
         if services > 1 {
             name += ", 1,000 services";
         }
@@ -215,6 +224,7 @@ pub fn lines() -> Vec<Line> {
         moved: false,
         program: Program::Needed,
         connections: 1 << 18,
+        pins: 1 << 20,
     };
     let mut all = Lines::default();
     for program in [Program::Smallest, Program::Needed, Program::Fullest] {
@@ -320,7 +330,7 @@ impl Lines {
     /// Slots that move: flows have pins, or get them.
     fn moved(&mut self, plain: Scene) {
         for v6 in [false, true] {
-            let scene = Scene { moved: true, v6, ..plain };
+            let scene = Scene { moved: true, pins: MANY_PINS, v6, ..plain };
             self.add(scene, Kind::Ack, Known::Old, &[FEW]).quick();
             self.add(scene, Kind::Ack, Known::Old, if v6 { &[] } else { &LADDER[2..] });
             self.add(scene, Kind::Ack, Known::New, &[Order::Once(1_000_000)]);
@@ -328,6 +338,8 @@ impl Lines {
             self.add(scene, Kind::Datagram, Known::Old, &[FEW]);
             self.add(scene, Kind::Datagram, Known::New, &[Order::Once(1_000_000)]);
         }
+        let hot = Scene { moved: true, pins: FEW_PINS, ..plain };
+        self.add(hot, Kind::Syn, Known::New, &[Order::Once(1_000_000)]).quick();
     }
 
     /// A thousand services with ten backends each.

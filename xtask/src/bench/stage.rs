@@ -30,8 +30,6 @@ const LOOPBACK: u32 = 1;
 const UNLIMITED: u64 = 1_000_000_000;
 /// Of new flows at a time: so few that their table stays as good as empty.
 const ROUNDS_OF_NEW: u32 = 16;
-/// Room for pins of a million flows.
-const PINS: u32 = 1 << 22;
 
 pub struct Stage {
     pub scene: Scene,
@@ -49,6 +47,9 @@ pub struct Plans {
 impl Plans {
     /// For maps that are empty.
     fn of(&mut self, scene: Scene, config: &Config, datapath: &Datapath) -> Result<Rc<[MapOp]>> {
+        // A look alone asks no map of the balancer.
+        let scene =
+            if scene.program == Program::Look { Scene { program: Program::Needed, ..scene } } else { scene };
         if let Some((_, plan)) = self.made.iter().find(|(known, _)| *known == scene) {
             return Ok(Rc::clone(plan));
         }
@@ -240,7 +241,7 @@ fn configuration(scene: &Scene) -> Result<Config> {
     let mut yaml = format!(
         "interfaces: [lo]\nseed: 5f1d0c3a9be24771\nlimits: {{vips: {}, backends: {backends}, slots: {slots}, pins: {}{}}}\n",
         scene.services * 2 + if scene.way == Way::Fullnat { 64 } else { 0 },
-        if scene.moved { PINS } else { 1 << 20 },
+        scene.pins,
         if scene.way.translates() { format!(", connections: {}", scene.connections) } else { String::new() }
     );
     if scene.way == Way::Fullnat {

@@ -243,7 +243,9 @@ impl Scene<'_> {
         for change in 0..count {
             let number = change * all / count;
             changes.push(self.down(&process, &maps, number)?);
+            self.gateway.ip(&format!("route del unreachable {}/32 table local", Shape::backend(number)))?;
         }
+        std::thread::sleep(Duration::from_secs(INTERVAL + 1));
         changes.sort_by(f64::total_cmp);
         let loaded = self.loaded(&process)?;
         self.end(&process, "checked")?;
@@ -256,7 +258,7 @@ impl Scene<'_> {
         let count = TOGETHER.min(all / 2);
         let before = process.log().len();
         for round in 0..ROUNDS {
-            // Others than those that went down one by one, and in each round others.
+            // In each round others.
             let some = (0..count).map(|number| Shape::backend((number * all / count + 1 + round) % all));
             let routes = |verb: &str| {
                 some.clone().try_for_each(|address| {

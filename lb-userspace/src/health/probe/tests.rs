@@ -175,6 +175,32 @@ async fn interim_responses_without_end_do_not_extend_the_timeout() {
 }
 
 #[tokio::test]
+async fn more_interim_responses_than_a_head_may_be_long_are_a_failure() {
+    let (port, _) = server(async |mut stream: TcpStream| {
+        let many = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(2048);
+        while stream.write_all(&many).await.is_ok() {}
+    })
+    .await;
+    let begin = Instant::now();
+    let probe = probe(&http_within(port, Duration::from_secs(20)), V4).await;
+    assert_eq!(probe.result, Err(too_large()));
+    assert!(begin.elapsed() < Duration::from_secs(15));
+}
+
+#[tokio::test]
+async fn work_that_is_always_ready_does_not_extend_the_timeout() {
+    let busy = async {
+        for _ in 0u64.. {
+            tokio::task::coop::consume_budget().await;
+        }
+        Ok(())
+    };
+    let deadline = std::pin::pin!(tokio::time::sleep(Duration::from_millis(50)));
+    let ended = within(Phase::Response, deadline, busy).await;
+    assert_eq!(ended, Err(Failure::TimedOut(Phase::Response)));
+}
+
+#[tokio::test]
 async fn every_expected_status_is_a_success() {
     for status in ["200 OK", "204 No Content", "299 Odd", "404 Not Found"] {
         let answer = format!("HTTP/1.1 {status}\r\n\r\n");

@@ -80,6 +80,9 @@ impl Readable {
             if egress != 0 {
                 self.egress.insert(egress);
             }
+            // Packets ask for the MTU, and go on as if there were an interface.
+            let way = &image.egress[usize::from(egress)];
+            assert_eq!(way.ifindex == 0, way.mtu == 0, "way {egress} is half of one: {way:?}");
         }
     }
 

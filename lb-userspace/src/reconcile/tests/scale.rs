@@ -157,6 +157,24 @@ fn tables_side_by_side_that_lose_their_pins_together_are_all_at_rest() {
     );
 }
 
+#[test]
+fn a_table_that_comes_back_from_nobody_is_looked_at_until_it_forgot_the_pools_that_it_had() {
+    let config = config_of(4, 3, "maglev", "");
+    let (mut hands, _, mut draft) = settled(&config);
+    let word = TableWord::from_bits(hands.held.image.tables[0]);
+    let (first, words) = (word.first_row() * SLOTS_PER_ROW, vec![0; word.length() as usize]);
+    hands.held.image.apply(&MapOp::SetPools { table: 0, pools: [u64::MAX; 3] });
+    hands.held.image.apply(&MapOp::WriteSlots { first, words });
+    let mut tracking = Tracking::begin(&mut hands).expect("nothing to plan");
+    let wanted = draft.desired(&config, &world(&config, &[]));
+    for _ in 0..2 {
+        tracking.reconcile(&mut hands, wanted.clone()).expect("within the limits");
+    }
+    assert_ne!(hands.held.image.table_states[0].pools, [u64::MAX; 3]);
+    let more = plan(&hands.held.image, &wanted, hands.capacity(), &Leave::all()).expect("within the limits");
+    assert!(more.ops.is_empty(), "{:?}", more.ops);
+}
+
 /// What becomes of a backend, in the order of the numbers that are made up for it.
 fn befall(world: &mut World, at: (usize, usize), what: u8) {
     world.old_flows.remove(&at);
