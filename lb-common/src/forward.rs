@@ -128,14 +128,14 @@ fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
 
 #[inline(always)]
 fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Result<Decision, Refusal> {
-    let vips = tables.vip_index().ok_or(Outcome::PassNotVip)?;
-    let flow = classify::v4(packet, tables, vips, ip);
+    let index = tables.vip_index().ok_or(Outcome::PassNotVip)?;
+    let flow = classify::v4(packet, tables, index, ip);
     if let Err(refused) = flow
         && !refused.is_answer()
     {
         return Err(refused.into());
     }
-    sane4(tables, vips, ip)?;
+    sane4(tables, index, ip)?;
     let flow = flow?;
 
     let features = tables.features();
@@ -227,14 +227,14 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Ou
 
 #[inline(always)]
 fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Result<Decision, Refusal> {
-    let vips = tables.vip_index().ok_or(Outcome::PassNotVip)?;
-    let flow = classify::v6(packet, tables, vips, ip);
+    let index = tables.vip_index().ok_or(Outcome::PassNotVip)?;
+    let flow = classify::v6(packet, tables, index, ip);
     if let Err(refused) = flow
         && !refused.is_answer()
     {
         return Err(refused.into());
     }
-    sane6(tables, vips, ip)?;
+    sane6(tables, index, ip)?;
     let flow = flow?;
 
     let features = tables.features();

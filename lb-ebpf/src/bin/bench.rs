@@ -80,6 +80,14 @@ fn load<T: Copy>(word: &T) -> T {
     unsafe { core::ptr::read_volatile(word) }
 }
 
+#[inline(always)]
+const fn transmitted(done: Option<()>) -> u32 {
+    match done {
+        Some(()) => xdp_action::XDP_TX,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
 #[xdp]
 pub fn driver(context: XdpContext) -> u32 {
     match drive(&context) {
@@ -145,10 +153,7 @@ fn make(frame: &mut Frame<'_>, flow: u64) -> Option<()> {
 /// back, but not its bytes.
 #[xdp]
 pub fn generator(context: XdpContext) -> u32 {
-    match generate(&context) {
-        Some(()) => xdp_action::XDP_TX,
-        None => xdp_action::XDP_ABORTED,
-    }
+    transmitted(generate(&context))
 }
 
 #[inline(always)]
@@ -187,20 +192,14 @@ pub fn nothing(_: XdpContext) -> u32 {
 /// What no way with another header can do without: room for it, and out.
 #[xdp]
 pub fn floor(context: XdpContext) -> u32 {
-    match Frame::new(&context).grow_head(load(&BENCH.growth) as usize) {
-        Some(()) => xdp_action::XDP_TX,
-        None => xdp_action::XDP_ABORTED,
-    }
+    transmitted(Frame::new(&context).grow_head(load(&BENCH.growth) as usize))
 }
 
 /// The floor, with one look at the slots: what no balancer can do without whose flows have more slots than the caches hold.
 /// The slot follows from the packet, and the packet that leaves from the slot.
 #[xdp]
 pub fn look(context: XdpContext) -> u32 {
-    match look_and_grow(&context) {
-        Some(()) => xdp_action::XDP_TX,
-        None => xdp_action::XDP_ABORTED,
-    }
+    transmitted(look_and_grow(&context))
 }
 
 #[inline(always)]

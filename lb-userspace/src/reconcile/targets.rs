@@ -30,7 +30,7 @@ impl Targets {
         let (known, base) = (known.into(), places.into());
         let mut counts = vec![0; known.len()];
         for &place in &*base {
-            let count: &mut u32 = counts.get_mut(usize::from(place)).expect("a slot leads nowhere");
+            let Some(count) = counts.get_mut(usize::from(place)) else { panic!("a slot leads nowhere") };
             *count += 1;
         }
         Self { known, base, moved: Arc::default(), counts: counts.into() }
@@ -44,6 +44,9 @@ impl Targets {
     }
 
     /// With slots that lead elsewhere: each once, in their order. It must have none yet.
+    ///
+    /// # Panics
+    /// As `new`.
     #[must_use]
     pub fn with_moved(&self, moved: Vec<(u32, u16)>) -> Self {
         debug_assert!(self.moved.is_empty());
@@ -142,9 +145,8 @@ impl Index<usize> for Targets {
     type Output = Target;
 
     fn index(&self, slot: usize) -> &Target {
-        let moved = self.moved.binary_search_by_key(&slot, |(slot, _)| *slot as usize);
-        let place = moved.map_or_else(|_| self.base[slot], |moved| self.moved[moved].1);
-        &self.known[usize::from(place)]
+        let Some(target) = self.get(slot) else { panic!("there is no slot {slot}") };
+        target
     }
 }
 
