@@ -18,6 +18,7 @@ use crate::wire::{
 use crate::{answer, encap, vips};
 
 /// What a packet is to its flow.
+#[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
     Packet,
@@ -320,7 +321,7 @@ pub fn says<P: Packet>(packet: &P, protocol: u8, at: usize, role: Role) -> Says 
     }
 }
 
-/// What the packet sums up to, as its transport checksum promises (`Inner::sum`). Asked for GUE over IPv6 only.
+/// What the packet sums up to, as its transport checksum promises (`encap::gue_in_ipv6`). Asked for GUE over IPv6 only.
 #[inline(always)]
 pub fn sum4<P: Packet>(packet: &P, ip: &Parsed4, role: Role) -> u32 {
     match role {

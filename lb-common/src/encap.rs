@@ -37,8 +37,6 @@ pub struct Inner {
     /// DSCP and ECN.
     pub tos: u8,
     pub hash: FlowHash,
-    /// What the whole packet sums up to, as its own checksums promise; `UNKNOWN_SUM` if they promise nothing.
-    pub sum: u32,
 }
 
 /// No checksum vouches for the packet.
@@ -156,8 +154,8 @@ pub fn in_ipv4<P: Packet>(
     inner: &Inner,
 ) -> Result<(), Outcome> {
     const GROWTH: usize = size_of::<Ipv4>();
-    packet.grow_head(GROWTH).ok_or(Outcome::DropHeadroom)?;
-    let outer = packet.header_mut::<Outer4>(0).ok_or(Outcome::DropHeadroom)?;
+    Outcome::DropHeadroom.unless(packet.grow_head(GROWTH))?;
+    let outer = Outcome::DropHeadroom.unless(packet.header_mut::<Outer4>(0))?;
     *outer = Outer4 {
         ethernet: outer_ethernet(path, egress, EtherType::IPV4),
         ip: outer4(backend, egress, inner, inner.ip_length + GROWTH as u32, inner.family.protocol()),
@@ -174,8 +172,8 @@ pub fn in_ipv6<P: Packet>(
     egress: &Egress,
     inner: &Inner,
 ) -> Result<(), Outcome> {
-    packet.grow_head(size_of::<Ipv6>()).ok_or(Outcome::DropHeadroom)?;
-    let outer = packet.header_mut::<Outer6>(0).ok_or(Outcome::DropHeadroom)?;
+    Outcome::DropHeadroom.unless(packet.grow_head(size_of::<Ipv6>()))?;
+    let outer = Outcome::DropHeadroom.unless(packet.header_mut::<Outer6>(0))?;
     *outer = Outer6 {
         ethernet: outer_ethernet(path, egress, EtherType::IPV6),
         ip: outer6(backend, egress, inner, inner.ip_length, inner.family.protocol()),
@@ -193,8 +191,8 @@ pub fn gue_in_ipv4<P: Packet>(
     inner: &Inner,
 ) -> Result<(), Outcome> {
     const GROWTH: usize = size_of::<Ipv4>() + size_of::<Udp>();
-    packet.grow_head(GROWTH).ok_or(Outcome::DropHeadroom)?;
-    let outer = packet.header_mut::<OuterGue4>(0).ok_or(Outcome::DropHeadroom)?;
+    Outcome::DropHeadroom.unless(packet.grow_head(GROWTH))?;
+    let outer = Outcome::DropHeadroom.unless(packet.header_mut::<OuterGue4>(0))?;
     *outer = OuterGue4 {
         ethernet: outer_ethernet(path, egress, EtherType::IPV4),
         ip: outer4(backend, egress, inner, inner.ip_length + GROWTH as u32, PROTO_UDP),
@@ -203,7 +201,8 @@ pub fn gue_in_ipv4<P: Packet>(
     Ok(())
 }
 
-/// Puts IPv6 and UDP in front.
+/// Puts IPv6 and UDP in front. `sum`: what the whole packet sums up to, as its own checksums promise; `UNKNOWN_SUM` if
+/// they promise nothing.
 #[inline(always)]
 pub fn gue_in_ipv6<P: Packet>(
     packet: &mut P,
@@ -211,14 +210,15 @@ pub fn gue_in_ipv6<P: Packet>(
     path: Path,
     egress: &Egress,
     inner: &Inner,
+    sum: u32,
 ) -> Result<(), Outcome> {
-    packet.grow_head(size_of::<Ipv6>() + size_of::<Udp>()).ok_or(Outcome::DropHeadroom)?;
+    Outcome::DropHeadroom.unless(packet.grow_head(size_of::<Ipv6>() + size_of::<Udp>()))?;
     let ip = outer6(backend, egress, inner, inner.ip_length + size_of::<Udp>() as u32, PROTO_UDP);
     let mut udp = outer_udp(backend, inner, inner.ip_length);
-    if inner.sum != UNKNOWN_SUM {
-        udp.checksum = checksum6(&ip, &udp, inner.sum);
+    if sum != UNKNOWN_SUM {
+        udp.checksum = checksum6(&ip, &udp, sum);
     }
-    let outer = packet.header_mut::<OuterGue6>(0).ok_or(Outcome::DropHeadroom)?;
+    let outer = Outcome::DropHeadroom.unless(packet.header_mut::<OuterGue6>(0))?;
     *outer = OuterGue6 { ethernet: outer_ethernet(path, egress, EtherType::IPV6), ip, udp };
     Ok(())
 }
@@ -252,7 +252,7 @@ pub const fn sum6(first_word: u32, hop_limit: u8, protocol: u8) -> u32 {
 /// Sends the packet to a backend on the same link, otherwise as it came.
 #[inline(always)]
 pub fn to_mac<P: Packet>(packet: &mut P, path: Path, egress: &Egress) -> Result<(), Outcome> {
-    let ethernet = packet.header_mut::<Ethernet>(0).ok_or(Outcome::DropInconsistent)?;
+    let ethernet = Outcome::DropInconsistent.unless(packet.header_mut::<Ethernet>(0))?;
     let ethertype = ethernet.ethertype;
     *ethernet = Ethernet::new(path.mac(), Mac::from_bits(egress.source_mac), ethertype);
     Ok(())

@@ -76,7 +76,7 @@ pub fn try_forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<D
     }
     let mut decided = decide(packet, tables);
     if vlan && vlan::push(packet, tags).is_none() {
-        decided = Err(Outcome::DropHeadroom);
+        decided = Err(Outcome::DropHeadroom.apart());
     }
     match decided {
         Ok(decision) => tables.count_outcome(decision.outcome),
@@ -88,18 +88,18 @@ pub fn try_forward<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<D
 #[inline(always)]
 fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T) -> Result<Decision, Outcome> {
     let features = tables.features();
-    let ethernet = packet.header::<Ethernet>(0).ok_or(Outcome::PassTruncated)?;
+    let ethernet = Outcome::PassTruncated.unless(packet.header::<Ethernet>(0))?;
     let ethertype = ethernet.ethertype;
     if ethertype == EtherType::IPV4 {
-        if features.has(Features::IPV4) { ipv4(packet, tables) } else { Err(Outcome::PassFamilyOff) }
+        if features.has(Features::IPV4) { ipv4(packet, tables) } else { Err(Outcome::PassFamilyOff.apart()) }
     } else if ethertype == EtherType::IPV6 {
-        if features.has(Features::IPV6) { ipv6(packet, tables) } else { Err(Outcome::PassFamilyOff) }
+        if features.has(Features::IPV6) { ipv6(packet, tables) } else { Err(Outcome::PassFamilyOff.apart()) }
     } else if ethertype == EtherType::ARP && features.has(Features::VIP_ARP) {
         Err(answer::arp(packet, tables))
     } else if ethertype.is_vlan() {
-        Err(Outcome::PassVlan)
+        Err(Outcome::PassVlan.apart())
     } else {
-        Err(Outcome::PassNotIp)
+        Err(Outcome::PassNotIp.apart())
     }
 }
 
@@ -156,10 +156,9 @@ fn steer4<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed4) -> Res
     }
     let (id, named) = choose(packet, tables, &flow, &ip.transport, hash, begins)?;
     let to = slots::backend(tables, id)?;
-    let sum =
-        if features.has(Features::GUE6) { classify::sum4(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
-    let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
-    let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner)?;
+    let inner = Inner { family: InnerFamily::V4, ip_length: ip.ip_length, tos: ip.tos, hash };
+    let sum = |packet: &P| classify::sum4(packet, ip, flow.role);
+    let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner, sum)?;
     if features.has(Features::QUIC) {
         decision.outcome = named.outcome(decision.outcome);
     }
@@ -191,15 +190,15 @@ fn is_error4<P: Packet>(packet: &P, transport: &Transport) -> bool {
 #[inline(always)]
 fn sane4<T: Tables>(tables: &T, index: &VipIndex, ip: &Parsed4) -> Result<(), Outcome> {
     if ip.source == ip.destination {
-        return Err(Outcome::DropLand);
+        return Err(Outcome::DropLand.apart());
     }
     if parse::is_martian4(ip.source) {
-        return Err(Outcome::DropMartian);
+        return Err(Outcome::DropMartian.apart());
     }
     if !vips::vip_at4(tables, index, ip.source).is_none() {
-        return Err(Outcome::DropSourceVip);
+        return Err(Outcome::DropSourceVip.apart());
     }
-    if ip.ttl == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
+    if ip.ttl == 0 { Err(Outcome::DropTtl.apart()) } else { Ok(()) }
 }
 
 #[inline(always)]
@@ -255,10 +254,9 @@ fn steer6<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Parsed6) -> Res
     }
     let (id, named) = choose(packet, tables, &flow, &ip.transport, hash, begins)?;
     let to = slots::backend(tables, id)?;
-    let sum =
-        if features.has(Features::GUE6) { classify::sum6(packet, ip, flow.role) } else { encap::UNKNOWN_SUM };
-    let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash, sum };
-    let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner)?;
+    let inner = Inner { family: InnerFamily::V6, ip_length: ip.ip_length, tos: ip.tos, hash };
+    let sum = |packet: &P| classify::sum6(packet, ip, flow.role);
+    let mut decision = send(packet, tables, flow.target.vip(), flow.role, to, &inner, sum)?;
     if features.has(Features::QUIC) {
         decision.outcome = named.outcome(decision.outcome);
     }
@@ -289,15 +287,15 @@ fn is_error6<P: Packet>(packet: &P, transport: &Transport) -> bool {
 #[inline(always)]
 fn sane6<T: Tables>(tables: &T, index: &VipIndex, ip: &Parsed6) -> Result<(), Outcome> {
     if ip.source == ip.destination {
-        return Err(Outcome::DropLand);
+        return Err(Outcome::DropLand.apart());
     }
     if parse::is_martian6(ip.source) {
-        return Err(Outcome::DropMartian);
+        return Err(Outcome::DropMartian.apart());
     }
     if !vips::vip_at6(tables, index, ip.source).is_none() {
-        return Err(Outcome::DropSourceVip);
+        return Err(Outcome::DropSourceVip.apart());
     }
-    if ip.hop_limit == 0 { Err(Outcome::DropTtl) } else { Ok(()) }
+    if ip.hop_limit == 0 { Err(Outcome::DropTtl.apart()) } else { Ok(()) }
 }
 
 /// The backend of a packet: that which its connection ID names, or the one of its slot, or, where that is on the move, the
@@ -375,7 +373,7 @@ fn translated<P: Packet, T: Tables>(
     passed: Passed,
 ) -> Result<Decision, Refusal> {
     packet.forget();
-    let outcome = passed.outcome().ok_or(Outcome::DropInconsistent)?;
+    let outcome = Outcome::DropInconsistent.unless(passed.outcome())?;
     if outcome == Outcome::AnswerTooBig {
         return Err(oversize(packet, tables, Role::Packet, ip_length, passed.value()));
     }
@@ -394,11 +392,12 @@ fn send<P: Packet, T: Tables>(
     role: Role,
     to: Steered<'_>,
     inner: &Inner,
+    sum: impl FnOnce(&P) -> u32,
 ) -> Result<Decision, Refusal> {
     let features = tables.features();
     let backend = to.backend;
     let path = Path::from_bits(volatile(&backend.path));
-    let egress = tables.egress(path.egress()).ok_or(Outcome::DropInconsistent)?;
+    let egress = Outcome::DropInconsistent.unless(tables.egress(path.egress()))?;
     // Nothing fits a way that leads nowhere: its MTU is 0.
     let fits = inner.ip_length + backend.overhead as u32 <= egress.mtu;
     let by = |feature, kind: BackendKind| features.has(feature) && backend.kind == kind as u8;
@@ -413,23 +412,38 @@ fn send<P: Packet, T: Tables>(
     } else if by(Features::GUE4, BackendKind::Gue4) {
         encap::gue_in_ipv4(packet, backend, path, egress, inner)?;
     } else if by(Features::GUE6, BackendKind::Gue6) {
-        encap::gue_in_ipv6(packet, backend, path, egress, inner)?;
+        let sum = sum(packet);
+        encap::gue_in_ipv6(packet, backend, path, egress, inner, sum)?;
     } else {
         return Err(unsent(packet, tables, role, backend, egress, inner.ip_length));
     }
 
     tables.count_vip(vip, inner.ip_length as u64);
     tables.count_backend(to.id, inner.ip_length as u64);
-    let (transmitted, redirected) = match role {
-        Role::Packet => (Outcome::ForwardTransmit, Outcome::ForwardRedirect),
-        Role::Error => (Outcome::ForwardErrorTransmit, Outcome::ForwardErrorRedirect),
-        Role::FirstFragment | Role::LaterFragment => {
-            (Outcome::ForwardFragmentTransmit, Outcome::ForwardFragmentRedirect)
-        }
-    };
-    let here = egress.ifindex == packet.ingress_ifindex();
-    let (outcome, ifindex) = if here { (transmitted, 0) } else { (redirected, egress.ifindex) };
-    Ok(Decision { outcome, ifindex, backend: u32::from(to.id) })
+    let backend = u32::from(to.id);
+    if egress.ifindex == packet.ingress_ifindex() {
+        Ok(Decision { outcome: transmitted(role), ifindex: 0, backend })
+    } else {
+        Ok(Decision { outcome: redirected(role), ifindex: egress.ifindex, backend })
+    }
+}
+
+#[inline(always)]
+fn transmitted(role: Role) -> Outcome {
+    match role {
+        Role::Packet => Outcome::ForwardTransmit,
+        Role::Error => Outcome::ForwardErrorTransmit.apart(),
+        Role::FirstFragment | Role::LaterFragment => Outcome::ForwardFragmentTransmit.apart(),
+    }
+}
+
+#[inline(always)]
+fn redirected(role: Role) -> Outcome {
+    match role {
+        Role::Packet => Outcome::ForwardRedirect,
+        Role::Error => Outcome::ForwardErrorRedirect.apart(),
+        Role::FirstFragment | Role::LaterFragment => Outcome::ForwardFragmentRedirect.apart(),
+    }
 }
 
 /// Why no way takes the packet.

@@ -198,6 +198,32 @@ outcomes! {
 }
 
 impl Outcome {
+    /// What is there; this outcome where nothing is.
+    #[inline(always)]
+    pub fn unless<T>(self, found: Option<T>) -> Result<T, Self> {
+        match found {
+            Some(found) => Ok(found),
+            None => Err(self.apart()),
+        }
+    }
+
+    /// The outcome, but not before it is decided. Else the compiler (LLVM 22) has every packet put aside the number of the
+    /// outcome that it would have, ahead of each check: two instructions for each, 2 ns of a packet in all.
+    #[inline(always)]
+    pub fn apart(self) -> Self {
+        core::hint::cold_path();
+        #[cfg(target_arch = "bpf")]
+        {
+            let mut number = self as u32;
+            // SAFETY: what goes in comes out.
+            unsafe { core::arch::asm!("{0} = {0}", inout(reg) number, options(nomem, nostack)) };
+            // SAFETY: the number of an outcome.
+            unsafe { core::mem::transmute::<u32, Self>(number) }
+        }
+        #[cfg(not(target_arch = "bpf"))]
+        self
+    }
+
     /// Whether the sender gets an ICMP message back.
     #[inline(always)]
     pub const fn is_answer(self) -> bool {

@@ -12,6 +12,7 @@ use crate::wire::{Address6, Extension, Ipv4, Ipv6, PROTO_TCP, PROTO_UDP, Ports};
 pub const MOST_EXTENSIONS: u32 = 6;
 
 /// What stands between the IP header and the transport header.
+#[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Shape {
     /// Nothing, or headers that were walked over.
@@ -50,10 +51,10 @@ pub struct Parsed4 {
 /// Reads the IPv4 header at `offset`, options skipped.
 #[inline(always)]
 pub fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Parsed4, Outcome> {
-    let ip = packet.header::<Ipv4>(offset).ok_or(Outcome::PassTruncated)?;
+    let ip = Outcome::PassTruncated.unless(packet.header::<Ipv4>(offset))?;
     let header_length = ip.header_length();
     if ip.version() != 4 || header_length < size_of::<Ipv4>() {
-        return Err(Outcome::PassMalformed);
+        return Err(Outcome::PassMalformed.apart());
     }
     let ip_length = { ip.total_length }.get();
     let shape = if !ip.is_fragment() {
@@ -93,9 +94,9 @@ pub struct Parsed6 {
 /// Reads the IPv6 header at `offset`, and the extension headers behind it.
 #[inline(always)]
 pub fn ipv6<P: Packet>(packet: &P, offset: usize) -> Result<Parsed6, Outcome> {
-    let ip = packet.header::<Ipv6>(offset).ok_or(Outcome::PassTruncated)?;
+    let ip = Outcome::PassTruncated.unless(packet.header::<Ipv6>(offset))?;
     if ip.version() != 6 {
-        return Err(Outcome::PassMalformed);
+        return Err(Outcome::PassMalformed.apart());
     }
     let payload = { ip.payload_length }.get() as usize;
     let first = Transport {
@@ -158,17 +159,19 @@ fn walk<P: Packet>(packet: &P, first: Transport) -> Transport {
 /// Both ports of a whole TCP or UDP packet. The errors hold if the destination is a VIP.
 #[inline(always)]
 pub fn ports<P: Packet>(packet: &P, transport: &Transport) -> Result<u32, Outcome> {
-    match transport.shape {
-        Shape::Whole => {}
-        Shape::FirstFragment | Shape::LaterFragment => return Err(Outcome::DropVipFragment),
-        Shape::Headers => return Err(Outcome::DropVipHeaders),
-        Shape::Truncated => return Err(Outcome::DropVipTruncated),
+    if transport.shape != Shape::Whole {
+        let outcome = match transport.shape {
+            Shape::Whole | Shape::FirstFragment | Shape::LaterFragment => Outcome::DropVipFragment,
+            Shape::Headers => Outcome::DropVipHeaders,
+            Shape::Truncated => Outcome::DropVipTruncated,
+        };
+        return Err(outcome.apart());
     }
     if transport.protocol != PROTO_TCP && transport.protocol != PROTO_UDP {
-        return Err(Outcome::DropVipProtocol);
+        return Err(Outcome::DropVipProtocol.apart());
     }
     whole(packet, transport, Ports::SHORTEST_TRANSPORT)?;
-    let ports = packet.header::<Ports>(transport.offset).ok_or(Outcome::DropVipTruncated)?;
+    let ports = Outcome::DropVipTruncated.unless(packet.header::<Ports>(transport.offset))?;
     Ok(ports.both)
 }
 
@@ -177,7 +180,7 @@ pub fn ports<P: Packet>(packet: &P, transport: &Transport) -> Result<u32, Outcom
 #[inline(always)]
 pub fn whole<P: Packet>(packet: &P, transport: &Transport, least: usize) -> Result<(), Outcome> {
     if transport.offset + least > transport.end || transport.end > packet.length() {
-        return Err(Outcome::DropVipTruncated);
+        return Err(Outcome::DropVipTruncated.apart());
     }
     Ok(())
 }

@@ -88,15 +88,15 @@ pub struct Found {
 /// One table word, one slot. Fields are read from this load and never again.
 #[inline(always)]
 pub fn find<T: Tables>(tables: &T, table: u16, hash: FlowHash) -> Result<Found, Outcome> {
-    let table = tables.table_word(table).ok_or(Outcome::DropInconsistent)?;
-    let slot = tables.slot(table.first_row(), table.slot(hash.slot())).ok_or(Outcome::DropInconsistent)?;
+    let table = Outcome::DropInconsistent.unless(tables.table_word(table))?;
+    let slot = Outcome::DropInconsistent.unless(tables.slot(table.first_row(), table.slot(hash.slot())))?;
     Ok(Found { table, slot })
 }
 
 /// The row of a backend that a slot or a pin names.
 #[inline(always)]
 pub fn backend<T: Tables>(tables: &T, id: u16) -> Result<Steered<'_>, Outcome> {
-    let backend = tables.backend(id).ok_or(Outcome::DropInconsistent)?;
+    let backend = Outcome::DropInconsistent.unless(tables.backend(id))?;
     Ok(Steered { id, backend })
 }
 
