@@ -341,6 +341,8 @@ impl<'a> Planner<'a> {
             let backend = Backend { path: path_of(&wanted.next_hop).bits(), ..wanted.row };
             self.add.push(MapOp::ResetBackendTraffic { id });
             self.add.push(MapOp::WriteBackend { id, backend });
+            // One may be new and have failed.
+            self.flags(id, wanted.row.flags, wanted);
             self.weight(id, wanted.weight);
             ids.insert(*identity, id);
         }

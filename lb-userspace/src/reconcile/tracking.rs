@@ -7,7 +7,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableWord};
+use lb_common::abi::{Discipline, SLOTS_PER_ROW, TableState, TableWord};
 use lb_common::slots::Slot;
 use rustc_hash::FxHashSet;
 use tracing::debug;
@@ -85,6 +85,8 @@ pub struct Tracking {
     others: bool,
     /// Whether `est` followed with the last look.
     followed: bool,
+    /// Whether something broke off that closes tables and opens them again.
+    broke_off: bool,
     /// What the tables are on their way to.
     pub desired: Arc<Desired>,
     paced: Instant,
@@ -119,6 +121,7 @@ impl Tracking {
             leaving: HashSet::new(),
             others: true,
             followed: false,
+            broke_off: false,
             desired: Arc::default(),
             paced: now.checked_sub(PACE).unwrap_or(now),
             moves_left: 0,
@@ -133,6 +136,15 @@ impl Tracking {
     pub fn begin<H: Hands>(hands: &mut H) -> Result<Self, H::Error> {
         let mut tracking = Self::new(hands.now());
         tracking.look_again(hands.image());
+        tracking.open(hands)?;
+        // What failed until now is no sign of what is to come.
+        hands.read_states();
+        tracking.observe(hands);
+        Ok(tracking)
+    }
+
+    /// Ends a closing that broke off: its slots are dirty, or `est` has followed.
+    fn open<H: Hands>(&mut self, hands: &mut H) -> Result<(), H::Error> {
         let states = (0u16..).zip(&hands.image().table_states);
         let closing: Vec<u16> =
             states.filter(|(_, state)| state.closing != 0).map(|(table, _)| table).collect();
@@ -140,12 +152,9 @@ impl Tracking {
             let mut ops = vec![MapOp::Grace];
             ops.extend(closing.into_iter().map(|table| MapOp::SetClosing { table, closing: 0 }));
             ops.push(MapOp::Grace);
-            tracking.carry_out(hands, &ops)?;
+            self.carry_out(hands, &ops)?;
         }
-        // What failed until now is no sign of what is to come.
-        hands.read_states();
-        tracking.observe(hands);
-        Ok(tracking)
+        Ok(())
     }
 
     /// The image is another, for a reason that is not known here: the next plan looks at everything.
@@ -167,6 +176,7 @@ impl Tracking {
     pub fn is_busy(&self) -> bool {
         self.unseen
             || self.followed
+            || self.broke_off
             || self.waiting > 0
             || self.recount
             || self.spread.is_some()
@@ -269,6 +279,10 @@ impl Tracking {
     /// Lets `est` follow where its time has come, and sweeps. Whether a plan may find something to do then.
     pub fn look_after<H: Hands>(&mut self, hands: &mut H) -> Result<bool, H::Error> {
         hands.read_states();
+        if self.broke_off {
+            self.open(hands)?;
+            self.broke_off = false;
+        }
         self.observe(hands);
         let (desired, image, now) = (&self.desired, hands.image(), hands.now());
         let due = self.moves.due(image, now, |table| Course::of(desired, image, table));
@@ -285,7 +299,9 @@ impl Tracking {
     /// Carries operations out that change nothing of where new flows go.
     fn carry_out_at_rest<H: Hands>(&mut self, hands: &mut H, ops: &[MapOp]) -> Result<(), H::Error> {
         let resting = self.at_rest.resting(hands.image());
+        self.broke_off = true;
         self.carry_out(hands, ops)?;
+        self.broke_off = false;
         self.at_rest.are(resting);
         Ok(())
     }
@@ -468,9 +484,17 @@ impl Tracking {
         self.set_loads(hands, &found);
         self.found = found;
         self.swept = hands.now();
-        // Copies that are at rest may be equal to what they stand for.
-        let copies = hands.image().table_states.iter().any(|state| state.origin != 0);
-        Ok(!self.unpinned.is_empty() || copies && !self.found.clear.is_empty())
+        Ok(!self.unpinned.is_empty() || !self.found.clear.is_empty() && self.is_behind(hands.image()))
+    }
+
+    /// Whether a plan may have waited for slots to be at rest: copies are equal to what they stand for then, and tables
+    /// forget the pools that they had.
+    fn is_behind(&self, image: &Image) -> bool {
+        let forgets = |state: &TableState| {
+            let table = self.desired.tables.get(&state.identity);
+            table.is_some_and(|table| table.pool_set != state.pools)
+        };
+        image.table_states.iter().any(|state| state.origin != 0 || forgets(state))
     }
 
     /// How busy backends are whose tables go by it.

@@ -19,7 +19,12 @@ pub struct Witness {
     pub ops: Vec<MapOp>,
     /// Tables in which a pin fails during the next grace.
     failing: Vec<u16>,
+    /// Operations that are carried out until one is not.
+    pub fails_at: Option<usize>,
 }
+
+/// What is said of it.
+pub const REFUSED: PlanError = PlanError::Egress { limit: 0 };
 
 impl Hands for Witness {
     type Error = PlanError;
@@ -40,6 +45,13 @@ impl Hands for Witness {
         self.held.read_states();
     }
     fn apply(&mut self, op: &MapOp) -> Result<bool, PlanError> {
+        self.fails_at = match self.fails_at {
+            Some(0) => {
+                self.fails_at = None;
+                return Err(REFUSED);
+            }
+            left => left.map(|left| left - 1),
+        };
         if *op == MapOp::Grace {
             self.failing.drain(..).for_each(|table| self.held.memory.add_failed(table));
         }
@@ -61,7 +73,7 @@ impl Witness {
 
     /// With so many ids of backends.
     pub fn of(capacity: Capacity, ids: u16) -> Self {
-        Self { held: Held::new(capacity, ids), ops: Vec::new(), failing: Vec::new() }
+        Self { held: Held::new(capacity, ids), ops: Vec::new(), failing: Vec::new(), fails_at: None }
     }
 
     /// Until the last table was open again: a sweep has one of its own.

@@ -1,13 +1,17 @@
 //! With many pools, a change costs what it changes: tables that it does not concern are neither looked at nor written, and
 //! what is worked out once says the same as all at once.
 
-use super::many::Witness;
+use lb_common::tables::Tables;
+
+use super::many::{REFUSED, Witness};
 use super::*;
 use crate::reconcile::desired::OldFlows;
 use crate::reconcile::draft::Draft;
 use crate::reconcile::tracking::{Hands, Tracking};
 
 const POOLS: usize = 40;
+/// Where the time of all that becomes of their slots passes.
+const FEW_POOLS: usize = 8;
 const BACKENDS: usize = 5;
 
 /// Pools with a service each; those from `edited` on have another last backend.
@@ -131,10 +135,10 @@ fn a_draft_says_the_same_as_all_at_once_whatever_came_before_it() {
 
 #[test]
 fn tables_side_by_side_that_lose_their_pins_together_are_all_at_rest() {
-    let config = config(POOLS, "maglev");
+    let config = config_of(FEW_POOLS, FEW_POOLS, "maglev", "");
     let (mut hands, mut tracking, mut draft) = settled(&config);
     let down: Vec<_> =
-        (0..POOLS).flat_map(|pool| (0..BACKENDS - 1).map(move |backend| (pool, backend))).collect();
+        (0..FEW_POOLS).flat_map(|pool| (0..BACKENDS - 1).map(move |backend| (pool, backend))).collect();
     for down in [&down[..], &[]] {
         let wanted = draft.desired(&config, &world(&config, down));
         tracking.reconcile(&mut hands, wanted).expect("within the limits");
@@ -155,6 +159,154 @@ fn tables_side_by_side_that_lose_their_pins_together_are_all_at_rest() {
         !tracking.has_to_sweep(&hands.held.image),
         "every slot is at rest, and pins are swept all the same"
     );
+}
+
+/// Tables lie side by side: a run of words may end one and begin the next.
+#[test]
+fn a_table_whose_only_pins_were_of_slots_at_its_border_is_at_rest_once_they_are_gone() {
+    let config = config_of(4, 3, "maglev", "");
+    let (last, first) = (u32::MAX, 0);
+    for marked in [
+        &[(0, last)][..],
+        &[(1, first)],
+        &[(0, last), (1, first)],
+        &[(0, last), (1, first), (1, last), (2, first)],
+        &[(3, last)],
+    ] {
+        let (mut hands, _, mut draft) = settled(&config);
+        let mut places: Vec<TableWord> =
+            hands.held.image.tables.iter().map(|&bits| TableWord::from_bits(bits)).collect();
+        places.retain(|word| *word != TableWord::default());
+        places.sort_by_key(|word| word.first_row());
+        let side_by_side = places
+            .windows(2)
+            .all(|pair| (pair[1].first_row() - pair[0].first_row()) * SLOTS_PER_ROW == pair[0].length());
+        assert!(side_by_side && places.len() == 4, "{places:?}");
+        for &(table, slot) in marked {
+            let index = places[table].first_row() * SLOTS_PER_ROW + slot.min(places[table].length() - 1);
+            let cur = hands.held.image.slot(index).cur();
+            let words = vec![Slot::new(cur, cur, false, true).bits()];
+            hands.apply(&MapOp::WriteSlots { first: index, words }).expect("a slot");
+        }
+        let mut tracking = Tracking::begin(&mut hands).expect("nothing to plan");
+        let wanted = draft.desired(&config, &world(&config, &[]));
+        tracking.reconcile(&mut hands, wanted).expect("within the limits");
+        assert!(tracking.moves.has_pins(), "{marked:?}: no slot may have pins");
+        for _ in 0..100 {
+            hands.held.memory.pass(SLACK);
+            tracking.look_after(&mut hands).expect("a look");
+        }
+        assert!(hands.held.image.live_slots().all(|(_, slot)| slot.is_clean()), "{marked:?}");
+        assert!(
+            !tracking.moves.has_pins(),
+            "{marked:?}: slots at rest are taken for such that may have pins"
+        );
+    }
+}
+
+/// Between two looks at slots: flows that are silent for longer than a few of them are over.
+const SOON: Duration = Duration::from_secs(300);
+
+/// Looks after slots as the agent does, until there is nothing left to do. What breaks off is tried again, what cannot
+/// be looked at by the next look. Returns how often something broke off.
+fn live_on(
+    hands: &mut Witness,
+    tracking: &mut Tracking,
+    mut wanted: impl FnMut() -> Desired,
+    mut changed: bool,
+) -> usize {
+    let mut broken = 0;
+    let mut quiet = 0;
+    for _ in 0..10_000 {
+        let mut refused = |result: Result<bool, PlanError>| match result {
+            Ok(done) => done,
+            Err(error) => {
+                assert_eq!(error, REFUSED);
+                broken += 1;
+                false
+            }
+        };
+        if changed || tracking.is_paced(hands.now()) {
+            changed = !refused(tracking.reconcile(hands, wanted()).map(|()| true));
+        }
+        hands.held.memory.pass(SOON);
+        changed |= refused(tracking.look_after(hands));
+        let busy = changed || tracking.is_busy() || tracking.has_to_sweep(&hands.held.image);
+        quiet = if busy { 0 } else { quiet + 1 };
+        if quiet > 3 {
+            return broken;
+        }
+    }
+    panic!("there is no end of it: {tracking:?}");
+}
+
+/// Backends leave and come in two pools, and those of a third fail, until all of that is over.
+fn changed_for_good(fails_at: Option<usize>) -> (Witness, usize) {
+    let [before, after] = [4, 1].map(|edited| config_of(4, edited, "maglev", ""));
+    let (mut hands, mut tracking, draft) = settled(&before);
+    let mut draft = Draft::after(&after, Some(&draft));
+    let mut failed = world(&after, &[(0, 1)]);
+    failed.old_flows.insert((0, 1), OldFlows::Fail);
+    hands.fails_at = fails_at;
+    let mut broken = live_on(&mut hands, &mut tracking, || draft.desired(&after, &failed), true);
+    broken += live_on(&mut hands, &mut tracking, || draft.desired(&after, &world(&after, &[])), true);
+    let wanted = desired(&after, &world(&after, &[]));
+    let more = plan(&hands.held.image, &wanted, hands.capacity(), &Leave::all()).expect("within the limits");
+    assert!(more.ops.is_empty(), "after {fails_at:?}: {:?}", more.ops);
+    (hands, broken)
+}
+
+/// Where slots lead, by what their table and the backends are.
+fn leads(image: &Image) -> BTreeMap<u64, Vec<u64>> {
+    let mut leads = BTreeMap::<u64, Vec<u64>>::new();
+    for (table, slot) in image.live_slots() {
+        let identity = image.backends[usize::from(slot.cur())].identity;
+        leads.entry(image.table_states[usize::from(table)].identity).or_default().push(identity);
+    }
+    leads
+}
+
+#[test]
+fn whichever_operation_fails_what_comes_next_is_tried_again_and_ends_as_if_none_had() {
+    let (undisturbed, broken) = changed_for_good(None);
+    assert_eq!(broken, 0);
+    let (ops, image) = (&undisturbed.ops, &undisturbed.held.image);
+    // Of slots that are written one after the other, the first, the second and the last.
+    let is_slots = |at: usize| matches!(ops.get(at), Some(MapOp::WriteSlots { .. }));
+    let is_within = |at: usize| at > 1 && (at - 2..=at + 1).all(is_slots);
+    let tried: Vec<usize> = (0..ops.len()).filter(|&at| !is_within(at)).collect();
+    assert!((40..200).contains(&tried.len()), "{} of {}", tried.len(), ops.len());
+    for at in tried {
+        let what = format!("after {:?}, operation {at} of {}", ops[at], ops.len());
+        let (hands, broken) = changed_for_good(Some(at));
+        assert_eq!(broken, 1, "{what}");
+        let ended = &hands.held.image;
+        assert!(ended.live_slots().all(|(_, slot)| slot.is_clean()), "{what}: a slot is on the move");
+        assert!(ended.table_states.iter().all(|state| state.closing == 0), "{what}: a table is closing");
+        let known = |image: &Image| image.ids().into_keys().collect::<BTreeSet<u64>>();
+        assert_eq!(known(ended), known(image), "{what}: others have rows");
+        assert!(leads(ended) == leads(image), "{what}: slots lead elsewhere");
+        // What packets meet is what the agent takes for it.
+        for (index, bits) in (0..).zip(ended.slots.iter().flat_map(|row| row.0)) {
+            assert_eq!(hands.held.memory.slot_at(index).bits(), bits, "{what}: slot {index}");
+        }
+    }
+}
+
+#[test]
+fn a_table_forgets_the_pools_that_it_had_once_the_pins_of_its_slots_are_gone() {
+    let [before, after] = [", fallback: p3", ""].map(|more| config_of(4, 3, "maglev", more));
+    let (mut hands, mut tracking, mut draft) = settled(&before);
+    // Flows of a moment are at the fallback, and the file does without it.
+    let mut fallen_back = world(&before, &[]);
+    fallen_back.levels = [(1, 3)].into_iter().collect();
+    tracking.reconcile(&mut hands, draft.desired(&before, &fallen_back)).expect("within the limits");
+    let mut draft = Draft::after(&after, Some(&draft));
+    live_on(&mut hands, &mut tracking, || draft.desired(&after, &world(&after, &[])), true);
+    assert!(hands.held.image.live_slots().all(|(_, slot)| slot.is_clean()));
+    let wanted = desired(&after, &world(&after, &[]));
+    let more = plan(&hands.held.image, &wanted, hands.capacity(), &Leave::all()).expect("within the limits");
+    assert!(more.ops.is_empty(), "left undone: {:?}", more.ops);
 }
 
 #[test]
@@ -197,7 +349,12 @@ proptest! {
     #[test]
     fn a_plan_that_looks_at_everything_finds_no_more_than_one_that_knows_what_changed(
         steps in prop::collection::vec(
-            (prop::collection::vec((0..3usize, 0..BACKENDS, 0..7u8), 0..4), 0..4usize, any::<bool>(), any::<bool>()),
+            (
+                prop::collection::vec((0..3usize, 0..BACKENDS, 0..7u8), 0..4),
+                0..4usize,
+                any::<[bool; 3]>(),
+                prop::option::weighted(0.2, 0..2usize),
+            ),
             1..24,
         ),
         takes_turns in any::<bool>(),
@@ -205,10 +362,21 @@ proptest! {
         const TIMES: [Duration; 4] =
             [Duration::ZERO, Duration::from_millis(300), Duration::from_secs(2), Duration::from_secs(1000)];
         let scheduler = if takes_turns { "round-robin" } else { "maglev" };
-        let config = config_of(4, 3, scheduler, ", fallback: p3");
-        let (mut hands, mut tracking, mut draft) = settled(&config);
-        let mut world = world(&config, &[]);
-        for (changes, passes, falls_back, hop) in steps {
+        let configs = [3, 2].map(|edited| config_of(4, edited, scheduler, ", fallback: p3"));
+        let (mut hands, mut tracking, mut draft) = settled(&configs[0]);
+        let mut config = &configs[0];
+        let mut world = world(config, &[]);
+        for (changes, passes, [falls_back, hop, pins_fail], reloads) in steps {
+            if let Some(other) = reloads {
+                config = &configs[other];
+                draft = Draft::after(config, Some(&draft));
+                let address = config.pools[2].backends[BACKENDS - 1].address;
+                Arc::make_mut(&mut world.next_hops).insert(address, next_hop((INGRESS, 1500, 1)));
+            }
+            if pins_fail {
+                // What would only be a better spread waits.
+                hands.held.memory.add_failed(0);
+            }
             changes.into_iter().for_each(|(pool, backend, what)| befall(&mut world, (pool, backend), what));
             world.levels = if falls_back { [(1, 3)].into_iter().collect() } else { Default::default() };
             if hop {
@@ -220,13 +388,13 @@ proptest! {
             for _ in 0..3 {
                 tracking.look_after(&mut hands).expect("a look");
             }
-            let wanted = draft.desired(&config, &world);
+            let wanted = draft.desired(config, &world);
             tracking.reconcile(&mut hands, wanted.clone()).expect("within the limits");
             let leave = Leave { unpinned: Unpinned::Ids(HashSet::new()), moves: 0, ..Leave::all() };
             let more = plan(&hands.held.image, &wanted, hands.capacity(), &leave).expect("within the limits");
             prop_assert_eq!(more.waiting, tracking.waiting);
             prop_assert!(more.ops.is_empty(), "{:?}", more.ops);
         }
-        prop_assert!(draft.desired(&config, &world) == desired(&config, &world));
+        prop_assert!(draft.desired(config, &world) == desired(config, &world));
     }
 }
