@@ -41,7 +41,8 @@ fn build() -> Result<(), String> {
     let out_dir = PathBuf::from(variable("OUT_DIR")?);
     let manifest_dir = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let workspace = manifest_dir.parent().ok_or("the crate has no parent directory")?;
-    let target_dir = out_dir.join("bpf");
+    // Of the profile, whatever the features: they change nothing of the programs.
+    let target_dir = out_dir.ancestors().nth(3).ok_or("OUT_DIR has too few parents")?.join("bpf");
     let path = path_with_linker();
     let Toolchain { mut cargo, environment, arguments } = debian()
         .or_else(nightly)

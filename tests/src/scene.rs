@@ -38,7 +38,7 @@ const SILENCE: Duration = Duration::from_secs(25);
 pub struct Scene {
     connections: Connections,
     download: Download,
-    _servers: Vec<(EchoServer, SlowServer)>,
+    servers: Vec<(EchoServer, SlowServer)>,
     rows: Vec<Row>,
     broken: Vec<String>,
     pub config: Config,
@@ -79,7 +79,7 @@ impl Scene {
         let mut this = Self {
             connections: held,
             download: Download::start(&stage.client, vip(SLOW), download)?,
-            _servers: servers,
+            servers,
             rows: Vec::new(),
             broken: Vec::new(),
             config,
@@ -154,10 +154,12 @@ impl Scene {
         Ok(moved)
     }
 
-    /// Waits for the end of the download, shows the table, and tells everything that was not as promised.
+    /// Has the rest of the download sent, waits for its end, shows the table, and tells everything that was not as promised.
     pub fn finish(self, download: Duration) -> Result<()> {
         self.show();
         ensure!(self.broken.is_empty(), "{}", self.broken.join("\n"));
+        ensure!(!self.download.is_over(), "the download was over before that");
+        self.servers.iter().for_each(|(_, slow)| slow.hurry());
         self.download.finish(download * 2)
     }
 

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
+use std::iter;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -296,16 +298,19 @@ fn datagrams_without_a_checksum_stay_in_their_family() -> Result<()> {
 /// How many answers a client waits for that has no place: a second is enough for those that have one.
 const WAITS: Duration = Duration::from_secs(1);
 
-/// Tries to connect so many times, some at a time; what came about.
+/// Tries to connect so many times, as many at a time as a listener has room for; what came about.
 fn connect(client: &Host, server: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
-    const THREADS: usize = 32;
+    const THREADS: usize = 64;
+    let left = AtomicUsize::new(count);
+    let one_more =
+        || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).ok();
+    let some = || {
+        let streams = iter::from_fn(one_more).filter_map(|_| TcpStream::connect_timeout(&server, WAITS).ok());
+        streams.collect::<Vec<_>>()
+    };
     client.inside(|| {
         thread::scope(|scope| {
-            let some = || {
-                let tries = (0..count / THREADS).map(|_| TcpStream::connect_timeout(&server, WAITS));
-                tries.filter_map(Result::ok).collect::<Vec<_>>()
-            };
-            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(some)).collect();
+            let threads: Vec<_> = (0..THREADS.min(count)).map(|_| scope.spawn(&some)).collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
         })
     })

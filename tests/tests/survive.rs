@@ -10,7 +10,7 @@ use tests::scene::Scene;
 use tests::stage::{self, PATIENCE, VIP4, VIP6};
 
 const CONNECTIONS: usize = 1000;
-const DOWNLOAD: Duration = Duration::from_secs(60);
+const DOWNLOAD: Duration = Duration::from_secs(120);
 
 /// Nothing that the agent goes through concerns packets: what shows is the machine's load.
 const UNNOTICED: Duration = Duration::from_secs(1);

@@ -10,6 +10,9 @@ use crate::{cargo, root};
 /// Tests that need root are skipped, not failed, where this is set.
 const SKIP_ROOT: &str = "XLB_SKIP_ROOT";
 
+/// How many tests of a program run at a time.
+const TEST_THREADS: &str = "RUST_TEST_THREADS";
+
 pub fn run(arguments: &[String]) -> Result<()> {
     // The namespace tests start the xlb binary, which `cargo test` alone does not build.
     let mut build = cargo();
@@ -33,6 +36,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
         .args(arguments)
         .current_dir(root())
         .stdout(Stdio::piped());
+    // Most of what tests with a lab do is waiting; those that must be alone see to it themselves.
+    if std::env::var_os(TEST_THREADS).is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        test.env(TEST_THREADS, (2 * cores).to_string());
+    }
     println!("+ {test:?}");
     let mut child = test.spawn().context("cargo test does not start")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;

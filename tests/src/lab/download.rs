@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,13 +33,21 @@ const GAP: Duration = Duration::from_millis(22);
 /// An HTTP server with one file, which it sends at a steady pace; it ends when it is dropped.
 pub struct SlowServer {
     _events: Runtime,
+    hurries: Arc<AtomicBool>,
 }
 
 impl SlowServer {
     /// Listens on all addresses of a host. Sending the file takes so long.
     pub fn start(host: &Host, port: u16, takes: Duration) -> Result<Self> {
-        let pieces = pieces(takes);
-        Ok(Self { _events: serve(host, port, move |stream| send(stream, pieces))? })
+        let (pieces, hurries) = (pieces(takes), Arc::<AtomicBool>::default());
+        let told = Arc::clone(&hurries);
+        let events = serve(host, port, move |stream| send(stream, pieces, Arc::clone(&told)))?;
+        Ok(Self { _events: events, hurries })
+    }
+
+    /// Sends the rest of the file at once: nobody looks at its pace any more.
+    pub fn hurry(&self) {
+        self.hurries.store(true, Ordering::Relaxed);
     }
 }
 
@@ -46,7 +55,7 @@ fn pieces(takes: Duration) -> u64 {
     (takes.as_millis() / PACE.as_millis()) as u64
 }
 
-async fn send(mut stream: TcpStream, pieces: u64) -> std::io::Result<()> {
+async fn send(mut stream: TcpStream, pieces: u64, hurries: Arc<AtomicBool>) -> std::io::Result<()> {
     // The request is one segment, and what it says does not matter.
     let mut request = [0; 1024];
     if stream.read(&mut request).await? == 0 {
@@ -59,7 +68,9 @@ async fn send(mut stream: TcpStream, pieces: u64) -> std::io::Result<()> {
     // After a stall the pace is the same: a burst would hide the next gap.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     for piece in 0..pieces {
-        ticks.tick().await;
+        if !hurries.load(Ordering::Relaxed) {
+            ticks.tick().await;
+        }
         let words = (0..PIECE_BYTES as u64 / 8).map(|word| piece * PIECE_BYTES as u64 / 8 + word);
         let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         stream.write_all(&bytes).await?;
@@ -104,7 +115,7 @@ impl Download {
         longest(progress.gaps.iter().copied().chain(now.filter(|gap| gap.duration > GAP)), begin, end)
     }
 
-    fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         self.reader.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
