@@ -310,7 +310,7 @@ fn connect(client: &Host, server: SocketAddr, count: usize) -> Result<Vec<TcpStr
     };
     client.inside(|| {
         thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS.min(count)).map(|_| scope.spawn(&some)).collect();
+            let threads: Vec<_> = (0..THREADS.min(count)).map(|_| scope.spawn(some)).collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
         })
     })
