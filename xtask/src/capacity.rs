@@ -111,15 +111,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         if arguments.measure_checks { checks::measure()? } else { arguments.check_us.unwrap_or(CHECK_US) };
     let costs = Costs { packet_ns, driver_ns: arguments.driver_ns.unwrap_or(DRIVER_NS), check_us };
     let steps = steps(&wanted(arguments), &costs)?;
-    println!("{}", table(&steps));
-    println!("balancer  {source}");
-    println!("driver    {}", of_driver(arguments.driver_ns));
-    println!("check     {}", of_check(arguments, check_us));
+    say!("{}", table(&steps));
+    say!("balancer  {source}");
+    say!("driver    {}", of_driver(arguments.driver_ns));
+    say!("check     {}", of_check(arguments, check_us));
     let report = Report::new("capacity", steps)?;
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
-    println!("Again: {}", report.command);
+    say!("Again: {}", report.command);
     Ok(())
 }
 

@@ -44,16 +44,16 @@ pub struct Flows {
 pub fn run(arguments: &Flows) -> Result<()> {
     let begun = Instant::now();
     let Simulated { ways, packets, model } = simulate(arguments, steerings(arguments))?;
-    println!(
+    say!(
         "{} flows, {packets} packets, {} changes in an hour (seed {}): {}",
         arguments.flows,
         arguments.changes,
         arguments.seed,
         model.changes_made()
     );
-    println!("At most {} flows were open at a time.\n", model.most_open());
+    say!("At most {} flows were open at a time.\n", model.most_open());
     show(&ways);
-    println!("\n{LEGEND}\nTook {:.1} s.", begun.elapsed().as_secs_f64());
+    say!("\n{LEGEND}\nTook {:.1} s.", begun.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -189,13 +189,19 @@ impl Way {
 }
 
 fn show(ways: &[Way]) {
-    println!(
+    say!(
         "{:38} {:>7} {:>13} {:>8} {:>11} {:>11} {:>11}",
-        "", "broken", "after silence", "looked", "state", "at most", "set aside"
+        "",
+        "broken",
+        "after silence",
+        "looked",
+        "state",
+        "at most",
+        "set aside"
     );
     for way in ways {
         let State { bytes, reserved, looked } = way.steering.state();
-        println!(
+        say!(
             "{:38} {:7} {:13} {:7.2}% {bytes:11} {:11} {reserved:11}",
             way.steering.name(),
             way.broken,

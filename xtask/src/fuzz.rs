@@ -23,7 +23,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let fuzzer = std::env::current_exe().context("where xtask lies")?.with_file_name("fuzz");
     let mut fuzz = Command::new(fuzzer);
     fuzz.args(arguments).current_dir(root());
-    println!("+ {fuzz:?}");
+    say!("+ {fuzz:?}");
     let status = fuzz.status().with_context(|| format!("{fuzz:?} does not start"))?;
     ensure!(status.success(), "the fuzzer ended with {status}");
     Ok(())

@@ -76,7 +76,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     ensure!(lab::available()?, "labs are to be skipped; unset {}", lab::SKIP_ROOT);
     let (sides, mut notes) = sides(&arguments.only)?;
     let programme = programme(&mut notes);
-    notes.iter().for_each(|note| eprintln!("bench lab: {note}"));
+    notes.iter().for_each(|note| note!("bench lab: {note}"));
     ensure!(
         sides.len() > 1,
         "nothing is left to compare with direct routing; name a side of xlb with --only, or install the others"
@@ -91,14 +91,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     drop(scene);
 
     let rows = results.rows();
-    println!("{}", table::tables(&rows));
-    println!("XDP of xlb: {}. {}", modes.join(", "), versions.join(". "));
+    say!("{}", table::tables(&rows));
+    say!("XDP of xlb: {}. {}", modes.join(", "), versions.join(". "));
     for (side, outcome, packets) in drops {
-        println!("{side} dropped {packets} packets: {outcome}");
+        say!("{side} dropped {packets} packets: {outcome}");
     }
     let Troubles { all, disturbed, failed } = troubles;
     if disturbed > 0 {
-        println!(
+        say!(
             "Something else ran before {disturbed} of {all} measurements: figures are worth little, those of the CPU \
              nothing. Run it again alone."
         );
@@ -115,8 +115,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.plot {
         std::fs::write(path, table::plot(&report.rows)?).with_context(|| path.display().to_string())?;
     }
-    println!("{}, {} ({})", report.machine, report.date, report.commit);
-    println!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
+    say!("{}, {} ({})", report.machine, report.date, report.commit);
+    say!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
     let told = failed.join("\n  ");
     ensure!(
         failed.is_empty(),

@@ -8,7 +8,7 @@ use crate::{cargo, docs};
 fn run_if_there(tool: &str, arguments: &[&str]) -> Result<()> {
     let there = cargo().args([tool, "--version"]).output().is_ok_and(|output| output.status.success());
     if !there {
-        println!("skipped: cargo {tool} is not installed");
+        say!("skipped: cargo {tool} is not installed");
         return Ok(());
     }
     let mut command = cargo();

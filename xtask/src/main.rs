@@ -1,5 +1,10 @@
 //! `cargo xtask`: what a person would otherwise type by hand.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod say;
+
 mod bench;
 mod calm;
 mod capacity;
@@ -61,12 +66,14 @@ enum Task {
 
 /// Errors are told in a line: a backtrace would push the closing lines of the tests out of sight.
 fn main() -> ExitCode {
-    match dispatch(Cli::parse().task) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xtask: {error:#}");
-            ExitCode::FAILURE
-        }
+    let ended = say::while_read(|| {
+        let ended = dispatch(Cli::parse().task);
+        ended.inspect_err(|error| note!("xtask: {error:#}"))
+    });
+    match ended {
+        // Whoever reads no further has seen enough.
+        None | Some(Ok(())) => ExitCode::SUCCESS,
+        Some(Err(_)) => ExitCode::FAILURE,
     }
 }
 
@@ -122,7 +129,7 @@ fn agent_build() -> Command {
 
 /// Runs a command in the workspace, saying which.
 fn run(mut command: Command) -> Result<()> {
-    println!("+ {command:?}");
+    say!("+ {command:?}");
     let status =
         command.current_dir(root()).status().with_context(|| format!("{command:?} does not start"))?;
     ensure!(status.success(), "{command:?}: {status}");

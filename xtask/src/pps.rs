@@ -96,17 +96,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let rows = measure(arguments, &scene)?;
     drop(scene);
 
-    println!("{}", table(&rows));
-    println!("Frames of {FRAME_BYTES} bytes. {LEGEND}\nXDP of xlb: {}.", mode.unwrap_or_default());
+    say!("{}", table(&rows));
+    say!("Frames of {FRAME_BYTES} bytes. {LEGEND}\nXDP of xlb: {}.", mode.unwrap_or_default());
     if !PathBuf::from("/proc/net/pktgen").exists() {
-        println!("The kernel has no pktgen; frames are sent by BPF_PROG_TEST_RUN with live frames.");
+        say!("The kernel has no pktgen; frames are sent by BPF_PROG_TEST_RUN with live frames.");
     }
     let report = Report::new("pps", rows)?;
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
-    println!("{}, {} ({})", report.machine, report.date, report.commit);
-    println!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
+    say!("{}, {} ({})", report.machine, report.date, report.commit);
+    say!("Took {:.0} s. Again: {}", begun.elapsed().as_secs_f64(), report.command);
     Ok(())
 }
 

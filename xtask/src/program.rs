@@ -15,16 +15,16 @@ const SETS: [(&str, &[Features]); 6] = [
 ];
 
 pub fn run() -> Result<()> {
-    println!("{:32} {:>12} {:>14} {:>11}", "FEATURES", "INSTRUCTIONS", "VERIFIER STEPS", "JITED BYTES");
+    say!("{:32} {:>12} {:>14} {:>11}", "FEATURES", "INSTRUCTIONS", "VERIFIER STEPS", "JITED BYTES");
     let of = |features: &[Features]| features.iter().fold(Features::default(), |all, one| all.with(*one));
     let fullest = ("fullest: everything but trace", untraced());
     for (name, features) in SETS.map(|(name, features)| (name, of(features))).into_iter().chain([fullest]) {
         let bpf::Figures { instructions, verifier_steps, jited_bytes } = bpf::figures(features)?;
-        println!("{name:32} {instructions:12} {verifier_steps:14} {jited_bytes:11}");
+        say!("{name:32} {instructions:12} {verifier_steps:14} {jited_bytes:11}");
     }
-    println!();
+    say!("");
     without_each()?;
-    println!("\nstack: {} of 512 bytes, with everything compiled in", bpf::stack_bytes()?);
+    say!("\nstack: {} of 512 bytes, with everything compiled in", bpf::stack_bytes()?);
     Ok(())
 }
 
@@ -41,11 +41,11 @@ pub fn untraced() -> Features {
 fn without_each() -> Result<()> {
     let everything = everything();
     let with = bpf::figures(everything)?.instructions;
-    println!("{:32} {:>12} {:>14} {:>11}", "EVERYTHING BUT", "INSTRUCTIONS", "EVERYTHING", "DIFFERENCE");
+    say!("{:32} {:>12} {:>14} {:>11}", "EVERYTHING BUT", "INSTRUCTIONS", "EVERYTHING", "DIFFERENCE");
     for (feature, name) in Features::ALL {
         let rest = Features::from_bits(everything.bits() & !feature.bits());
         let without = bpf::figures(rest)?.instructions;
-        println!("{name:32} {without:12} {with:14} {:11}", i64::from(without) - i64::from(with));
+        say!("{name:32} {without:12} {with:14} {:11}", i64::from(without) - i64::from(with));
     }
     Ok(())
 }

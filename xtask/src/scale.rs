@@ -5,6 +5,7 @@ mod shape;
 mod tables;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use ::tests::lab;
 use anyhow::{Context, Result, ensure};
@@ -19,14 +20,14 @@ use crate::{cargo, root};
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Services and the backends of each, as 1000x10; may be given several times
+    /// Services and the backends of each, as 1000x10, with an agent; may be given several times
     #[arg(long, value_name = "SERVICESxBACKENDS")]
     shape: Vec<Shape>,
     /// Leave out the agent in a lab
     #[arg(long)]
     no_agent: bool,
     /// Seconds that an agent with nothing to do is watched
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=3600))]
     idle: u64,
     /// Seconds between two checks of a backend, in the run with checks, which is watched for whole intervals
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -41,6 +42,12 @@ pub struct Arguments {
 
 const SHAPES: [(u32, u32); 9] =
     [(1, 10), (1, 100), (1, 655), (1, 2_000), (1, 10_000), (10, 10), (100, 10), (100, 100), (1_000, 10)];
+
+/// Those of them in which an agent is measured: nothing that it does is another in between.
+const WITH_AGENT: [(u32, u32); 4] = [(1, 10), (1, 655), (1, 10_000), (1_000, 10)];
+
+/// Seconds that the tables of a shape take, about.
+const TABLES: u64 = 3;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -62,13 +69,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         command.args(["build", "--quiet", "--release", "--package", "lb-userspace"]);
         crate::run(command)?;
     }
-    let standard = || SHAPES.iter().map(|&(services, backends)| Shape { services, backends }).collect();
-    let shapes: Vec<Shape> = if arguments.shape.is_empty() { standard() } else { arguments.shape.clone() };
+    let begin = Instant::now();
+    let shapes = arguments.shapes();
+    note!("{}", arguments.intent(&shapes));
     lab::clean_up_on_signals()?;
     let mut rows = Vec::new();
-    for (number, shape) in (1..).zip(&shapes) {
-        eprintln!("{number} of {}: {shape}", shapes.len());
-        rows.push(measure(shape, arguments).with_context(|| shape.to_string())?);
+    for (number, (shape, with_agent)) in (1..).zip(&shapes) {
+        let what = if *with_agent { "tables, and an agent" } else { "tables" };
+        note!("{number} of {}: {shape}, {what}", shapes.len());
+        rows.push(measure(shape, *with_agent, arguments).with_context(|| shape.to_string())?);
+        crate::progress("");
     }
     show(&rows);
     // First: what is written makes the tree another than the commit's.
@@ -79,14 +89,41 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.plot {
         std::fs::write(path, picture(&report.rows)?).with_context(|| path.display().to_string())?;
     }
-    println!("\n{}, {} ({})", report.machine, report.date, report.commit);
-    println!("Again: {}", report.command);
+    say!("\n{}, {} ({})", report.machine, report.date, report.commit);
+    say!("Took {:.0} s. Again: {}", begin.elapsed().as_secs_f64(), report.command);
     Ok(())
 }
 
-fn measure(shape: &Shape, arguments: &Arguments) -> Result<Row> {
+impl Arguments {
+    /// What is measured, and in which of it an agent.
+    fn shapes(&self) -> Vec<(Shape, bool)> {
+        if !self.shape.is_empty() {
+            return self.shape.iter().map(|shape| (shape.clone(), !self.no_agent)).collect();
+        }
+        let standard = SHAPES.into_iter().map(|(services, backends)| {
+            let with_agent = !self.no_agent && WITH_AGENT.contains(&(services, backends));
+            (Shape { services, backends }, with_agent)
+        });
+        standard.collect()
+    }
+
+    /// One line on what will be done, and how long it takes.
+    fn intent(&self, shapes: &[(Shape, bool)]) -> String {
+        let agents = shapes.iter().filter(|(_, with_agent)| *with_agent).count();
+        let watched = self.idle + agent::whole_intervals(self.idle, self.check_interval);
+        let seconds = shapes.len() as u64 * TABLES + agents as u64 * (watched + agent::BESIDE);
+        format!(
+            "sizes: {}; with an agent: {agents}, each watched for {watched} s; takes about {} min",
+            shapes.len(),
+            seconds.div_ceil(60)
+        )
+    }
+}
+
+fn measure(shape: &Shape, with_agent: bool, arguments: &Arguments) -> Result<Row> {
+    crate::progress(&format!("{shape}: tables"));
     let tables = tables::measure(shape)?;
-    let agent = if arguments.no_agent {
+    let agent = if !with_agent {
         None
     } else {
         let binary = root().join("target/release/xlb");
@@ -99,7 +136,7 @@ fn measure(shape: &Shape, arguments: &Arguments) -> Result<Row> {
 }
 
 fn show(rows: &[Row]) {
-    println!(
+    say!(
         "\n{:>12} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8} {:>6}",
         "services x",
         "slots",
@@ -114,12 +151,23 @@ fn show(rows: &[Row]) {
         "removed",
         "worst"
     );
-    println!(
+    say!(
         "{:>12} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>8} {:>8} {:>6}",
-        "backends", "", "ms", "ms", "ms", "ms", "ms", "", "MiB", "%", "%", ""
+        "backends",
+        "",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "",
+        "MiB",
+        "%",
+        "%",
+        ""
     );
     for Row { services, backends_each, tables: of, .. } in rows {
-        println!(
+        say!(
             "{:>12} {:>9} {:8.2} {:8.2} {:8.2} {:8.2} {:8.2} {:>7} {:9.1} {:8.3} {:8.3} {:6.3}",
             format!("{services} x {backends_each}"),
             of.slots,
@@ -138,7 +186,7 @@ fn show(rows: &[Row]) {
     if rows.iter().all(|row| row.agent.is_none()) {
         return;
     }
-    println!(
+    say!(
         "\n{:>12} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>9}",
         "services x",
         "start",
@@ -153,13 +201,24 @@ fn show(rows: &[Row]) {
         "checks",
         "checks"
     );
-    println!(
+    say!(
         "{:>12} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>9}",
-        "backends", "ms", "ms", "ms", "ms", "ms", "ms", "ms", "MiB", "%", "%", "/s"
+        "backends",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "ms",
+        "MiB",
+        "%",
+        "%",
+        "/s"
     );
     for Row { services, backends_each, agent, .. } in rows {
         let Some(agent) = agent else { continue };
-        println!(
+        say!(
             "{:>12} {:9.0} {:9.2} {:9.2} {:8.2} {:8.2} {:8.2} {:9.0} {:9.1} {:8.2} {:8.2} {:9.1}",
             format!("{services} x {backends_each}"),
             agent.start_ms,
@@ -197,4 +256,28 @@ fn picture(rows: &[Row]) -> Result<String> {
     ];
     let shown: Vec<Line> = lines.into_iter().filter(|line| !line.points.is_empty()).collect();
     plot::lines("Control plane, one service", &Axis::log("backends"), &Axis::log("milliseconds"), &shown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(shape: &[&str], no_agent: bool) -> Arguments {
+        let shape = shape.iter().map(|text| text.parse().unwrap()).collect();
+        Arguments { shape, no_agent, idle: 20, check_interval: 2, json: None, plot: None }
+    }
+
+    #[test]
+    fn the_bench_says_what_it_will_do_and_how_long_that_takes() {
+        let standard = arguments(&[], false);
+        let shapes = standard.shapes();
+        assert_eq!(shapes.iter().filter(|(_, with_agent)| *with_agent).count(), WITH_AGENT.len());
+        let intent = "sizes: 9; with an agent: 4, each watched for 40 s; takes about 6 min";
+        assert_eq!(standard.intent(&shapes), intent);
+        let some = arguments(&["1000x10"], false);
+        let intent = "sizes: 1; with an agent: 1, each watched for 40 s; takes about 2 min";
+        assert_eq!(some.intent(&some.shapes()), intent);
+        let tables = arguments(&["1000x10", "7x7"], true);
+        assert!(tables.shapes().iter().all(|(_, with_agent)| !with_agent));
+    }
 }

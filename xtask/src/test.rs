@@ -41,13 +41,13 @@ pub fn run(arguments: &[String]) -> Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         test.env(TEST_THREADS, (2 * cores).to_string());
     }
-    println!("+ {test:?}");
+    say!("+ {test:?}");
     let mut child = test.spawn().context("cargo test does not start")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
     let (mut passed, mut failed, mut ignored) = (0, 0, 0);
     for line in BufReader::new(stdout).lines() {
         let line = line?;
-        println!("{line}");
+        say!("{line}");
         if line.starts_with("test result:") {
             passed += count(&line, "passed");
             failed += count(&line, "failed");
@@ -55,13 +55,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
         }
     }
     let status = child.wait()?;
-    println!();
+    say!("");
     if std::env::var_os(SKIP_ROOT).is_some() {
-        println!(
-            "{SKIP_ROOT} is set: program runs and network namespaces were skipped where root was missing"
-        );
+        say!("{SKIP_ROOT} is set: program runs and network namespaces were skipped where root was missing");
     }
-    println!("{passed} passed, {failed} failed, {ignored} skipped");
+    say!("{passed} passed, {failed} failed, {ignored} skipped");
     ensure!(status.success(), "cargo test: {status}");
     Ok(())
 }

@@ -69,8 +69,8 @@ pub struct Core {
     facts: World,
     /// Backends that take flows, and all that do not leave: as of then.
     up: (usize, usize),
-    /// Of looks after slots.
-    pub(super) ticks: u32,
+    /// When the next grace time of a backend that is down ends, as of then.
+    grace_ends: Option<Instant>,
     pub(super) overrides: Overrides,
     pub(super) store: Store,
     /// Backends whose drain is complete: said once.
@@ -137,7 +137,7 @@ impl Core {
             config,
             down: Vec::new(),
             up: (0, 0),
-            ticks: 0,
+            grace_ends: None,
             overrides,
             store,
             drained: HashSet::new(),
@@ -298,7 +298,12 @@ impl Core {
     pub fn on_probe(&mut self, now: Instant, key: &BackendKey, probe: &Probe) {
         // An outcome of a check that has been ended.
         let Some(fsm) = self.fsms.get_mut(key) else { return };
+        let was_hard = fsm.is_hard();
         let transition = fsm.on_probe(now, probe);
+        if fsm.is_hard() != was_hard {
+            // Its old flows need not wait any more.
+            self.changed.policy();
+        }
         if self.steering.on_probe(now, key, probe) {
             self.changed.policy();
         }
@@ -333,11 +338,11 @@ impl Core {
 
     /// When something changes that no event announces.
     pub fn due(&self) -> Option<Instant> {
-        self.steering.due(&self.config)
+        self.steering.due().into_iter().chain(self.grace_ends).min()
     }
 
     pub fn on_time(&mut self, now: Instant) {
-        if self.steering.due(&self.config).is_some_and(|due| due <= now) {
+        if self.due().is_some_and(|due| due <= now) {
             self.changed.policy();
         }
     }
@@ -354,6 +359,7 @@ impl Core {
     pub(super) fn steered_world(&mut self, now: Instant) -> World {
         self.seat();
         self.look_at_facts(now);
+        self.grace_ends = self.grace_ends_after(now);
         let mut world = self.facts.clone();
         self.up = self.count(&world);
         self.steering.observe(now, &self.config, &world);

@@ -35,7 +35,7 @@ use anyhow::Context;
 use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::api::{self, EndpointError, Endpoints};
@@ -171,9 +171,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut tell_status = every(TELL_STATUS);
     let mut look_at_exits = every(LOOK_AT_EXITS);
     let mut flushes = every(FLUSH_TRACE);
-    let mut slots = every(tracking::TICK);
-    let mut slots_failed: Option<Instant> = None;
+    // Only now and then where nothing is to be done: each time costs more than what is looked at.
+    let mut slots_rested = Instant::now();
+    let slots = sleep_until(slots_rested.into());
+    tokio::pin!(slots);
     loop {
+        let slots_due = (slots_rested + core.pace_of_looks()).into();
+        if slots.deadline() != slots_due {
+            slots.as_mut().reset(slots_due);
+        }
         tokio::select! {
             first = probes.recv() => {
                 // Nobody would be found to be down any more. Packets go on as they do, and a manager starts another agent.
@@ -188,12 +194,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             },
             () = until(core.due()) => core.on_time(Instant::now()),
             _ = look_after.tick() => look_after_interfaces(&mut core, &resolver).await,
-            _ = look_at_exits.tick() => core.look_after_exits(),
+            _ = look_at_exits.tick(), if core.overrides.has_exits() => core.look_after_exits(),
             () = notify.due() => {
                 notify.alive();
                 continue;
             }
-            _ = tell_status.tick() => {
+            _ = tell_status.tick(), if notify.is_heard() => {
                 notify.status(core.summary());
                 continue;
             }
@@ -221,10 +227,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 // The program may have been loaded again, with another ring, also by a reload that failed.
                 trace = tracer(&mut core);
             }
-            _ = slots.tick(), if slots_failed.is_none_or(|at| at.elapsed() >= TRY_AGAIN) => {
+            () = &mut slots => {
                 let looked_after = core.look_after_slots();
-                slots_failed = looked_after.is_err().then(Instant::now);
+                slots_rested = Instant::now();
                 if let Err(error) = looked_after {
+                    slots_rested += TRY_AGAIN;
                     error!(error = %format!("{:#}", anyhow::Error::from(error)), "slots on the move are not looked after; trying again");
                 }
                 continue;

@@ -42,6 +42,11 @@ impl Notify {
         Self { manager, signs, status: String::new() }
     }
 
+    /// Whether anybody is told anything.
+    pub fn is_heard(&self) -> bool {
+        self.manager.is_some()
+    }
+
     /// Packets are forwarded by the configuration: at the start, and after each reload.
     pub fn ready(&mut self, status: String) {
         self.send(&[NotifyState::Ready, NotifyState::Status(&status)]);

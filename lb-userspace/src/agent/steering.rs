@@ -26,7 +26,8 @@ pub struct Steering {
     times: HashMap<String, ResponseTimes<IpAddr>>,
     /// Shares of those that start, as of the last look.
     shares: HashMap<BackendKey, u16>,
-    looked: Option<Instant>,
+    /// When something changes that no event announces, as of then.
+    due: Option<Instant>,
 }
 
 /// A pool and those that may take its place.
@@ -124,31 +125,29 @@ impl Steering {
         times.due(now).is_some_and(|due| due <= now)
     }
 
-    /// When something changes that no event announces, from the last look on.
-    pub fn due(&self, config: &Config) -> Option<Instant> {
-        let tiers = config
-            .pools
-            .iter()
-            .filter_map(|pool| self.tiers.get(&pool.name).and_then(|tier| tier.choice.due(&pool.tiers)));
-        let starts = self.looked.and_then(|looked| self.starts.due(looked, |key| slow_start(config, key)));
-        tiers.chain(starts).min()
+    /// When something changes that no event announces, from the last look on. Asked with every event.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
     }
 
     /// Takes in who is up now.
     pub fn observe(&mut self, now: Instant, config: &Config, world: &World) {
+        let mut due = Vec::new();
         for (index, pool) in config.pools.iter().enumerate() {
             if let Some(tier) = self.tiers.get_mut(&pool.name) {
                 let levels: Vec<Level> =
                     config.levels_of(index).map(|level| count(config, world, level)).collect();
                 tier.observe(now, pool, &levels);
+                due.extend(tier.choice.due(&pool.tiers));
             }
         }
-        self.looked = Some(now);
         self.starts.retain(now, |key| slow_start(config, key));
         let share = |(key, pool, _): (BackendKey, usize, usize)| {
             let share = self.starts.share(&key, config.pools[pool].slow_start?, now)?;
             Some((key, share))
         };
+        due.extend(self.starts.due(now, |key| slow_start(config, key)));
+        self.due = due.into_iter().min();
         self.shares =
             if self.starts.is_empty() { HashMap::new() } else { keys(config).filter_map(share).collect() };
         for (pool, times) in &mut self.times {

@@ -25,11 +25,11 @@ use crate::reconcile::tracking::Hands;
 
 pub use crate::reconcile::tracking::Tracking;
 
-/// The agent looks after slots this often.
-pub const TICK: Duration = Duration::from_millis(50);
+/// Slots are looked after this often while one is on the move, or has pins.
+const TICK: Duration = Duration::from_millis(50);
 
-/// Where no slot is on the move and nobody is down, only every so many times.
-const IDLE_TICKS: u32 = 10;
+/// And this often where there is nothing to do.
+const IDLE_TICK: Duration = Duration::from_millis(500);
 
 /// The maps, and what goes by them.
 struct CoreHands<'c> {
@@ -116,17 +116,15 @@ impl Core {
         Ok(())
     }
 
-    /// Looks after slots on the move. Called every `TICK`.
+    /// How long after a look at the slots the next one is due. Asked with every event.
+    pub fn pace_of_looks(&self) -> Duration {
+        let busy =
+            self.changed.anything() || self.tracking.is_busy() || self.tracking.has_to_sweep(&self.image);
+        if busy { TICK } else { IDLE_TICK }
+    }
+
+    /// Looks after slots on the move. Called as often as [`Self::pace_of_looks`] says.
     pub fn look_after_slots(&mut self) -> Result<(), ReconcileError> {
-        self.ticks = self.ticks.wrapping_add(1);
-        let busy = self.changed.anything()
-            || !self.down.is_empty()
-            || self.overrides.has_exits()
-            || self.tracking.is_busy()
-            || self.tracking.has_to_sweep(&self.image);
-        if !busy && !self.ticks.is_multiple_of(IDLE_TICKS) {
-            return Ok(());
-        }
         if self.flows_are_due(Instant::now()) {
             self.changed.policy();
         }
@@ -187,6 +185,17 @@ impl Core {
         old_flows
     }
 
+    /// When the next backend that is down has been so for as long as its flows wait.
+    pub(super) fn grace_ends_after(&self, now: Instant) -> Option<Instant> {
+        let ends = |place: &usize| {
+            let seat = self.roster.seats.get(*place)?;
+            let (fsm, flows) = (self.fsms.get(&seat.key)?, &self.config.pools[seat.at.0].flows);
+            let waits = flows.on_down == OnDown::Auto && fsm.state() == State::Down && !fsm.is_hard();
+            fsm.since().filter(|_| waits)?.checked_add(flows.down_grace)
+        };
+        self.down.iter().filter_map(ends).filter(|ends| *ends > now).min()
+    }
+
     /// Pools of tables whose flows found no room for pins lately.
     fn without_room(&self, now: Instant) -> Vec<[u64; 3]> {
         let tables = self.tracking.moves.without_room(now);
@@ -204,8 +213,8 @@ impl Core {
         most.map(|(pool, _)| pool).collect()
     }
 
-    /// Whether a grace time, or the room for pins, has run out since the last plan. Asked often: it goes by those who are
-    /// known to be down, which changes with a plan.
+    /// Whether the room for pins, or a deadline, has run out since the last plan. Asked often: it goes by those who are known
+    /// to be down, which changes with a plan.
     fn flows_are_due(&self, now: Instant) -> bool {
         if self.changed.anything() || self.down.is_empty() && !self.overrides.has_exits() {
             return false;

@@ -78,6 +78,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub struct Moves {
     origin: Instant,
     tables: BTreeMap<u16, Table>,
+    /// Whether there are slots that pins may be of, or a table that pins every flow.
+    pins: bool,
 }
 
 /// How many slots of a table are on the move.
@@ -95,7 +97,7 @@ pub struct Progress {
 impl Moves {
     /// `now`: nothing is known of the time before. What is dirty began now.
     pub fn new(now: Instant) -> Self {
-        Self { origin: now, tables: BTreeMap::new() }
+        Self { origin: now, tables: BTreeMap::new(), pins: false }
     }
 
     fn ticks(&self, now: Instant) -> u32 {
@@ -127,6 +129,8 @@ impl Moves {
                 table.look(image, word, tick);
             }
         }
+        let pins = |table: &Table| table.dirty > 0 || table.pinned > 0 || table.word.discipline().pins_all();
+        self.pins = self.tables.values().any(pins);
     }
 
     /// As if all slots had been written.
@@ -135,9 +139,9 @@ impl Moves {
         self.observe_written(image, now, |_| true);
     }
 
-    /// Whether there are slots that pins may be of, or a table that pins every flow.
+    /// Whether there are slots that pins may be of, or a table that pins every flow. Asked with every event.
     pub fn has_pins(&self) -> bool {
-        self.tables.values().any(|t| t.dirty > 0 || t.pinned > 0 || t.word.discipline().pins_all())
+        self.pins
     }
 
     /// Takes in pins that failed, where nothing was written since the last look: they begin the wait of their table anew.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::sync::{Arc, Mutex};
@@ -70,6 +71,21 @@ impl Process {
     pub fn log(&self) -> String {
         fs::read(&self.inner.log)
             .map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Bytes of it.
+    pub fn log_length(&self) -> u64 {
+        fs::metadata(&self.inner.log).map_or(0, |file| file.len())
+    }
+
+    /// What it wrote from that byte on.
+    pub fn log_from(&self, offset: u64) -> String {
+        let read = || {
+            let (mut file, mut bytes) = (fs::File::open(&self.inner.log)?, Vec::new());
+            file.seek(SeekFrom::Start(offset))?;
+            file.read_to_end(&mut bytes).map(|_| bytes)
+        };
+        read().map_or_else(|_: io::Error| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     pub fn log_path(&self) -> &Path {

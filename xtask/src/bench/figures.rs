@@ -24,6 +24,12 @@ impl Spread {
     }
 }
 
+/// The least value that so many of the sorted values are not above: a part of all. None of nothing.
+pub fn percentile<T: Copy>(sorted: &[T], part: f64) -> Option<T> {
+    let place = (sorted.len() as f64 * part).ceil() as usize;
+    sorted.get(place.max(1) - 1).or(sorted.last()).copied()
+}
+
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
     let at = last as f64 * share;
@@ -50,6 +56,15 @@ mod tests {
         assert_eq!(quiet, Spread { low: 11.0, median: 12.0, high: 13.0 });
         assert_eq!(disturbed, quiet);
         assert_eq!(quiet.width(), 2.0);
+    }
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let values: Vec<u32> = (1..=200).collect();
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|part| percentile(&values, part).unwrap()), [1, 100, 198, 200]);
+        assert_eq!([0.5, 0.999].map(|part| percentile(&[1, 2, 3, 4], part).unwrap()), [2, 4]);
+        assert_eq!(percentile(&[7], 0.5), Some(7));
+        assert_eq!(percentile::<u32>(&[], 0.5), None);
     }
 
     #[test]

@@ -107,13 +107,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let path = arguments.against.clone().map_or_else(|| newest(NAME), |path| Ok(Some(path)))?;
     let then = path.map(|path| Ok::<_, anyhow::Error>((Report::<Row>::read(&path)?, path))).transpose()?;
     let report = Report::new(NAME, measure(&lines, arguments)?)?;
-    println!(
+    say!(
         "\nNanoseconds of one packet, medians. harness: the driver alone; floor: the head moved and the\n\
          packet sent, beyond the harness; net: the balancer beyond the harness; beyond: the balancer beyond the floor;\n\
          +-: within which half of the rounds lie; ratio: harness and balancer, of harness and floor; ~: the machine was\n\
          disturbed whenever the line was measured."
     );
-    println!("{}; {}, {}", report.machine, report.commit, report.date);
+    say!("{}; {}, {}", report.machine, report.commit, report.date);
     if let Some(path) = &arguments.json {
         report.write(path)?;
     }
@@ -121,7 +121,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         report.write(&kept(NAME, &report.date))?;
         crate::docs::run(false)?;
     }
-    println!("again: {}", report.command);
+    say!("again: {}", report.command);
     let worse = then.map_or(0, |(then, path)| tell(&then, &report, &path));
     ensure!(worse == 0 || !arguments.strict, "{worse} lines are worse than they were");
     Ok(())
@@ -133,14 +133,14 @@ const NAME: &str = "packet";
 fn tell(then: &Report<Row>, now: &Report<Row>, path: &Path) -> usize {
     let Comparison { worse, better, same, new, disturbed } = compare(&then.rows, &now.rows);
     let file = path.strip_prefix(crate::root()).unwrap_or(path).display();
-    println!("\nAgainst {file} ({}, {}), by the ratio:", then.commit, then.date);
+    say!("\nAgainst {file} ({}, {}), by the ratio:", then.commit, then.date);
     if then.machine != now.machine {
-        println!("another machine then: {}", then.machine);
+        say!("another machine then: {}", then.machine);
     }
     for (what, changes) in [("worse", &worse), ("better", &better)] {
-        changes.iter().for_each(|change| println!("{what:6} {change}"));
+        changes.iter().for_each(|change| say!("{what:6} {change}"));
     }
-    println!(
+    say!(
         "{} worse by more than 10 % and their spread, {} better, {same} the same, {new} new, {disturbed} disturbed",
         worse.len(),
         better.len()
@@ -155,12 +155,19 @@ fn measure(lines: &[Line], arguments: &Arguments) -> Result<Vec<Row>> {
     let measured = passes::measure(lines, passes, arguments.rounds, &stop, &mut progress);
     progress("");
     let rows: Vec<Row> = lines.iter().zip(&measured?).map(|(line, settled)| Row::of(line, settled)).collect();
-    println!(
+    say!(
         "{:56} {:>9} {:>8} {:>8} {:>8} {:>8} {:>6} {:>6}",
-        "", "flows", "harness", "floor", "net", "beyond", "+-", "ratio"
+        "",
+        "flows",
+        "harness",
+        "floor",
+        "net",
+        "beyond",
+        "+-",
+        "ratio"
     );
     for row in &rows {
-        println!(
+        say!(
             "{:56} {:>9} {:8.1} {:8.1} {:8.1} {:8.1} {:6.1} {:6.2}{}",
             row.line,
             row.flows,

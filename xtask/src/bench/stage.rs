@@ -206,7 +206,7 @@ impl Drop for Stage {
         self.datapath = None;
         let removed = detach(self.fs.clone(), &[]).and_then(|_| std::fs::remove_dir_all(&self.run_dir));
         if let Err(error) = removed {
-            eprintln!("{}: {error}", self.run_dir.display());
+            note!("{}: {error}", self.run_dir.display());
         }
     }
 }

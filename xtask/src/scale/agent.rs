@@ -1,6 +1,6 @@
 //! The agent itself in a lab: one host that is its gateway, all its backends and its client, and a balancer.
 
-use std::net::{TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::shape::{CHECKED_PORT, Shape};
 use super::tables::milliseconds;
+use crate::bench::figures::percentile;
 use crate::capacity::checks::connections;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -59,7 +60,7 @@ const GATEWAY: &str = "10.200.0.1";
 const BALANCER: &str = "10.200.0.2";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Backends that go down, one after the other.
+/// Backends that go down, each when its check is due.
 const CHANGES: u32 = 5;
 
 /// Backends that go down and come back in one round, each when its check is due, and how often.
@@ -70,9 +71,20 @@ const ROUNDS: u32 = 3;
 const INTERVAL: u64 = 2;
 const FALL: u64 = 2;
 
+/// What the agent does at a start or a reload is over when it has worked for no more than a part of so long a time.
+const QUIET: Duration = Duration::from_millis(500);
+const QUIET_PERCENT: f64 = 2.0;
+
+/// Seconds that an agent is measured for, roughly, beside those in which it is watched.
+pub const BESIDE: u64 = 35;
+
 /// What the agent says after each verdict that the tables follow, and where it does.
 const FOLLOWED: &str = "the tables follow verdicts";
 const SAID_BY: &str = "lb_userspace::agent::tracking";
+
+/// What it says of a verdict.
+const DOWN: &str = "backend down";
+const UP: &str = "backend up";
 
 impl Measured<'_> {
     pub fn run(&self) -> Result<Agent> {
@@ -88,13 +100,14 @@ impl Measured<'_> {
         let scene = Scene { of: self, lab: &lab, gateway: &gateway, balancer: &balancer };
         let (start_ms, reload_ms, rss_anon_bytes, idle_percent) = scene.without_checks()?;
         let (changes, loaded, checks) = scene.with_checks()?;
+        let part = |sorted: &[f64], part| percentile(sorted, part).context("nothing was measured");
         Ok(Agent {
             start_ms,
-            change_ms: part(&changes, 0.5),
-            change_most_ms: part(&changes, 1.0),
-            loaded_ms: part(&loaded, 0.5),
-            loaded_p99_ms: part(&loaded, 0.99),
-            loaded_most_ms: part(&loaded, 1.0),
+            change_ms: part(&changes, 0.5)?,
+            change_most_ms: part(&changes, 1.0)?,
+            loaded_ms: part(&loaded, 0.5)?,
+            loaded_p99_ms: part(&loaded, 0.99)?,
+            loaded_most_ms: part(&loaded, 1.0)?,
             loaded_count: loaded.len(),
             reload_ms,
             rss_anon_bytes,
@@ -104,12 +117,6 @@ impl Measured<'_> {
             check_interval_seconds: self.interval,
         })
     }
-}
-
-/// The least value that so many of the sorted values are not above: a part of all.
-fn part(sorted: &[f64], of: f64) -> f64 {
-    let place = (sorted.len() as f64 * of).ceil() as usize;
-    sorted[place.clamp(1, sorted.len()) - 1]
 }
 
 fn mac_text(host: &Host) -> String {
@@ -180,11 +187,12 @@ impl Scene<'_> {
         let (process, config) = started?;
         first.context("nothing was forwarded")??;
         process.wait_for_log("running", PATIENCE)?;
-        std::thread::sleep(Duration::from_secs(3));
+        quiet(&process)?;
         let before = rss_anon(process.pid())?;
+        self.watched("idle", self.of.idle);
         let idle_percent = busy(&process, Duration::from_secs(self.of.idle))?;
         let reload_ms = self.reload(&process, &config)?;
-        std::thread::sleep(Duration::from_secs(2));
+        quiet(&process)?;
         let after = rss_anon(process.pid())?;
         self.end(&process, "plain")?;
         Ok((start_ms, reload_ms, before.max(after), idle_percent))
@@ -226,6 +234,7 @@ impl Scene<'_> {
         };
         let (process, config) = self.start("checked", &shape.text(&health(self.of.interval), false))?;
         process.wait_for_log("running", PATIENCE)?;
+        // First probes come within a second, and from the second on each has its place in the interval.
         std::thread::sleep(Duration::from_secs(self.of.interval.min(5) + 2));
         let checks = self.checks(&process)?;
         if self.of.interval != INTERVAL {
@@ -238,14 +247,14 @@ impl Scene<'_> {
             std::thread::sleep(Duration::from_secs(INTERVAL + 1));
         }
         let maps = self.maps("checked")?;
-        let mut changes = Vec::new();
         let count = CHANGES.min(all);
-        for change in 0..count {
-            let number = change * all / count;
-            changes.push(self.down(&process, &maps, number)?);
-            self.gateway.ip(&format!("route del unreachable {}/32 table local", Shape::backend(number)))?;
+        let some: Vec<u32> = (0..count).map(|change| change * all / count).collect();
+        let mut changes = Vec::new();
+        crate::progress("backends go down");
+        // Most of a pool stay up.
+        for together in some.chunks((shape.backends as usize / 2).max(1)) {
+            changes.extend(self.down(&process, &maps, together)?);
         }
-        std::thread::sleep(Duration::from_secs(INTERVAL + 1));
         changes.sort_by(f64::total_cmp);
         let loaded = self.loaded(&process)?;
         self.end(&process, "checked")?;
@@ -256,22 +265,24 @@ impl Scene<'_> {
     fn loaded(&self, process: &Process) -> Result<Vec<f64>> {
         let all = self.of.shape.services * self.of.shape.backends;
         let count = TOGETHER.min(all / 2);
-        let before = process.log().len();
+        let before = process.log_length();
         for round in 0..ROUNDS {
+            crate::progress(&format!("{count} backends go down and come back, {} of {ROUNDS}", round + 1));
             // In each round others.
-            let some = (0..count).map(|number| Shape::backend((number * all / count + 1 + round) % all));
-            let routes = |verb: &str| {
-                some.clone().try_for_each(|address| {
-                    self.gateway.ip(&format!("route {verb} unreachable {address}/32 table local")).map(drop)
-                })
-            };
-            routes("add")?;
-            std::thread::sleep(Duration::from_secs(INTERVAL * FALL + 1));
-            routes("del")?;
-            std::thread::sleep(Duration::from_secs(INTERVAL + 1));
+            let place = |number: u32| (number * all / count + 1 + round) % all;
+            let some: Vec<Ipv4Addr> = (0..count).map(|number| Shape::backend(place(number))).collect();
+            let from = process.log_length();
+            self.routes("add", &some)?;
+            self.verdicts(process, from, DOWN, &some)?;
+            self.routes("del", &some)?;
+            self.verdicts(process, from, UP, &some)?;
         }
-        let log = process.log();
-        let lines = log[before..].lines().filter(|line| line.contains(FOLLOWED));
+        process.wait_until(FOLLOWED, PATIENCE, || {
+            let log = process.log_from(before);
+            log.rfind(FOLLOWED) > log.rfind(UP)
+        })?;
+        let log = process.log_from(before);
+        let lines = log.lines().filter(|line| line.contains(FOLLOWED));
         let mut times: Vec<f64> = lines.filter_map(after_ms).collect();
         ensure!(!times.is_empty(), "the agent tells no times:\n{log}");
         times.sort_by(f64::total_cmp);
@@ -282,6 +293,7 @@ impl Scene<'_> {
     fn checks(&self, process: &Process) -> Result<Checks> {
         let length = whole_intervals(self.of.idle, self.of.interval);
         let due = u64::from(self.of.shape.services * self.of.shape.backends) * length / self.of.interval;
+        self.watched("checks", length);
         let before = connections(self.gateway)?;
         let percent = busy(process, Duration::from_secs(length))?;
         let made = connections(self.gateway)? - before;
@@ -294,34 +306,64 @@ impl Scene<'_> {
         Ok(Checks { percent, per_second: made as f64 / length as f64 })
     }
 
-    /// Milliseconds from the verdict on a backend to the last slot that leaves it.
-    fn down(&self, process: &Process, maps: &Maps, number: u32) -> Result<f64> {
-        let address = Shape::backend(number);
+    /// Milliseconds from the verdict on each of these backends to the last slot that leaves it. They are back up then.
+    fn down(&self, process: &Process, maps: &Maps, numbers: &[u32]) -> Result<Vec<f64>> {
         let image = maps.image()?;
-        let slot = last_slot(&image, id_of(&image, self.of.shape, number)?);
-        let slot = slot.with_context(|| format!("{address} has no slot; is it up?"))?;
-        let word = maps.slot_word(slot);
-        self.gateway.ip(&format!("route add unreachable {address}/32 table local"))?;
+        let all: Vec<Ipv4Addr> = numbers.iter().map(|number| Shape::backend(*number)).collect();
+        let mut left = Vec::new();
+        for (number, address) in numbers.iter().zip(&all) {
+            let slot = last_slot(&image, id_of(&image, self.of.shape, *number)?);
+            let slot = slot.with_context(|| format!("{address} has no slot; is it up?"))?;
+            left.push((*address, slot, maps.slot_word(slot)));
+        }
+        let from = process.log_length();
+        self.routes("add", &all)?;
         let begin = Instant::now();
-        while maps.slot_word(slot) == word {
+        let mut seen = Vec::new();
+        while let Some((address, ..)) = left.first() {
             ensure!(begin.elapsed() < PATIENCE, "{address} is not found to be down");
             std::thread::sleep(Duration::from_micros(50));
+            let changed = left.extract_if(.., |(_, slot, word)| maps.slot_word(*slot) != *word);
+            let changed: Vec<Ipv4Addr> = changed.map(|(address, ..)| address).collect();
+            if !changed.is_empty() {
+                let at = since_midnight(SystemTime::now())?;
+                seen.extend(changed.into_iter().map(|address| (address, at)));
+            }
         }
-        let seen = since_midnight(SystemTime::now())?;
-        let verdict = format!("address={address} ");
-        process.wait_until("the verdict", PATIENCE, || {
-            process.log().lines().any(|line| line.contains("backend down") && line.contains(&verdict))
-        })?;
-        let log = process.log();
-        // It may have been down before, on a machine that is busy.
-        let line = log.lines().rfind(|line| line.contains("backend down") && line.contains(&verdict));
-        let said = line.and_then(time_of).context("no time in the verdict's line")?;
-        let took = seen.checked_sub(said).with_context(|| {
-            format!(
-                "{address}: its slots were changed before the verdict, or midnight lay between; run it again"
-            )
-        })?;
-        Ok(took.as_secs_f64() * 1000.0)
+        self.verdicts(process, from, DOWN, &all)?;
+        let log = process.log_from(from);
+        let took = seen.into_iter().map(|(address, at)| {
+            let line = log.lines().find(|line| is_verdict(line, DOWN, address));
+            let said = line.and_then(time_of).context("no time in the verdict's line")?;
+            let took = at.checked_sub(said).with_context(|| {
+                format!("{address}: its slots were changed before the verdict, or midnight lay between; run it again")
+            })?;
+            Ok(took.as_secs_f64() * 1000.0)
+        });
+        let took = took.collect::<Result<_>>()?;
+        self.routes("del", &all)?;
+        self.verdicts(process, from, UP, &all)?;
+        Ok(took)
+    }
+
+    /// Has the gateway refuse these backends, or answer for them again.
+    fn routes(&self, verb: &str, some: &[Ipv4Addr]) -> Result<()> {
+        some.iter().try_for_each(|address| {
+            self.gateway.ip(&format!("route {verb} unreachable {address}/32 table local")).map(drop)
+        })
+    }
+
+    /// Waits for a verdict on each of these, in what the agent says from there on.
+    fn verdicts(&self, process: &Process, from: u64, verdict: &str, some: &[Ipv4Addr]) -> Result<()> {
+        process.wait_until(verdict, PATIENCE, || {
+            let log = process.log_from(from);
+            let said = |address: &Ipv4Addr| log.lines().any(|line| is_verdict(line, verdict, *address));
+            some.iter().all(said)
+        })
+    }
+
+    fn watched(&self, what: &str, seconds: u64) {
+        crate::progress(&format!("{}: {what}, for {seconds} s", self.of.shape));
     }
 
     fn maps(&self, name: &str) -> Result<Maps> {
@@ -337,8 +379,22 @@ struct Checks {
 }
 
 /// Seconds: at least so many, and every backend is checked equally often in them.
-fn whole_intervals(least: u64, interval: u64) -> u64 {
+pub fn whole_intervals(least: u64, interval: u64) -> u64 {
     least.max(interval).next_multiple_of(interval)
+}
+
+/// Waits until a process has nothing to do any more.
+fn quiet(process: &Process) -> Result<()> {
+    let begin = Instant::now();
+    while busy(process, QUIET)? > QUIET_PERCENT {
+        ensure!(begin.elapsed() < PATIENCE, "the agent goes on working:\n{}", process.log());
+    }
+    Ok(())
+}
+
+/// Whether a line of the log tells a verdict on a backend.
+fn is_verdict(line: &str, verdict: &str, address: Ipv4Addr) -> bool {
+    line.contains(verdict) && line.contains(&format!("address={address} "))
 }
 
 /// Percent of a core that a process takes while it is watched.
@@ -408,13 +464,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_of_verdicts_are_read_and_their_parts_told() {
+    fn times_of_verdicts_are_read() {
         let line = "2026-11-23T07:15:19.7Z DEBUG lb_userspace::agent::tracking: the tables follow verdicts after_us=1250";
         assert_eq!(after_ms(line), Some(1.25));
         assert_eq!(after_ms("after_us="), None);
-        let times: Vec<f64> = (1..=200).map(f64::from).collect();
-        assert_eq!([0.5, 0.99, 1.0].map(|of| part(&times, of)), [100.0, 198.0, 200.0]);
-        assert_eq!(part(&[7.0], 0.5), 7.0);
     }
 
     #[test]
