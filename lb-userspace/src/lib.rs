@@ -16,6 +16,7 @@ mod capabilities;
 pub mod capacity;
 pub mod cli;
 pub mod config;
+mod descriptors;
 pub mod health;
 pub mod host;
 pub mod lookup;

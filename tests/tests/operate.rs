@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lb_userspace::bpf::BpfFs;
+use tests::balancer::Balancer;
 use tests::lab::{self, HttpLoad, RunningLoad, Signal};
 use tests::stage::{self, Config, PATIENCE, Stage, URL4, URL6, URLS, VIP4, VIP6};
 
@@ -272,5 +273,36 @@ fn stopping_leaves_traffic_flowing_and_detach_removes_everything() -> Result<()>
     let short = Duration::from_millis(300);
     ensure!(lab::http_get_within(&stage.client, URL4, short, short).is_err(), "who forwards?");
     ensure!(balancer.xlb(&["detach"])?.contains("nothing is pinned"));
+    Ok(())
+}
+
+/// How often the threads of a process have gone to sleep by themselves.
+fn sleeps(pid: u32) -> Result<u64> {
+    let mut all = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        all += line.context("no count of switches")?.trim().parse::<u64>()?;
+    }
+    Ok(all)
+}
+
+#[test]
+fn an_agent_with_nothing_to_do_sleeps_also_while_a_backend_is_down() -> Result<()> {
+    const WATCHED: Duration = Duration::from_secs(5);
+    let Some(stage) = Stage::set("idle", 2)? else { return Ok(()) };
+    stage.backends[0].nginx.process.kill();
+    let health = "{type: tcp, interval: 60s, timeout: 300ms, rise: 1, fall: 1}".to_owned();
+    let config = Config { health, ..stage.config() };
+    let balancer = Balancer::start(&stage.balancer, &stage.lab.dir().join("xlb"), &config.to_string())?;
+    balancer.wait_for_backends(1, PATIENCE)?;
+    let is_down = || balancer.backends().is_ok_and(|all| all.iter().any(|one| one.health == "down"));
+    lab::wait_for("a backend is down", PATIENCE, is_down)?;
+    // What a start leaves to be done takes a second or two.
+    sleep(Duration::from_secs(3));
+    let before = sleeps(balancer.process.pid())?;
+    sleep(WATCHED);
+    let rate = (sleeps(balancer.process.pid())? - before) as f64 / WATCHED.as_secs_f64();
+    ensure!(rate < 30.0, "it sleeps {rate} times a second, and so it wakes up");
     Ok(())
 }

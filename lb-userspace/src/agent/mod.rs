@@ -9,6 +9,7 @@ mod commands;
 pub mod connections;
 mod core;
 pub mod diff;
+mod first_probes;
 mod flows;
 mod interfaces;
 mod lookup;
@@ -32,7 +33,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
@@ -43,8 +43,8 @@ use crate::bpf::{self, BpfFs, Datapath, Trace};
 use crate::capabilities;
 use crate::capacity::{Capacity, possible_cpus};
 use crate::config;
-use crate::config::model::{Check, CheckKind};
-use crate::health::{Checker, Outcome, Probe, checker::DEFAULT_CONCURRENCY, probe};
+use crate::descriptors;
+use crate::health::{Checker, Outcome};
 use crate::lookup::Explanation;
 use crate::memory;
 use crate::nexthop::{Event, Follower, Resolver};
@@ -55,6 +55,7 @@ use self::connections::Filter;
 use self::core::{BackendKey, Core};
 pub use self::core::{keys, preflight};
 use self::diff::Comparison;
+use self::first_probes::first_probes;
 use self::interfaces::Wanted;
 pub use self::lookup::Question;
 use self::notify::Notify;
@@ -69,9 +70,6 @@ pub const DEFAULT_RUN_DIR: &str = "/run/xlb";
 
 /// How long the first look at next hops may take before forwarding begins without the missing ones.
 const FIRST_RESOLVE: Duration = Duration::from_secs(1);
-
-/// How long a backend whose health is not known may take to answer before tables are made without it.
-const FIRST_PROBE: Duration = Duration::from_secs(1);
 
 /// Interfaces and pins are looked after this often, whatever the kernel has told of them.
 const LOOK_AFTER: Duration = Duration::from_secs(5);
@@ -119,6 +117,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         warn!("{warning}");
     }
     capabilities::check()?;
+    descriptors::take_all();
     let lock = run_dir::lock(&options.run_dir)?;
     let resolver = Arc::new(Resolver::new().context("netlink is not to be had")?);
 
@@ -351,19 +350,6 @@ fn endpoint_error(error: EndpointError) -> anyhow::Error {
         EndpointError::Config(problem) => config::Problems(vec![problem]).into(),
         EndpointError::Bind(_) => error.into(),
     }
-}
-
-/// Asks backends once, all at the same time, so that a table is not made before they could answer. One
-/// that does not answer in this time is asked again by its checks.
-async fn first_probes(unknown: Vec<(BackendKey, Check)>) -> Vec<(BackendKey, Probe)> {
-    let probes = unknown.into_iter().filter(|(_, check)| check.kind != CheckKind::None).map(
-        |(key, check)| async move {
-            let probe = tokio::time::timeout(FIRST_PROBE, probe(&check, key.address)).await.ok()?;
-            Some((key, probe))
-        },
-    );
-    let answers = stream::iter(probes).buffer_unordered(DEFAULT_CONCURRENCY).filter_map(std::future::ready);
-    answers.collect().await
 }
 
 /// The reader of decisions, where the configuration asks for them.

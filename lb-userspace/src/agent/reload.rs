@@ -12,7 +12,8 @@ use tracing::{error, info, warn};
 
 use super::changeover::capacity_for;
 use super::core::{BackendKey, Core, NextHops};
-use super::{FIRST_RESOLVE, first_probes, has_room};
+use super::first_probes::first_probes;
+use super::{FIRST_RESOLVE, has_room};
 use crate::api::{EndpointError, Endpoints};
 use crate::capacity::Capacity;
 use crate::config::model::Config;

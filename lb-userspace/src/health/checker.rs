@@ -22,9 +22,16 @@ use self::agenda::Entry;
 use self::filter::Filter;
 use super::probe::{Closing, Inquiry, Probe};
 use crate::config::model::Check;
+use crate::descriptors;
 
-/// Probes in flight at once. Each holds one socket, and the usual limit is 1024 file descriptors.
-pub const DEFAULT_CONCURRENCY: usize = 512;
+/// Probes in flight at once, at the most: as many as hang where ten thousand backends are silent for a second and asked every
+/// two, and more.
+const MOST_CONCURRENCY: usize = 8192;
+
+/// How many probes may be in flight at once. Each holds a file descriptor: half of them are theirs.
+pub fn concurrency() -> usize {
+    (descriptors::limit() / 2).clamp(1, MOST_CONCURRENCY)
+}
 
 /// First probes are spread over this time (or over one interval, if that is shorter).
 const MAX_PHASE: Duration = Duration::from_secs(1);
@@ -239,7 +246,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
     /// full, checks wait; once its receiver is gone, they end.
     pub fn on_own_thread(tx: mpsc::Sender<Outcome<K>>) -> io::Result<Checker<K>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (checker, agenda) = Checker::with_concurrency(tx, DEFAULT_CONCURRENCY);
+        let (checker, agenda) = Checker::with_concurrency(tx, concurrency());
         let work = move || runtime.block_on(agenda);
         std::thread::Builder::new().name("xlb-checks".to_owned()).spawn(work)?;
         Ok(checker)

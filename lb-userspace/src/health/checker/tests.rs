@@ -51,7 +51,7 @@ impl Ask for Arc<Fake> {
 impl Checker<&'static str> {
     /// In the test's own runtime.
     fn new(tx: mpsc::Sender<Outcome<&'static str>>) -> Self {
-        let (checker, work) = Checker::with_concurrency(tx, DEFAULT_CONCURRENCY);
+        let (checker, work) = Checker::with_concurrency(tx, 512);
         tokio::spawn(work);
         checker
     }

@@ -194,11 +194,11 @@ impl Table {
 
     fn take_link(&mut self, now: Instant, link: Link) -> Concerns {
         let ifindex = link.ifindex;
-        let users = self.users(ifindex, None);
         let before = self.links.insert(ifindex, link.clone());
         if before.as_ref() == Some(&link) {
             return Concerns::default();
         }
+        let users = self.users(ifindex, None);
         self.news_of_links.entry(ifindex).or_default();
         let flips = |before: &Link| (before.up, before.admin_up) != (link.up, link.admin_up);
         if before.as_ref().is_some_and(flips) {
