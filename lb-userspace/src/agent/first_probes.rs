@@ -59,8 +59,8 @@ mod tests {
             tokio::time::sleep(FIRST_PROBE).await;
             in_flight.set(in_flight.get() - 1);
         });
-        assert_eq!(paced(silent, 8192).await.len(), 10_000);
-        assert!(begin.elapsed() <= 2 * FIRST_PROBE + Duration::from_millis(100), "{:?}", begin.elapsed());
-        assert!((8000..=8192).contains(&most.get()), "{}", most.get());
+        assert_eq!(paced(silent, 16_384).await.len(), 10_000);
+        assert!(begin.elapsed() <= FIRST_PROBE + Duration::from_millis(600), "{:?}", begin.elapsed());
+        assert!(most.get() > 9000, "{}", most.get());
     }
 }

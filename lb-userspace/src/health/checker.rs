@@ -24,9 +24,9 @@ use super::probe::{Closing, Inquiry, Probe};
 use crate::config::model::Check;
 use crate::descriptors;
 
-/// Probes in flight at once, at the most: as many as hang where ten thousand backends are silent for a second and asked every
-/// two, and more.
-const MOST_CONCURRENCY: usize = 8192;
+/// Probes in flight at once, at the most: more than hang where ten thousand backends are silent, which are all asked for the
+/// first time within a second.
+const MOST_CONCURRENCY: usize = 16_384;
 
 /// How many probes may be in flight at once. Each holds a file descriptor: half of them are theirs.
 pub fn concurrency() -> usize {
