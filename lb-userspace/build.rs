@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -47,8 +48,12 @@ fn build() -> Result<(), String> {
     let Toolchain { mut cargo, environment, arguments } = debian()
         .or_else(nightly)
         .ok_or("no Rust compiler with `core` for the BPF target; run ./scripts/setup, which installs one")?;
-    if !path_has(&path, "bpf-linker") {
-        return Err("bpf-linker is not installed; run ./scripts/setup, which installs it".into());
+    let linker = find(&path, "bpf-linker")
+        .ok_or("bpf-linker is not installed; run ./scripts/setup, which installs it")?;
+    println!("cargo::rerun-if-changed={}", linker.display());
+    // To cargo the linker is a name: with a newer one nothing would be linked again.
+    if newer(&linker, &target_dir) {
+        fs::remove_dir_all(&target_dir).map_err(|error| format!("{}: {error}", target_dir.display()))?;
     }
 
     // What cargo and rustup tell this script is about the host's compiler.
@@ -72,8 +77,7 @@ fn build() -> Result<(), String> {
     }
     for object in OBJECTS {
         let built = target_dir.join(TARGET).join("release").join(object);
-        std::fs::copy(&built, out_dir.join(object))
-            .map_err(|error| format!("{}: {error}", built.display()))?;
+        fs::copy(&built, out_dir.join(object)).map_err(|error| format!("{}: {error}", built.display()))?;
     }
     Ok(())
 }
@@ -135,8 +139,15 @@ fn path_with_linker() -> OsString {
     path
 }
 
-fn path_has(path: &OsString, program: &str) -> bool {
-    env::split_paths(path).any(|directory| directory.join(program).is_file())
+fn find(path: &OsString, program: &str) -> Option<PathBuf> {
+    env::split_paths(path).map(|directory| directory.join(program)).find(|program| program.is_file())
+}
+
+/// Whether a file has changed since a directory was made.
+fn newer(file: &Path, directory: &Path) -> bool {
+    let made = fs::metadata(directory).and_then(|made| made.created().or(made.modified()));
+    let changed = fs::metadata(file).and_then(|file| file.modified());
+    matches!((changed, made), (Ok(changed), Ok(made)) if changed > made)
 }
 
 fn variable(name: &str) -> Result<String, String> {

@@ -22,6 +22,9 @@ mod tests {
 
     #[test]
     fn all_that_may_be_had_are_taken() {
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum.map(|maximum| maximum - 1);
+        setrlimit(Resource::Nofile, limit).unwrap();
         take_all();
         let limit = getrlimit(Resource::Nofile);
         assert_eq!(limit.current, limit.maximum);

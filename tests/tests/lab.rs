@@ -239,10 +239,10 @@ fn a_process_has_a_log_and_an_end() -> Result<()> {
         "-c",
         "trap 'echo caught >&2; exit 3' TERM; echo ready; while :; do sleep 0.01; done",
     ])?;
-    process.wait_for_log("ready", SECOND)?;
+    process.wait_for_log("ready", 5 * SECOND)?;
     assert!(process.exit().is_none());
     process.signal(Signal::TERM)?;
-    assert_eq!(process.wait_exit(SECOND)?.code(), Some(3));
+    assert_eq!(process.wait_exit(5 * SECOND)?.code(), Some(3));
     assert_eq!(process.log(), "ready\ncaught\n");
     assert!(process.signal(Signal::TERM).is_err());
 

@@ -295,8 +295,8 @@ fn datagrams_without_a_checksum_stay_in_their_family() -> Result<()> {
     Ok(())
 }
 
-/// How many answers a client waits for that has no place: a second is enough for those that have one.
-const WAITS: Duration = Duration::from_secs(1);
+/// How long a client waits that may have no place: one lost SYN is sent again after a second.
+const WAITS: Duration = Duration::from_millis(2500);
 
 /// Tries to connect so many times, as many at a time as a listener has room for; what came about.
 fn connect(client: &Host, server: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {

@@ -64,16 +64,18 @@ enum Task {
     Program,
 }
 
+/// The exit code where nobody reads on: what a shell says of a command that SIGPIPE has ended.
+const UNREAD: u8 = 128 + 13;
+
 /// Errors are told in a line: a backtrace would push the closing lines of the tests out of sight.
 fn main() -> ExitCode {
-    let ended = say::while_read(|| {
-        let ended = dispatch(Cli::parse().task);
-        ended.inspect_err(|error| note!("xtask: {error:#}"))
-    });
-    match ended {
-        // Whoever reads no further has seen enough.
-        None | Some(Ok(())) => ExitCode::SUCCESS,
-        Some(Err(_)) => ExitCode::FAILURE,
+    match say::while_read(|| dispatch(Cli::parse().task)) {
+        Some(Ok(())) => ExitCode::SUCCESS,
+        Some(Err(error)) => {
+            say::while_read(|| note!("xtask: {error:#}"));
+            ExitCode::FAILURE
+        }
+        None => ExitCode::from(UNREAD),
     }
 }
 

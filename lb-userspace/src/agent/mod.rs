@@ -231,7 +231,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 slots_rested = Instant::now();
                 if let Err(error) = looked_after {
                     slots_rested += TRY_AGAIN;
-                    error!(error = %format!("{:#}", anyhow::Error::from(error)), "slots on the move are not looked after; trying again");
+                    error!(error = %format!("{:#}", anyhow::Error::from(error)), "tables and slots on the move are not up to date; trying again");
                 }
                 continue;
             }

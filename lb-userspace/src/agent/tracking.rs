@@ -1,5 +1,5 @@
-//! How the agent lives with slots on the move: it carries operations out in the maps, looks after the slots at a steady
-//! pace, and says when a backend's flows go. The rules are in `reconcile`; this knows the clock.
+//! How the agent lives with slots on the move: it carries operations out in the maps, looks after the slots, seldom
+//! where none is on the move, and says when a backend's flows go. The rules are in `reconcile`; this knows the clock.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};

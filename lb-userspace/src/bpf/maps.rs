@@ -392,9 +392,9 @@ impl Maps {
             }
             MapOp::ExpectFailed { table, failed } => return Ok(self.failed_and_turn(*table).0 == *failed),
             MapOp::SetFlags { id, flags } => self.backends.store_byte(usize::from(*id), FLAGS, *flags),
-            MapOp::DropPins { id } => {
-                drop_pins(self.pins.words(), *id);
-                drop_pins(self.connections.words.words(), *id);
+            MapOp::DropPins { ids } => {
+                drop_pins(self.pins.words(), ids);
+                drop_pins(self.connections.words.words(), ids);
             }
             MapOp::DropConnections { first, last } => {
                 drop_connections(self.connections.words.words(), *first..=*last);

@@ -28,9 +28,14 @@ use crate::descriptors;
 /// first time within a second.
 const MOST_CONCURRENCY: usize = 16_384;
 
-/// How many probes may be in flight at once. Each holds a file descriptor: half of them are theirs.
+/// How many probes may be in flight at once. Each holds a file descriptor: a third of them is theirs, and with the first
+/// probes of a reload two thirds.
 pub fn concurrency() -> usize {
-    (descriptors::limit() / 2).clamp(1, MOST_CONCURRENCY)
+    concurrency_of(descriptors::limit())
+}
+
+fn concurrency_of(descriptors: usize) -> usize {
+    (descriptors / 3).clamp(1, MOST_CONCURRENCY)
 }
 
 /// First probes are spread over this time (or over one interval, if that is shorter).

@@ -117,7 +117,7 @@ impl Memory {
             }
             MapOp::WriteBackend { id, backend } => self.set_flags(*id, backend.flags),
             MapOp::SetFlags { id, flags } => self.set_flags(*id, *flags),
-            MapOp::DropPins { id } => _ = drop_pins(self.buckets.words(), *id),
+            MapOp::DropPins { ids } => _ = drop_pins(self.buckets.words(), ids),
             MapOp::SetLoadWeight { id, weight } => set(&self.loads[usize::from(*id)].weight, *weight),
             MapOp::WriteEgress { .. }
             | MapOp::WriteSource { .. }

@@ -66,9 +66,9 @@ pub enum MapOp {
         id: u16,
         flags: u8,
     },
-    /// Takes out the pins that name a backend.
+    /// Takes out the pins that name these backends.
     DropPins {
-        id: u16,
+        ids: Vec<u16>,
     },
     /// Takes out the connections in places from `first` to `last`.
     DropConnections {

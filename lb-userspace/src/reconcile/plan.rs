@@ -116,9 +116,9 @@ pub fn plan(image: &Image, desired: &Desired, capacity: &Capacity, leave: &Leave
     let mut planner = Planner::new(image, desired, capacity, leave);
     planner.look()?;
     let (waiting, moves) = (planner.waiting, leave.moves - planner.moves_left);
-    let Planner {
-        add: mut ops, turn, lose, mut remove, moved, again, yielded, idle, written, rows, led, ..
-    } = planner;
+    let turn = planner.turn();
+    let Planner { add: mut ops, lose, mut remove, moved, again, yielded, idle, written, rows, led, .. } =
+        planner;
     remove.reverse();
     // A path goes once no packet that read the old slots is at work, and its way out once none that
     // read the path is. The place that a table left is free for the next plan: after a grace, too.
@@ -176,8 +176,8 @@ struct Planner<'a> {
     rows: Option<Rows>,
     led: Option<Led>,
     add: Vec<MapOp>,
-    /// Pins of backends whose flows move: slots leave them first.
-    turn: Vec<MapOp>,
+    /// Backends whose flows move: slots leave them first, then their pins go.
+    failing: Vec<u16>,
     /// Backends whose pins are out, and those of them that old flows were at nevertheless: there was nobody else.
     emptied: HashSet<u16>,
     left: BTreeSet<u16>,
@@ -212,7 +212,7 @@ impl<'a> Planner<'a> {
             rows: None,
             led: None,
             add: Vec::new(),
-            turn: Vec::new(),
+            failing: Vec::new(),
             emptied: HashSet::new(),
             left: BTreeSet::new(),
             lose: Vec::new(),
@@ -244,9 +244,6 @@ impl<'a> Planner<'a> {
             }
         };
         self.tables(&ids, &places, &mut regions)?;
-        for &id in self.left.iter().filter(|id| self.emptied.contains(id)) {
-            self.turn.extend([MapOp::DropPins { id }, MapOp::Grace]);
-        }
         let gone = self.servers(&ids, &places)?;
         if let Some(present) = present {
             let before = self.writes();
@@ -403,12 +400,21 @@ impl<'a> Planner<'a> {
             if flags & Backend::ACCEPTING != 0 {
                 self.add.push(MapOp::SetFlags { id, flags: 0 });
             }
-            self.turn.push(MapOp::DropPins { id });
-            self.turn.push(MapOp::Grace);
-            self.turn.push(MapOp::SetFlags { id, flags: Backend::EMPTIED });
+            self.failing.push(id);
         } else {
             self.emptied.insert(id);
         }
+    }
+
+    /// The pins of backends whose flows move, all in one look at the pins: hundreds may fail at once.
+    fn turn(&self) -> Vec<MapOp> {
+        let left = self.left.iter().filter(|id| self.emptied.contains(id));
+        let ids: Vec<u16> = self.failing.iter().chain(left).copied().collect();
+        if ids.is_empty() {
+            return Vec::new();
+        }
+        let emptied = self.failing.iter().map(|&id| MapOp::SetFlags { id, flags: Backend::EMPTIED });
+        [MapOp::DropPins { ids }, MapOp::Grace].into_iter().chain(emptied).collect()
     }
 
     /// Whether a table whose flows may have pins to a backend that failed leads to anybody else.

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{
-    BACKEND_CLAIMED, BackendKind, PINS_PER_BUCKET, Pin, PinState, Record, SLOTS_PER_ROW, TableWord,
+    BACKEND_CLAIMED, BACKEND_PASS, BackendKind, PINS_PER_BUCKET, Pin, PinState, Record, SLOTS_PER_ROW,
+    TableWord,
 };
 use lb_common::connections::{Rooms, SourceEnd, seen};
 use lb_common::slots::Slot;
@@ -419,13 +420,15 @@ impl Candidates {
     }
 }
 
-/// Takes out all pins that name a backend: compare and delete, since packets may change them meanwhile.
-pub fn drop_pins(pins: &[AtomicU64], id: u16) -> u64 {
+/// Takes out all pins that name one of the backends: compare and delete, since packets may change them meanwhile.
+pub fn drop_pins(pins: &[AtomicU64], ids: &[u16]) -> u64 {
+    let mut named = vec![false; usize::from(BACKEND_PASS) + 1];
+    ids.iter().for_each(|&id| named[usize::from(id)] = true);
     let mut dropped = 0;
     for word in pins {
         loop {
             let pin = Pin::from_bits(word.load(Ordering::Acquire));
-            if pin.is_free() || pin.backend() != id {
+            if pin.is_free() || !named[usize::from(pin.backend())] {
                 break;
             }
             if word.compare_exchange(pin.bits(), 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {

@@ -465,9 +465,10 @@ impl Tracking {
             }
         }
         self.resting = self.leaving.iter().copied().filter(|&id| unnamed[usize::from(id)]).collect();
-        (self.unnamed, self.recount) = (unnamed, false);
+        self.unnamed = unnamed;
         // No packet is at work with words from before.
         self.carry_out(hands, &[MapOp::Grace])?;
+        self.recount = false;
         let rules = Rules::of(&self.desired, hands.image());
         self.sweeper.begin(hands.image(), rules, now);
         Ok(())

@@ -42,6 +42,7 @@ mod stalls;
 mod visits;
 
 use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -239,7 +240,8 @@ impl Drop for Lab {
             self.shared.print_logs();
         }
         if let Err(error) = self.shared.close() {
-            eprintln!("lab {}: {error:#}", self.shared.name);
+            // Not `eprintln!`, which panics where nobody reads: on the way out that would end the process, and the lab would stay.
+            _ = writeln!(io::stderr(), "lab {}: {error:#}", self.shared.name);
         }
     }
 }
@@ -283,10 +285,10 @@ impl Shared {
             let log = process.log();
             let lines: Vec<&str> = log.lines().collect();
             if !lines.is_empty() {
-                eprintln!("--- {process}, last lines of its log:");
+                _ = writeln!(io::stderr(), "--- {process}, last lines of its log:");
             }
             for line in &lines[lines.len().saturating_sub(LINES)..] {
-                eprintln!("    {line}");
+                _ = writeln!(io::stderr(), "    {line}");
             }
         }
     }

@@ -252,7 +252,7 @@ impl Scene<'_> {
         let mut changes = Vec::new();
         crate::progress("backends go down");
         // Most of a pool stay up.
-        for together in some.chunks((shape.backends as usize / 2).max(1)) {
+        for together in some.chunks(((shape.backends as usize).saturating_sub(1) / 2).max(1)) {
             changes.extend(self.down(&process, &maps, together)?);
         }
         changes.sort_by(f64::total_cmp);
@@ -383,10 +383,12 @@ pub fn whole_intervals(least: u64, interval: u64) -> u64 {
     least.max(interval).next_multiple_of(interval)
 }
 
-/// Waits until a process has nothing to do any more.
+/// Waits until a process has nothing to do any more, and not for a moment only.
 fn quiet(process: &Process) -> Result<()> {
     let begin = Instant::now();
-    while busy(process, QUIET)? > QUIET_PERCENT {
+    let mut times = 0;
+    while times < 3 {
+        times = if busy(process, QUIET)? > QUIET_PERCENT { 0 } else { times + 1 };
         ensure!(begin.elapsed() < PATIENCE, "the agent goes on working:\n{}", process.log());
     }
     Ok(())

@@ -336,3 +336,9 @@ async fn a_thread_of_its_own_checks_and_ends_with_the_checker() {
     let rest = async { while rx.recv().await.is_some() {} };
     timeout(2000 * MS, rest).await.expect("the thread holds the sender");
 }
+
+#[test]
+fn probes_take_a_third_of_the_descriptors_and_no_more_than_are_of_use() {
+    let of = [0, 1024, 30_000, 65_536, usize::MAX].map(concurrency_of);
+    assert_eq!(of, [1, 341, 10_000, MOST_CONCURRENCY, MOST_CONCURRENCY]);
+}

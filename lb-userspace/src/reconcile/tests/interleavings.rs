@@ -229,7 +229,7 @@ fn failing() -> Scenario {
         flags(A, 0),
         store(moved(B)),
         grace(),
-        Act::Do(MapOp::DropPins { id: A }),
+        Act::Do(MapOp::DropPins { ids: vec![A] }),
         grace(),
         Act::Settles,
         flags(A, BackendRow::ACCEPTING),

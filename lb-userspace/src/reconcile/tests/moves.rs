@@ -254,7 +254,7 @@ fn a_backend_that_failed_is_left_by_its_old_flows_before_its_pins_go() {
     assert_eq!(*first, MapOp::SetFlags { id: dead, flags: 0 });
     assert!(slots.iter().all(|op| matches!(op, MapOp::WriteSlots { .. })));
     let emptied = MapOp::SetFlags { id: dead, flags: BackendRow::EMPTIED };
-    assert_eq!(*end, [MapOp::Grace, MapOp::DropPins { id: dead }, MapOp::Grace, emptied]);
+    assert_eq!(*end, [MapOp::Grace, MapOp::DropPins { ids: vec![dead] }, MapOp::Grace, emptied]);
     ops.iter().for_each(|op| image.apply(op));
     for (before, now) in before.iter().zip(words(&image)) {
         if before.cur() == dead {
@@ -264,6 +264,23 @@ fn a_backend_that_failed_is_left_by_its_old_flows_before_its_pins_go() {
         }
     }
     assert_eq!(planned_with(&image, &state, &[(2, OldFlows::Fail)]), [], "once");
+}
+
+#[test]
+fn the_pins_of_all_backends_that_fail_together_go_in_one_look() {
+    let (mut image, mut state) = (fresh(), simple(6));
+    applied(&mut image, &state);
+    let dead = [2, 4, 6].map(|index| id_of(&image, &state, index));
+    [2, 4, 6].into_iter().for_each(|index| flip(&mut state, index, false));
+    let fail = [2, 4, 6].map(|index| (index, OldFlows::Fail));
+    let ops = planned_with(&image, &state, &fail);
+    let drops: Vec<_> = ops.iter().filter(|op| matches!(op, MapOp::DropPins { .. })).collect();
+    let [MapOp::DropPins { ids }] = drops[..] else { panic!("{drops:?}") };
+    assert_eq!(BTreeSet::from_iter(ids), BTreeSet::from_iter(&dead));
+    assert_eq!(ops.iter().filter(|op| **op == MapOp::Grace).count(), 2, "{ops:?}");
+    ops.iter().for_each(|op| image.apply(op));
+    let emptied = |id: &u16| image.backends[usize::from(*id)].flags & BackendRow::EMPTIED != 0;
+    assert!(dead.iter().all(emptied));
 }
 
 #[test]
@@ -303,8 +320,10 @@ fn pins_to_a_failed_backend_that_were_made_while_nobody_was_up_go_once_somebody_
     planned_with(&image, &state, &all).iter().for_each(|op| image.apply(op));
     flip(&mut state, 0, true);
     let ops = planned_with(&image, &state, &all[1..]);
-    let drop =
-        ops.iter().position(|op| *op == MapOp::DropPins { id: dead }).expect("old flows were pinned there");
+    let drop = ops
+        .iter()
+        .position(|op| *op == MapOp::DropPins { ids: vec![dead] })
+        .expect("old flows were pinned there");
     assert_eq!(ops[drop - 1], MapOp::Grace, "first nobody finds it in a slot");
 }
 

@@ -94,8 +94,11 @@ fn one_backend_that_goes_down_has_its_own_slots_and_its_row_written_and_nothing_
         assert!(hands.held.image.live_slots().all(|(_, slot)| slot.cur() != id));
         let others = hands.ops.iter().filter(|op| !matches!(op, MapOp::WriteSlots { .. } | MapOp::Grace));
         for op in others {
-            let of_it =
-                matches!(op, MapOp::SetFlags { id: of, .. } | MapOp::DropPins { id: of } if *of == id);
+            let of_it = match op {
+                MapOp::SetFlags { id: of, .. } => *of == id,
+                MapOp::DropPins { ids } => *ids == [id],
+                _ => false,
+            };
             assert!(of_it, "fails: {fails}: {op:?}");
         }
     }

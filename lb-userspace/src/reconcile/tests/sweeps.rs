@@ -186,11 +186,11 @@ fn pins_that_packets_use_again_and_again_are_taken_out_whole() {
             }
         });
         for _ in 0..2000 {
-            drop_pins(pins.words(), A);
+            drop_pins(pins.words(), &[A]);
         }
         done.store(true, Ordering::SeqCst);
     });
-    drop_pins(pins.words(), A);
+    drop_pins(pins.words(), &[A]);
     assert!(pins.words().iter().all(|word| word.load(Ordering::SeqCst) == 0));
 }
 

@@ -54,9 +54,9 @@ impl Shared {
             MapOp::SetTableWord { word, .. } => self.table = word.bits(),
             MapOp::SetClosing { closing, .. } => self.closing = *closing,
             MapOp::SetFlags { id, flags } => self.flags[usize::from(*id)] = *flags,
-            MapOp::DropPins { id } => {
+            MapOp::DropPins { ids } => {
                 for pin in &mut self.pins {
-                    if *pin != 0 && Pin::from_bits(*pin).backend() == *id {
+                    if *pin != 0 && ids.contains(&Pin::from_bits(*pin).backend()) {
                         *pin = 0;
                     }
                 }
