@@ -181,10 +181,14 @@ impl Counts {
     /// Whether every packet is where it has to be: what is lost would make a core look faster than it is.
     fn check(&self, to: To) -> Result<()> {
         let Self { sent, refused, received, outcome, came_back } = *self;
-        ensure!(received + refused == sent, "{sent} frames sent, {refused} refused, but {received} received");
+        let strays = (received + refused).checked_sub(sent);
+        ensure!(
+            strays.is_some_and(|strays| strays <= STRAYS),
+            "{sent} frames sent, {refused} refused, but {received} received"
+        );
         if let Some(outcome) = outcome {
             ensure!(
-                outcome == received,
+                outcome.abs_diff(received) <= STRAYS,
                 "{received} frames received, {outcome} with the outcome that they must have"
             );
         }
@@ -193,10 +197,16 @@ impl Counts {
             To::Xlb { beside, .. } => beside == Some(End::Return),
         };
         let due = if returned { received } else { 0 };
-        ensure!(came_back == due, "{due} of {received} frames had to come back, {came_back} did");
+        ensure!(
+            came_back.abs_diff(due) <= STRAYS,
+            "{due} of {received} frames had to come back, {came_back} did"
+        );
         Ok(())
     }
 }
+
+/// The hosts say something themselves now and then (neighbour discovery), which is counted too.
+const STRAYS: u64 = 8;
 
 /// Packets of one call: some tenths of a second, so that the call itself does not count.
 const PORTION: u32 = 500_000;
@@ -387,16 +397,18 @@ mod tests {
 
     #[test]
     fn packets_that_are_nowhere_are_an_error() {
-        let all = Counts { sent: 9, refused: 2, received: 7, outcome: Some(7), came_back: 7 };
+        let all = Counts { sent: 9000, refused: 2000, received: 7000, outcome: Some(7000), came_back: 7000 };
         let forwards = CASES[3].to;
         all.check(forwards).unwrap();
         let gone = Counts { came_back: 0, ..all };
         gone.check(CASES[2].to).unwrap();
         Counts { outcome: None, ..gone }.check(To::Bare(End::Sink)).unwrap();
-        let lost = Counts { received: 6, ..all };
-        let other_outcome = Counts { outcome: Some(6), ..all };
-        let twice = Counts { came_back: 14, ..all };
-        for wrong in [lost, other_outcome, twice, gone] {
+        Counts { received: 7001, ..all }.check(forwards).expect("one that a host sent by itself");
+        let lost = Counts { received: 6999, ..all };
+        let others = Counts { received: 7100, outcome: Some(7100), came_back: 7100, ..all };
+        let other_outcome = Counts { outcome: Some(6900), ..all };
+        let twice = Counts { came_back: 14000, ..all };
+        for wrong in [lost, others, other_outcome, twice, gone] {
             assert!(wrong.check(forwards).is_err(), "{wrong:?}");
         }
     }
