@@ -71,9 +71,10 @@ const ROUNDS: u32 = 3;
 const INTERVAL: u64 = 2;
 const FALL: u64 = 2;
 
-/// What the agent does at a start or a reload is over when it has worked for no more than a part of so long a time.
-const QUIET: Duration = Duration::from_millis(500);
-const QUIET_PERCENT: f64 = 2.0;
+/// What the agent does at a start or a reload is over when it has worked for no more than a part of so long a time. The pins of
+/// a backend that has left are looked for once in a second, which goes on for longer.
+const QUIET: Duration = Duration::from_secs(1);
+const QUIET_PERCENT: f64 = 5.0;
 
 /// Seconds that an agent is measured for, roughly, beside those in which it is watched.
 pub const BESIDE: u64 = 35;
