@@ -150,17 +150,19 @@ impl<T: Row> Rows<T> {
         }
     }
 
-    /// A copy of all rows.
+    /// A copy of all rows. What is zero is not written: most maps are empty for the most part, and memory that nobody has
+    /// written takes none.
     pub fn to_vec(&self) -> Vec<T> {
-        let mut rows: Vec<T> = Vec::with_capacity(self.rows);
+        let mut rows = Box::<[T]>::new_zeroed_slice(self.rows);
         for index in 0..self.rows * Self::WORDS {
             let word = self.word(index).load(Ordering::Acquire);
-            // SAFETY: the vector has room for all rows, and index counts their words.
-            unsafe { rows.as_mut_ptr().cast::<u64>().add(index).write(word) };
+            if word != 0 {
+                // SAFETY: there are so many rows, and index counts their words.
+                unsafe { rows.as_mut_ptr().cast::<u64>().add(index).write(word) };
+            }
         }
-        // SAFETY: every word of every row is written, and a Row takes any bit pattern.
-        unsafe { rows.set_len(self.rows) };
-        rows
+        // SAFETY: a Row takes any bit pattern, and so zeros.
+        unsafe { rows.assume_init() }.into_vec()
     }
 }
 
